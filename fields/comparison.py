@@ -28,12 +28,12 @@ def number(
     std=None,                     # spread over folds, frames or seeds
     n:int=0,                      # how many images, frames or seeds stand behind it
 ) -> dict:                        # mean, std, ci_low, ci_high, n
-    "Return one record; the interval holds the middle 95% of the draws."
+    "Return one record; the interval holds the middle 95% of the draws after their bias is taken off."
     low, high = (None, None)
-    if draws is not None:
+    if draws is not None and mean is not None and math.isfinite(mean):
         draws = np.asarray(draws, float)
         draws = draws[np.isfinite(draws)]
-        if len(draws): low, high = np.quantile(draws, [0.025, 0.975])
+        if len(draws): low, high = np.quantile(draws, [0.025, 0.975]) + (mean - draws.mean())
     return dict(mean=digits(mean), std=digits(std), ci_low=digits(low), ci_high=digits(high), n=int(n))
 
 # %% ../nbs/06_comparison.ipynb #b34006f7

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Layout', 'Counts', 'Splits', 'Sampling', 'Label', 'Check', 'Manifest', 'parse_manifest', 'manifest_folder',
-           'manifest_names', 'load_manifest', 'describe']
+           'manifest_names', 'load_manifest', 'describe', 'Twin', 'read_twin']
 
-# %% ../nbs/02_manifests.ipynb #52e9a46d
-import dataclasses, typing
+# %% ../nbs/02_manifests.ipynb #45d88867
+import dataclasses, json, typing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from .config import find_root
@@ -174,7 +174,7 @@ def parse_manifest(
         if twice: raise ValueError(f"{where} line {node.start_mark.line + 1} has the key {twice[0]!r} twice")
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try: values = yaml.load(text, Loader=Strict)
+    try: values = Strict(text).get_single_data()
     except yaml.YAMLError as e: raise ValueError(f"{where} is not YAML: {' '.join(str(e).split())[:160]}") from None
     manifest = _build(Manifest, values, where)
     problem = next(iter(_rules(manifest)), None)
@@ -213,3 +213,37 @@ def describe(
     counts = ", ".join(f"{getattr(m.counts, s):,} {s}" for s in ("train", "val", "test") if getattr(m.counts, s))
     return "\n".join([m.title, f"  source   {m.source}", f"  licence  {m.licence}", f"  how      {m.ask}", f"  cite     {m.citation}",
                       f"  put it   ROOT/{m.layout.folder}/{m.layout.tree[0]}", f"  holds    {counts or 'not published'} ({m.counts.of}, {m.counts.source})"])
+
+# %% ../nbs/02_manifests.ipynb #6f45a48a
+@dataclass(frozen=True)
+class Twin:
+    "What `twin.json` says about a dataset of the demo world."
+    world:str                     # version of the world
+    dataset:str
+    counts:dict                   # split -> items
+    seed:int = 0
+    image_size:int = 0
+    frames_per_clip:int = 0
+    subjects:tuple = ()
+    unit:str = ""
+    scan_offset:int = 0
+    head_sha256:str = ""
+    notes:str = ""
+
+def read_twin(
+    folder:Path,                  # a dataset's folder
+    name:str,                     # the dataset that it should be
+) -> Twin|None:                   # None for official data
+    "Read `twin.json` if it is there; raise `ValueError` for a faulty one."
+    path = Path(folder)/"twin.json"
+    if not path.exists(): return None
+    try: values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is not JSON ({e}); make the world again") from None
+    known = {f.name for f in dataclasses.fields(Twin)}
+    if not isinstance(values, dict) or not {"world", "dataset", "counts"} <= set(values): raise ValueError(f"{path} lacks world, dataset or counts; make the world again")
+    unknown = sorted(set(values) - known)
+    if unknown: raise ValueError(f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    twin = Twin(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    if twin.dataset != name: raise ValueError(f"{path} belongs to {twin.dataset!r}, not to {name!r}; the folder has the wrong name")
+    if not isinstance(twin.counts, dict) or not all(isinstance(v, int) and v >= 0 for v in twin.counts.values()): raise ValueError(f"{path} has counts that are not whole numbers; make the world again")
+    return twin

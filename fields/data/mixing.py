@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 import numpy as np, torch
 from ..config import Config, MixingConfig
 from .augment import AUGMENTATION, SAMPLING, augment, draw_plan, fixed_plan, stream
+from .detect import MEDIAPIPE_105
 from ..types import Batch, DATASETS
 
 # %% ../../nbs/39_data.mixing.ipynb #2ece2907
@@ -199,7 +201,7 @@ class MixedData:
     def __init__(
         self,
         sources:dict,             # dataset -> Source
-        indices,                  # (105,) MediaPipe indices of the head's embedding
+        indices,                  # (105,) MediaPipe indices of the head's embedding; None: the published ones
         config:Config,            # mixing, prepare, network and seed are read
         batch:int,                # samples in the global batch
         steps:int,                # iterations of the training, for the stages
@@ -208,10 +210,16 @@ class MixedData:
         world:int=1,              # processes
         part:str="train",         # split that training draws from
     ):
-        self.sources, self.indices, self.config, self.steps = sources, np.asarray(indices), config, steps
+        self.sources, self.config, self.steps = sources, config, steps
+        self.indices = np.asarray(MEDIAPIPE_105 if indices is None else indices)
         self.device, self.rank, self.world = device, rank, world
-        second = math.ceil(config.mixing.first_stage*steps)
-        self.sampler = MixedSampler({n: s.groups(part) for n, s in sources.items()}, config.mixing, batch, config.seed, second)
+        self.size, self.part = batch, part
+
+    @cached_property
+    def sampler(self) -> MixedSampler:
+        "The sampler of training batches, made when the first one is asked for."
+        second = math.ceil(self.config.mixing.first_stage*self.steps)
+        return MixedSampler({n: s.groups(self.part) for n, s in self.sources.items()}, self.config.mixing, self.size, self.config.seed, second)
 
     def stage(self, step:int) -> int:
         "Return the stage of an iteration."
@@ -220,9 +228,9 @@ class MixedData:
     def batch(self, step:int, stage:int|None=None) -> Batch:
         "Return this process's part of a step's batch, augmented."
         stage = stage or self.stage(step)
-        mine = share_of(self.sampler.size, self.rank, self.world)
+        mine = share_of(self.size, self.rank, self.world)
         picks = self.sampler.batch(step, stage, self.rank, self.world)
-        seeds = stream(self.config.seed, step, AUGMENTATION).integers(0, 2**62, self.sampler.size)[mine]
+        seeds = stream(self.config.seed, step, AUGMENTATION).integers(0, 2**62, self.size)[mine]
         return self._make(picks, draw_plan(seeds))
 
     def evaluation(self, dataset:str, split:str, batch:int=64, limit:int=0) -> Iterator[Batch]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MILLIMETRES', 'THRESHOLDS', 'paper_tables', 'table6_checks', 'auc', 'check_metres', 'distances', 'align', 'move',
            'canonical', 'reference_params', 'face_errors', 'refine', 'scan_errors', 'read_cropped', 'scan_frame',
-           'describe_errors', 'paper_units', 'evaluate_geometry']
+           'placed_reference', 'describe_errors', 'paper_units', 'evaluate_geometry']
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #9b5c4201
 from pathlib import Path
@@ -16,7 +16,8 @@ from ..comparison import (common_ids, compared, difference, macro_number, mean_n
 from ..config import Config
 from ..types import HeadParams
 from ..head.geometry import rodrigues
-from ..scans.closest import closest_points
+from ..scans.closest import Surface
+from ..scans.labels import CroppedScan, place
 from .parameters import Fits, constant_prediction, read_fits
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #30e12304
@@ -144,17 +145,18 @@ def face_errors(
 def refine(
     points:np.ndarray,            # (N,3) scan points, metres
     vertices:np.ndarray,          # (V,3) mesh, roughly in place
-    faces:np.ndarray,             # (F,3)
+    surface:Surface,              # its triangles, from `Surface(vertices, faces)`; it moves
     steps:int=8,                  # iterations
     keep:float=.9,                # share of the nearest points that decide
     most:int=1500,                # points used, evenly picked
 ) -> np.ndarray:                  # (V,3) the mesh, moved rigidly onto the points
     "Bring a mesh onto a scan by iterative closest points, measured along the mesh's normals."
-    some, mesh = points[::max(1, len(points)//most)], np.asarray(vertices, np.float64)
+    some, mesh, face = points[::max(1, len(points)//most)], np.asarray(vertices, np.float64), None
     for _ in range(steps):
-        distance, nearest, face, _ = closest_points(some, mesh, faces)
+        distance, face, weights = surface.move(mesh).closest(some, face)
         near = distance <= np.quantile(distance, keep)
-        corner, target, q = mesh[faces[face[near]]], some[near], nearest[near]
+        corner, target = mesh[surface.faces[face[near]]], some[near]
+        q = (corner*weights[near, :, None]).sum(1)
         normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
         normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-15
         # A small motion (w, t) about the centre moves q by w x q + t; only its part along the normal has to close the gap.
@@ -168,48 +170,53 @@ def refine(
 def scan_errors(
     points:np.ndarray,            # (N,3) scan points, metres
     vertices:np.ndarray,          # (V,3) mesh in place
-    faces:np.ndarray,             # (F,3)
+    surface:Surface,              # its triangles; it moves
 ) -> dict:                        # mean, median and root mean square, millimetres
     "Return the distance of scan points to a mesh; raise `ValueError` where a unit is not metres."
     check_metres(points, "the scan"); check_metres(vertices, "the mesh")
-    distance = MILLIMETRES*closest_points(points, vertices, faces)[0]
+    distance = MILLIMETRES*surface.move(vertices).closest(points)[0]
     return {"mean": float(distance.mean()), "median": float(np.median(distance)), "rms": float(np.sqrt((distance**2).mean()))}
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #64748dc8
 def read_cropped(
     run:Path,                     # run folder
     name:str,                     # id of a frame
-) -> tuple[np.ndarray, np.ndarray]|None: # points (N,3) and landmarks (L,3), metres; None if the frame has none
+) -> np.ndarray|None:             # (N,3) points, metres; None if the frame has no usable scan
     "Read the cropped scan of a frame."
-    path = Path(run)/"scans"/"cropped"/f"{name.replace('/', '_')}.npz"
+    path = place(Path(run)/"scans"/"cropped", name)
     if not path.is_file(): return None
-    with np.load(path, allow_pickle=False) as z: return z["points"].astype(np.float64), z["landmarks"].astype(np.float64)
+    scan = CroppedScan.load(path)
+    return None if scan.rejected or len(scan.points) == 0 else scan.points.astype(np.float64)
 
 @torch.no_grad()
 def scan_frame(
     head,                         # the run's head
-    reference:HeadParams,         # one fitted frame
+    placed:np.ndarray,            # (V,3) the fitted head in the scanner's frame
     params:dict[str, HeadParams], # method -> the same frame
     points:np.ndarray,            # (N,3) cropped scan, metres
-    landmarks:np.ndarray,         # (L,3) its landmarks, metres
-) -> tuple[dict, np.ndarray]:     # method -> mean distance in mm (the fit under "fit"), and the placed reference (V,3)
+    surface:Surface,              # triangles of the head's face
+) -> dict:                        # method -> mean distance in mm; the fit itself under "fit"
     "Measure one scan against the fit and against every method."
-    faces, mask, dtype = head.mask_faces("face").cpu().numpy(), head.masks["face"], head.template.dtype
-    def rest(p):
+    mask, dtype, target = head.masks["face"], head.template.dtype, torch.as_tensor(placed).double()[None]
+    errors = {"fit": scan_errors(points, refine(points, placed, surface), surface)["mean"]}
+    for method, p in params.items():
         p = p.to(dtype)
         p.rotation = torch.zeros_like(p.rotation)
-        return head(p)
-    output = rest(reference)
-    which = {83: "bp4d83", 51: "static51"}.get(len(landmarks))
-    if which is None: raise ValueError(f"a scan with {len(landmarks)} landmarks cannot be placed; give 83 or 51")
-    start = align(head.landmarks(output, which).double(), torch.as_tensor(landmarks)[None].double())
-    placed = refine(points, move(output.vertices.double(), start)[0].numpy(), faces)
-    errors, target = {"fit": scan_errors(points, placed, faces)["mean"]}, torch.as_tensor(placed)[None]
-    for method, p in params.items():
-        mesh = rest(p).vertices.double()
-        mesh = move(mesh, align(mesh[:, mask], target[:, mask]))
-        errors[method] = scan_errors(points, refine(points, mesh[0].numpy(), faces), faces)["mean"]
-    return errors, placed
+        mesh = head(p).vertices.double()
+        mesh = move(mesh, align(mesh[:, mask], target[:, mask]))[0].numpy()
+        errors[method] = scan_errors(points, refine(points, mesh, surface), surface)["mean"]
+    return errors
+
+@torch.no_grad()
+def placed_reference(
+    head,                         # the run's head
+    fits:Fits,                    # N fits with their pose
+) -> np.ndarray:                  # (N,V,3) vertices in the scanner's frame, metres
+    "Return the fitted heads where the scanner saw them."
+    params = reference_params(fits).to(head.template.dtype)
+    params.rotation = torch.as_tensor(fits.pose[:, :3]).to(head.template.dtype)
+    vertices = torch.cat([head(params[k:k + 64]).vertices for k in range(0, len(params), 64)])
+    return vertices.double().numpy() + fits.pose[:, None, 3:]
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #f67b0c20
 THRESHOLDS = (2, 5, 10)
@@ -256,7 +263,8 @@ def evaluate_geometry(
     params, reference = {m: select(p, ids).params for m, p in found.items()}, reference_params(here)
     params["constant"] = constant_prediction(fits, len(ids))
     errors = {m: face_errors(head, p, reference) for m, p in params.items()}
-    scans, placed = _scans(run, head, ids, reference, params, progress)
+    placed = placed_reference(head, here)
+    scans = _scans(run, head, ids, placed, params, progress)
     subjects = here.subjects
     weights = resample(len(ids), config.evaluation.bootstrap, np.random.default_rng([config.seed, 6]), groups=subjects)
     records = {m: describe_errors(e, subjects, weights) for m, e in errors.items()}
@@ -266,8 +274,8 @@ def evaluate_geometry(
         for m in (*params, "fit"):
             values = np.array([scans[ids[n]][m] for n in measured])
             records.setdefault(m, {})["scan"] = {"surface": {"error": mean_number(values, some), "subjects": macro_number(values, [subjects[n] for n in measured], some)}}
-        if config.evaluation.units == "paper":
-            for m, p in params.items(): records[m]["paper"] = paper_units(_posed(head, p[measured], [placed[ids[n]] for n in measured]), some)
+    if config.evaluation.units == "paper":
+        for m, p in params.items(): records[m]["paper"] = paper_units(_posed(head, p, placed), weights)
     pairs = {f"{a}-{b}": {k: difference(errors[a][k].mean(), errors[b][k].mean(), weights @ errors[a][k]/weights.sum(1), weights @ errors[b][k]/weights.sum(1), len(ids))
                           for k in errors[a]} for a, b in compared(list(found))}
     controls = {m: records.pop(m) for m in ("constant", "fit") if m in records}
@@ -283,21 +291,20 @@ def _nest(flat):
         nested.setdefault(first, {})[second] = value
     return nested
 
-def _scans(run, head, ids, reference, params, progress):
-    "Measure every scan that is there; return errors and placed references by id."
-    errors, placed = {}, {}
+def _scans(run, head, ids, placed, params, progress):
+    "Measure every scan that is there; return errors by id."
+    errors, surface = {}, Surface(head.template.cpu().numpy(), head.mask_faces("face").cpu().numpy())
     for n, name in enumerate(ids):
-        scan = read_cropped(run, name)
-        if scan is None: continue
-        errors[name], placed[name] = scan_frame(head, reference[n], {m: p[n] for m, p in params.items()}, *scan)
+        points = read_cropped(run, name)
+        if points is not None: errors[name] = scan_frame(head, placed[n], {m: p[n] for m, p in params.items()}, points, surface)
         if progress: progress(n + 1, len(ids))
-    return errors, placed
+    return errors
 
 @torch.no_grad()
 def _posed(head, params, placed):
     "Distances in metres between predictions at the head's origin and references where the scanner saw them."
     mask, dtype = head.masks["face"], head.template.dtype
     output = head(params.to(dtype))
-    there = torch.as_tensor(np.stack(placed)).to(dtype)
+    there = torch.as_tensor(placed).to(dtype)
     points = head.landmarks(type(output)(there, output.joints, output.rotation), "static49")
     return {"keypoints": distances(head.landmarks(output, "static49"), points)/MILLIMETRES, "vertices": distances(output.vertices[:, mask], there[:, mask])/MILLIMETRES}

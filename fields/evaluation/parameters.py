@@ -15,6 +15,7 @@ from ..comparison import (common_ids, compared, difference, macro_number, mean_n
                                select, write_metrics)
 from ..config import Config
 from ..types import EMOTIONS, HeadParams
+from ..scans.labels import ExpressionLabels
 from .emotion import read_labels
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #c724782a
@@ -27,12 +28,14 @@ class Fits:
     jaw:np.ndarray                # (N,3) radians
     subjects:list                 # N names
     splits:list                   # N of train, val, test
+    pose:np.ndarray|None = None   # (N,6) rotation (axis-angle) and translation (metres) in the scanner's frame
 
     def take(self, ids):
         "Return the fits of these ids, in their order."
         at = {name: n for n, name in enumerate(self.ids)}
         rows = [at[i] for i in ids]
-        return Fits(list(ids), self.shape[rows], self.expression[rows], self.jaw[rows], [self.subjects[r] for r in rows], [self.splits[r] for r in rows])
+        return Fits(list(ids), self.shape[rows], self.expression[rows], self.jaw[rows], [self.subjects[r] for r in rows],
+                    [self.splits[r] for r in rows], None if self.pose is None else self.pose[rows])
 
 def component_size(
     directions:Tensor,            # (V,3,K) what one standard deviation of each component moves, metres
@@ -89,20 +92,17 @@ def read_fits(
 ) -> tuple[Fits, dict]:           # usable fits, and how many were rejected for each reason
     "Read fitted parameters; raise `ValueError` if a file is missing or belongs to another head."
     import pandas
-    from fields.scans.labels import ExpressionLabels
     path, rows = Path(run)/"scans"/"labels.npz", Path(run)/"crops"/"bp4d"/"rows.csv"
     for file, step in ((path, "fit_scans"), (rows, "prepare")):
         if not file.is_file(): raise ValueError(f"{file} is missing; run the step `{step}` first")
-    labels, table = ExpressionLabels.load(path), pandas.read_csv(rows, dtype={"id": str, "split": str, "subject": str}).set_index("id")
-    if head is not None and labels.head_sha256 != head.sha256:
-        raise ValueError(f"{path} belongs to head {labels.head_sha256[:12]}, not {head.sha256[:12]}; coefficients of two heads are not interchangeable")
-    reasons = [str(r) for r in labels.rejected]
-    good = [n for n, (i, r) in enumerate(zip(labels.ids, reasons)) if not r and i in table.index]
-    array = lambda v: np.asarray(torch.as_tensor(v).double())[good]
-    ids = [labels.ids[n] for n in good]
-    at = table.loc[ids]
-    counts = {r: reasons.count(r) for r in sorted(set(reasons)) if r}
-    return Fits(ids, array(labels.shape), array(labels.expression), array(labels.jaw), at["subject"].tolist(), at["split"].tolist()), counts
+    labels = ExpressionLabels.load(path)
+    if head is not None: labels.check_head(head.sha256)
+    split = pandas.read_csv(rows, dtype={"id": str, "split": str}).set_index("id")["split"].to_dict()
+    reasons = [str(r).split(":")[0] for r in labels.rejected]
+    good = [n for n, (i, r) in enumerate(zip(labels.ids, reasons)) if not r and str(i) in split]
+    ids, array = [str(labels.ids[n]) for n in good], lambda v: np.asarray(v, np.float64)[good]
+    return Fits(ids, array(labels.shape), array(labels.expression), array(labels.jaw), [str(labels.subject[n]) for n in good], [split[i] for i in ids],
+                np.concatenate([array(labels.rotation), array(labels.translation)], 1)), {r: reasons.count(r) for r in sorted(set(reasons)) if r}
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #de2bc946
 def constant_prediction(

@@ -11,7 +11,8 @@ from torch import nn, Tensor
 from ..assets import package_file
 from ..types import HeadParams, HeadOutput
 from .geometry import rodrigues, chain_transforms, apply_maps, pose_feature, barycentric_points
-from .files import HeadData, HeadFileError, read_head, toy_arrays, parse_official
+from .files import HeadData, read_head
+from .pickles import HeadFileError
 
 # %% ../../nbs/12_head.flame.ipynb #30689fcf
 LIDS, JAW, SHAPE, EXPRESSION, REST = slice(0, 2), slice(2, 11), slice(11, 311), slice(311, 411), slice(411, 438)
@@ -104,6 +105,8 @@ def _rotations(rotation, jaw, neck, eyes):
     eyes = (zero, zero) if eyes is None else eyes.unflatten(-1, (2, 3)).unbind(-2)
     return rodrigues(torch.stack([rotation, zero if neck is None else neck, jaw, *eyes], 1))
 
+def _rest(feature): return torch.cat([feature[:, :9], feature[:, 18:]], 1)   # neck and eyes of the pose feature
+
 def _pose(head, unposed, joints, rotations, rest):
     "Add what is left of the pose correctives, and skin."
     if rest is not None: unposed = unposed + (rest @ head.basis[REST]).unflatten(1, (-1, 3))
@@ -124,7 +127,7 @@ def _forward(self,
         rotations = _rotations(like(params.rotation), like(params.jaw), like(neck), like(eyes))
         feature = pose_feature(rotations)
         columns = _columns(self, params, feature[:, 9:18], eyelids == "before")
-        rest = None if neck is None and eyes is None else feature[:, _ORDER[1]]
+        rest = None if neck is None and eyes is None else _rest(feature)
         output = _pose(self, _blend(self, columns), _joints(self, columns), rotations, rest)
         if eyelids == "posed" and self.has_eyelids: output.vertices = output.vertices + (like(params.eyelids) @ self.basis[LIDS]).unflatten(1, (-1, 3))
     return output
@@ -148,7 +151,7 @@ def _pose_vertices(self,
     rotations = _rotations(rotation, jaw, neck, eyes)
     feature = pose_feature(rotations)
     unposed = unposed + (feature[:, 9:18] @ self.basis[JAW]).unflatten(1, (-1, 3))
-    return _pose(self, unposed, joints, rotations, None if neck is None and eyes is None else feature[:, _ORDER[1]])
+    return _pose(self, unposed, joints, rotations, None if neck is None and eyes is None else _rest(feature))
 
 Head.forward, Head.unposed, Head.pose_vertices = _forward, _unposed, _pose_vertices
 
@@ -179,7 +182,7 @@ def _landmarks(self,
     "Return landmarks of posed heads; raise `HeadFileError` where the head has no such set."
     if which in WANTED:
         points = torch.cat([self.landmarks(output, part) for part in WANTED[which]], 1)
-        return points[:, [i for i in range(51) if i not in (43, 47)]] if which == "static49" else points
+        return torch.cat([points[:, :43], points[:, 44:47], points[:, 48:]], 1) if which == "static49" else points
     if which not in self.embeddings: raise HeadFileError(f"head {self.name} has no landmarks {which!r}: put {HOW.get(which, 'landmark_embedding.npy')} beside {self.path or 'it'}, or transfer them from the open head")
     faces, bary = getattr(self, f"_faces_{which}"), getattr(self, f"_bary_{which}")
     if which == "contour17":

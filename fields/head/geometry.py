@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['rodrigues', 'matrix_to_axis_angle', 'chain_transforms', 'apply_maps', 'pose_feature', 'skin', 'face_normals',
-           'vertex_normals', 'barycentric_points', 'sphere', 'write_mesh', 'Mesh', 'read_mesh']
+           'vertex_normals', 'barycentric_points', 'sphere', 'draw_mesh', 'photo', 'write_mesh', 'Mesh', 'read_mesh']
 
 # %% ../../nbs/10_head.geometry.ipynb #0371764b
 import json, math, struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..viz import jpeg
 
 # %% ../../nbs/10_head.geometry.ipynb #0ceea0a3
 def _sinc(squared, small=1e-4):
@@ -28,7 +30,8 @@ def rodrigues(
     "Turn axis-angle vectors into rotation matrices; exact at zero, with finite gradients."
     x, y, z = axis_angle.unbind(-1)
     squared = x * x + y * y + z * z
-    s, c = _sinc(squared), 0.5 * _sinc(squared / 4) ** 2
+    s, half = _sinc(torch.stack([squared, squared / 4])).unbind()
+    c = 0.5 * half * half
     xy, xz, yz, sx, sy, sz = c * x * y, c * x * z, c * y * z, s * x, s * y, s * z
     rows = [1 - c * (y * y + z * z), xy - sz, xz + sy,
             xy + sz, 1 - c * (x * x + z * z), yz - sx,
@@ -62,13 +65,16 @@ def chain_transforms(
 ) -> tuple[Tensor, Tensor]:       # (B,J,3,4) maps of unposed points, (B,J,3) posed joints
     "Follow the chain of joints from the root."
     parents = [int(p) for p in parents]
-    world, posed = [rotations[:, 0]], [joints[:, 0]]
-    for j, p in enumerate(parents[1:], 1):
-        offset = (joints[:, j] - joints[:, p]).unsqueeze(-1)
-        moved = world[p] @ torch.cat([rotations[:, j], offset], -1)
+    if parents[0] != -1 or any(not 0 <= p < j for j, p in enumerate(parents) if j): raise ValueError(f"parents {parents} are no chain from joint 0")
+    starts = [j for j in range(1, len(parents)) if parents[j] != parents[j - 1]]  # neighbours with one parent move together
+    world, posed = [rotations[:, :1]], [joints[:, :1]]
+    for first, last in zip(starts, starts[1:] + [len(parents)]):
+        p = slice(parents[first], parents[first] + 1)
+        offset = (joints[:, first:last] - joints[:, p]).unsqueeze(-1)
+        moved = torch.cat(world, 1)[:, p] @ torch.cat([rotations[:, first:last], offset], -1)
         world.append(moved[..., :3])
-        posed.append(posed[p] + moved[..., 3])
-    world, posed = torch.stack(world, 1), torch.stack(posed, 1)
+        posed.append(torch.cat(posed, 1)[:, p] + moved[..., 3])
+    world, posed = torch.cat(world, 1), torch.cat(posed, 1)
     return torch.cat([world, (posed - (world @ joints.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)], -1), posed
 
 # %% ../../nbs/10_head.geometry.ipynb #ff6c282a
@@ -77,60 +83,81 @@ def _kernels():
     "Compile the two skinning loops; return None where numba is missing."
     try: import numba
     except ImportError: return None
+    BLOCK = 32                                                              # vertices; blocks that a joint does not move are skipped
 
     @numba.njit(fastmath=True, nogil=True, cache=True)
-    def forward(points, weights, maps, out):
+    def forward(points, weights, active, maps, out):
+        V = points.shape[1]
         for b in range(points.shape[0]):
             p, o = points[b], out[b]
+            o[:] = 0
             for j in range(weights.shape[0]):
                 w, m = weights[j], maps[b, j]
                 m00, m01, m02, m03, m10, m11, m12, m13, m20, m21, m22, m23 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11]
-                for v in range(p.shape[0]):
-                    x, y, z, k = p[v, 0], p[v, 1], p[v, 2], w[v]
-                    o[v, 0] += k * (m00 * x + m01 * y + m02 * z + m03)
-                    o[v, 1] += k * (m10 * x + m11 * y + m12 * z + m13)
-                    o[v, 2] += k * (m20 * x + m21 * y + m22 * z + m23)
+                for n in range(active.shape[1]):
+                    if active[j, n]:
+                        for v in range(n * BLOCK, min(V, n * BLOCK + BLOCK)):
+                            x, y, z, k = p[v, 0], p[v, 1], p[v, 2], w[v]
+                            o[v, 0] += k * (m00 * x + m01 * y + m02 * z + m03)
+                            o[v, 1] += k * (m10 * x + m11 * y + m12 * z + m13)
+                            o[v, 2] += k * (m20 * x + m21 * y + m22 * z + m23)
 
     @numba.njit(fastmath=True, nogil=True, cache=True)
-    def backward(points, weights, maps, grad, grad_points, grad_maps):
+    def backward(points, weights, active, maps, grad, grad_points, grad_maps):
+        V = points.shape[1]
         for b in range(points.shape[0]):
             p, g, q = points[b], grad[b], grad_points[b]
+            q[:] = 0
             for j in range(weights.shape[0]):
                 w, m, s = weights[j], maps[b, j], grad_maps[b, j]
                 m00, m01, m02, m10, m11, m12, m20, m21, m22 = m[0], m[1], m[2], m[4], m[5], m[6], m[8], m[9], m[10]
-                s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = s20 = s21 = s22 = s23 = s[0]
-                for v in range(p.shape[0]):
-                    x, y, z, k = p[v, 0], p[v, 1], p[v, 2], w[v]
-                    a, c, d = k * g[v, 0], k * g[v, 1], k * g[v, 2]
-                    q[v, 0] += m00 * a + m10 * c + m20 * d
-                    q[v, 1] += m01 * a + m11 * c + m21 * d
-                    q[v, 2] += m02 * a + m12 * c + m22 * d
-                    s00 += a * x; s01 += a * y; s02 += a * z; s03 += a
-                    s10 += c * x; s11 += c * y; s12 += c * z; s13 += c
-                    s20 += d * x; s21 += d * y; s22 += d * z; s23 += d
+                s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = s20 = s21 = s22 = s23 = points.dtype.type(0)
+                for n in range(active.shape[1]):
+                    if active[j, n]:
+                        for v in range(n * BLOCK, min(V, n * BLOCK + BLOCK)):
+                            x, y, z, k = p[v, 0], p[v, 1], p[v, 2], w[v]
+                            a, c, d = k * g[v, 0], k * g[v, 1], k * g[v, 2]
+                            q[v, 0] += m00 * a + m10 * c + m20 * d
+                            q[v, 1] += m01 * a + m11 * c + m21 * d
+                            q[v, 2] += m02 * a + m12 * c + m22 * d
+                            s00 += a * x; s01 += a * y; s02 += a * z; s03 += a
+                            s10 += c * x; s11 += c * y; s12 += c * z; s13 += c
+                            s20 += d * x; s21 += d * y; s22 += d * z; s23 += d
                 s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11] = s00, s01, s02, s03, s10, s11, s12, s13, s20, s21, s22, s23
 
-    return forward, backward
+    return forward, backward, BLOCK
 
-# %% ../../nbs/10_head.geometry.ipynb #a853b61e
+# %% ../../nbs/10_head.geometry.ipynb #1fa23d57
+def _share(loop, batch, size, *tensors):
+    "Run a loop over slices of the batch, on as many threads as torch uses; `tensors` that are not batched come in tuples."
+    arrays = [t[0].numpy() if isinstance(t, tuple) else t.numpy() for t in tensors]
+    threads = min(torch.get_num_threads(), batch) if size > 100_000 else 1
+    bounds = [batch * i // threads for i in range(threads + 1)]
+    def part(i): loop(*(a if isinstance(t, tuple) else a[bounds[i]:bounds[i + 1]] for a, t in zip(arrays, tensors)))
+    if threads == 1: return part(0)
+    with ThreadPoolExecutor(threads) as pool: list(pool.map(part, range(threads)))
+
 class _Skin(torch.autograd.Function):
     "The numba loops as one differentiable step."
     @staticmethod
     def forward(ctx, points, weights, maps):
-        points, weights, maps = points.contiguous(), weights.T.contiguous(), maps.flatten(2).contiguous()
-        out = torch.zeros_like(points)
-        _kernels()[0](*(t.detach().numpy() for t in (points, weights, maps, out)))
-        ctx.save_for_backward(points, weights, maps)
+        points, weights, maps = points.detach().contiguous(), weights.detach().T.contiguous(), maps.detach().flatten(2).contiguous()
+        V, block = weights.shape[1], _kernels()[2]
+        active = F.pad(weights != 0, (0, -V % block)).unflatten(1, (-1, block)).any(2)
+        out = torch.empty_like(points)
+        _share(_kernels()[0], len(points), points.numel(), points, (weights,), (active,), maps, out)
+        ctx.save_for_backward(points, weights, active, maps)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        points, weights, maps = ctx.saved_tensors
-        grad_points, grad_maps = torch.zeros_like(points), torch.zeros_like(maps)
-        _kernels()[1](*(t.numpy() for t in (points, weights, maps, grad.contiguous(), grad_points, grad_maps)))
+        points, weights, active, maps = ctx.saved_tensors
+        grad_points, grad_maps = torch.empty_like(points), torch.empty_like(maps)
+        _share(_kernels()[1], len(points), points.numel(), points, (weights,), (active,), maps, grad.contiguous(), grad_points, grad_maps)
         return grad_points, None, grad_maps.unflatten(2, (3, 4))
 
+# %% ../../nbs/10_head.geometry.ipynb #dd3287b7
 def _plain_only(*tensors):
     "Say whether the loops cannot serve these tensors: another device or dtype, `torch.func`, or forward mode."
     wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda t: True)
@@ -225,6 +252,38 @@ def sphere(
             split += [(a, d, f), (d, b, e), (f, e, c), (d, e, f)]
         faces = split
     return np.array(points) * radius, np.array(faces)
+
+# %% ../../nbs/10_head.geometry.ipynb #cdfb8ef0
+def draw_mesh(
+    axis,                         # matplotlib axis
+    vertices,                     # (V,3) array or tensor
+    faces,                        # (F,3)
+    color=(0.86, 0.8, 0.76),      # red, green, blue of the surface in full light
+    yaw:float=0.0,                # degrees the head turns before it is drawn
+):
+    "Draw a mesh seen along -z, shaded by its slope."
+    from matplotlib.collections import PolyCollection
+    vertices, faces = (torch.as_tensor(a).detach().cpu() for a in (vertices, faces))
+    turn = rodrigues(torch.tensor([0.0, math.radians(yaw), 0.0])).to(vertices.dtype)
+    vertices = vertices @ turn.T
+    normals = F.normalize(face_normals(vertices[None], faces)[0], dim=-1, eps=1e-30)
+    corners = vertices[faces]
+    order = corners[..., 2].mean(1).argsort()
+    order = order[normals[order, 2] > 0]
+    light = (0.25 + 0.75 * normals[order] @ torch.tensor([0.25, 0.35, 0.9], dtype=vertices.dtype)).clamp(0.1, 1)
+    axis.add_collection(PolyCollection(corners[order, :, :2].numpy(), facecolors=(light[:, None] * torch.tensor(color)).clamp(0, 1).numpy(), edgecolors="face", linewidths=0.3))
+    axis.set_aspect("equal"); axis.autoscale_view(); axis.axis("off")
+
+def photo(
+    figure,                       # matplotlib figure in which meshes were drawn
+    dpi:int=72,                   # dots per inch
+    quality:int=75,               # JPEG quality
+):                                # IPython Image
+    "Return a figure as a small JPEG for a notebook."
+    from IPython.display import Image
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    return Image(data=jpeg(np.asarray(figure.canvas.buffer_rgba())[..., :3], quality), format="jpeg")
 
 # %% ../../nbs/10_head.geometry.ipynb #5a5990bb
 def _colors(colors, count):

@@ -59,12 +59,13 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder = _backbone(config.size, kind)
         self.kind, self.output_range = kind, config.output_range
-        self.register_buffer("gains", torch.ones_like(gains) if config.size == "paper" else gains, persistent=False)
+        self.gains = None if config.size == "paper" else gains
 
     def outputs(self, image, layers):
         features = self.encoder.pooled(image)
         with torch.autocast(image.device.type, enabled=False):
-            return layers(features.to(layers[0].weight.dtype)) * self.gains
+            out = layers(features.to(layers[0].weight.dtype))
+            return out if self.gains is None else out * out.new_tensor(self.gains)
 
 # %% ../../nbs/51_models.encoders.ipynb #9dc62a7d
 class PoseEncoder(Branch):
@@ -74,7 +75,7 @@ class PoseEncoder(Branch):
         config:NetworkConfig,     # sizes
         scale:float=7.0,          # camera scale of an untrained network
     ):
-        super().__init__(config, "pose", torch.tensor([.2, .2, .2, 1., .02, .02]))
+        super().__init__(config, "pose", [.2, .2, .2, 1., .02, .02])
         self.pose_cam_layers = _layers(config.size, self.encoder.pooled_channels, 6, 1e-3)
         with torch.no_grad():
             self.pose_cam_layers[-1].weight[3] = 0
@@ -95,7 +96,7 @@ class ShapeEncoder(Branch):
         self,
         config:NetworkConfig,     # sizes
     ):
-        super().__init__(config, "shape", torch.ones(300))
+        super().__init__(config, "shape", None)
         self.shape_layers = _layers(config.size, self.encoder.pooled_channels, 300, 0)
 
     def forward(
@@ -112,7 +113,7 @@ class ExpressionEncoder(Branch):
         self,
         config:NetworkConfig,     # sizes and the kind of output range
     ):
-        super().__init__(config, "expression", torch.tensor([1.] * 50 + [.3] * 2 + [.1] * 3))
+        super().__init__(config, "expression", [1.] * 50 + [.3] * 2 + [.1] * 3)
         self.expression_layers = _layers(config.size, self.encoder.pooled_channels, 55, .1)
 
     def forward(

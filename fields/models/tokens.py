@@ -46,7 +46,6 @@ class AdaIN(nn.Module):
         hidden:int=128,           # width of the layer between token, scale and offset
     ):
         super().__init__()
-        self.channels = channels
         self.mlp_shared = nn.Sequential(nn.Linear(TOKEN, hidden), nn.ReLU())
         self.mlp_gamma, self.mlp_beta = nn.Linear(hidden, channels), nn.Linear(hidden, channels)
 
@@ -56,10 +55,11 @@ class AdaIN(nn.Module):
         token:Tensor,             # (B,256)
     ) -> Tensor:                  # (B,C,H,W)
         "Return the modulated map."
-        hidden = self.mlp_shared(token)
-        gamma, beta = self.mlp_gamma(hidden)[..., None, None], self.mlp_beta(hidden)[..., None, None]
-        x = F.group_norm(x, self.channels)
-        return torch.addcmul(beta.to(x.dtype), x, 1 + gamma.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = self.mlp_shared(token.to(self.mlp_gamma.weight.dtype))
+            scale, shift = 1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)
+        flat = x.contiguous().view(1, -1, *x.shape[2:])
+        return F.group_norm(flat, flat.shape[1], scale.flatten().to(x.dtype), shift.flatten().to(x.dtype)).view(x.shape)
 
 # %% ../../nbs/52_models.tokens.ipynb #145d6c48
 def _stage(inputs, outputs, norm, tail=()):
@@ -87,8 +87,12 @@ class TokenDecoder(nn.Module):
         tokens:Tensor,            # (4,B,256) deepest level first
     ) -> list[Tensor]:            # maps, coarsest first, each twice as large as the one before
         "Return one map for each level."
-        x, maps = torch.cat(tuple(tokens.flip(0)), 1), []
-        for i in range(1, self.levels + 1):
+        first, maps = self.decoder_1, []
+        with torch.autocast(tokens.device.type, enabled=False): # not worth the conversion of its many weights
+            x = first[0](torch.cat(tuple(tokens.flip(0)), 1).to(first[0].weight.dtype))
+        x = first[1:](x)
+        maps.append(x)
+        for i in range(2, self.levels + 1):
             x = getattr(self, f"decoder_{i}")(x)
             maps.append(x)
         return maps

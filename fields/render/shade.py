@@ -8,11 +8,10 @@ __all__ = ['ALBEDO', 'INTENSITY', 'LIGHTS', 'shade_normals', 'sum_normals', 'geo
 # %% ../../nbs/22_render.shade.ipynb #8bd3f84d
 import math
 import numpy as np, torch
-from numba import njit
 from torch import Tensor
 from ..head.geometry import vertex_normals
 from .camera import project
-from .rasterize import Fragments, interpolate, rasterize, run_pieces
+from .rasterize import compiled, interpolate, rasterize, run_pieces
 
 # %% ../../nbs/22_render.shade.ipynb #5b361b10
 ALBEDO = 180 / 255                # grey of the surface
@@ -29,7 +28,7 @@ def shade_normals(
     return grey if mask is None else grey * mask
 
 # %% ../../nbs/22_render.shade.ipynb #efcec3c4
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def sum_normals(first, last, vertices, faces, normals, inverse):
     "Write unit normals (B,V,3) and one over the length of the summed cross products (B,V)."
     total = np.empty((vertices.shape[1], 3))
@@ -51,7 +50,7 @@ def sum_normals(first, last, vertices, faces, normals, inverse):
             for c in range(3): normals[b, i, c] = total[i, c] * inverse[b, i]
 
 # %% ../../nbs/22_render.shade.ipynb #b0946c68
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _normals_back(b, vertices, faces, normals, inverse, total, gradient):
     "Add the gradient `total` (V,3) of picture b's normals to that of its vertices; `total` is used up."
     v = vertices[b]
@@ -72,7 +71,7 @@ def _normals_back(b, vertices, faces, normals, inverse, total, gradient):
         gradient[b, i, 0] -= px + qx; gradient[b, i, 1] -= py + qy; gradient[b, i, 2] -= pz + qz
 
 # %% ../../nbs/22_render.shade.ipynb #02fcc418
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _shade(first, last, face_index, barycentrics, normals, faces, normalise, lights, image):
     "Write the grey pictures (B,3,H,W)."
     for b in range(first, last):
@@ -92,11 +91,11 @@ def _shade(first, last, face_index, barycentrics, normals, faces, normalise, lig
                 image[b, 0, y, x] = image[b, 1, y, x] = image[b, 2, y, x] = grey
 
 # %% ../../nbs/22_render.shade.ipynb #ce30b871
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled()
 def _shade_back(first, last, face_index, barycentrics, vertices, normals, inverse, faces, normalise, lights, corners, image_gradient,
                 gradient, corner_gradient):
     "Add the gradient of the pictures to that of vertices (B,V,3) and, unless it is empty, of corners."
-    total, n, g = np.empty((vertices.shape[1], 3)), np.empty(3), np.empty(3)
+    total = np.empty((vertices.shape[1], 3))
     for b in range(first, last):
         total[:] = 0.0
         for y in range(face_index.shape[1]):
@@ -106,31 +105,32 @@ def _shade_back(first, last, face_index, barycentrics, vertices, normals, invers
                 grey = (image_gradient[b, 0, y, x] + image_gradient[b, 1, y, x] + image_gradient[b, 2, y, x]) * (ALBEDO * INTENSITY / 5)
                 i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
                 w0, w1, w2 = barycentrics[b, y, x, 0], barycentrics[b, y, x, 1], barycentrics[b, y, x, 2]
-                for c in range(3): n[c], g[c] = w0 * normals[b, i, c] + w1 * normals[b, j, c] + w2 * normals[b, k, c], 0.0
-                length = max(math.sqrt(n[0]**2 + n[1]**2 + n[2]**2), 1e-12) if normalise else 1.0
-                for c in range(3): n[c] /= length
+                nx = w0 * normals[b, i, 0] + w1 * normals[b, j, 0] + w2 * normals[b, k, 0]
+                ny = w0 * normals[b, i, 1] + w1 * normals[b, j, 1] + w2 * normals[b, k, 1]
+                nz = w0 * normals[b, i, 2] + w1 * normals[b, j, 2] + w2 * normals[b, k, 2]
+                gx = gy = gz = 0.0
                 for q in range(lights.shape[0]):
-                    if n[0] * lights[q, 0] + n[1] * lights[q, 1] + n[2] * lights[q, 2] > 0:
-                        for c in range(3): g[c] += grey * lights[q, c]
+                    lit = grey if nx * lights[q, 0] + ny * lights[q, 1] + nz * lights[q, 2] > 0 else 0.0
+                    gx, gy, gz = gx + lit * lights[q, 0], gy + lit * lights[q, 1], gz + lit * lights[q, 2]
                 if normalise:
-                    along = n[0] * g[0] + n[1] * g[1] + n[2] * g[2]
-                    for c in range(3): g[c] = (g[c] - n[c] * along) / length
-                for c in range(3):
-                    total[i, c] += w0 * g[c]
-                    total[j, c] += w1 * g[c]
-                    total[k, c] += w2 * g[c]
+                    scale = 1.0 / max(math.sqrt(nx * nx + ny * ny + nz * nz), 1e-12)
+                    along = (nx * gx + ny * gy + nz * gz) * scale * scale
+                    gx, gy, gz = (gx - nx * along) * scale, (gy - ny * along) * scale, (gz - nz * along) * scale
+                total[i, 0] += w0 * gx; total[i, 1] += w0 * gy; total[i, 2] += w0 * gz
+                total[j, 0] += w1 * gx; total[j, 1] += w1 * gy; total[j, 2] += w1 * gz
+                total[k, 0] += w2 * gx; total[k, 1] += w2 * gy; total[k, 2] += w2 * gz
                 if corner_gradient.shape[0] == 0: continue
-                s1, s2 = 0.0, 0.0
-                for c in range(3):
-                    s1 += g[c] * (normals[b, j, c] - normals[b, i, c])
-                    s2 += g[c] * (normals[b, k, c] - normals[b, i, c])
+                s1 = (gx * (normals[b, j, 0] - normals[b, i, 0]) + gy * (normals[b, j, 1] - normals[b, i, 1])
+                      + gz * (normals[b, j, 2] - normals[b, i, 2]))
+                s2 = (gx * (normals[b, k, 0] - normals[b, i, 0]) + gy * (normals[b, k, 1] - normals[b, i, 1])
+                      + gz * (normals[b, k, 2] - normals[b, i, 2]))
                 ax, ay = corners[b, j, 0] - corners[b, i, 0], corners[b, j, 1] - corners[b, i, 1]
                 bx, by = corners[b, k, 0] - corners[b, i, 0], corners[b, k, 1] - corners[b, i, 1]
                 scale = -1.0 / (ax * by - ay * bx)
-                gx, gy = (s1 * by - s2 * ay) * scale, (s2 * ax - s1 * bx) * scale
-                corner_gradient[b, i, 0] += w0 * gx; corner_gradient[b, i, 1] += w0 * gy
-                corner_gradient[b, j, 0] += w1 * gx; corner_gradient[b, j, 1] += w1 * gy
-                corner_gradient[b, k, 0] += w2 * gx; corner_gradient[b, k, 1] += w2 * gy
+                px, py = (s1 * by - s2 * ay) * scale, (s2 * ax - s1 * bx) * scale
+                corner_gradient[b, i, 0] += w0 * px; corner_gradient[b, i, 1] += w0 * py
+                corner_gradient[b, j, 0] += w1 * px; corner_gradient[b, j, 1] += w1 * py
+                corner_gradient[b, k, 0] += w2 * px; corner_gradient[b, k, 1] += w2 * py
         _normals_back(b, vertices, faces, normals, inverse, total, gradient)
 
 # %% ../../nbs/22_render.shade.ipynb #28e0759a

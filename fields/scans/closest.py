@@ -26,11 +26,12 @@ def _edge(px, py, pz, ax, ay, az, bx, by, bz):
     return dx * dx + dy * dy + dz * dz, along
 
 @njit(cache=True)
-def _triangle(p, a, b, c):
-    "Return the squared distance of p to the triangle, and the weights of b and c at the closest point."
-    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
-    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
-    wx, wy, wz = p[0] - a[0], p[1] - a[1], p[2] - a[2]
+def _triangle(p, corners):
+    "Return the squared distance of p (3,) to the triangle (9,), and the weights of its second and third corner at the closest point."
+    px, py, pz = p[0], p[1], p[2]
+    ax, ay, az, bx, by, bz = corners[0], corners[1], corners[2], corners[3], corners[4], corners[5]
+    cx, cy, cz = corners[6], corners[7], corners[8]
+    ux, uy, uz, vx, vy, vz, wx, wy, wz = bx - ax, by - ay, bz - az, cx - ax, cy - ay, cz - az, px - ax, py - ay, pz - az
     uu, vv, uv = ux * ux + uy * uy + uz * uz, vx * vx + vy * vy + vz * vz, ux * vx + uy * vy + uz * vz
     wu, wv = wx * ux + wy * uy + wz * uz, wx * vx + wy * vy + wz * vz
     area, s, t = uu * vv - uv * uv, vv * wu - uv * wv, uu * wv - uv * wu
@@ -38,11 +39,11 @@ def _triangle(p, a, b, c):
         s, t = s / area, t / area
         dx, dy, dz = wx - s * ux - t * vx, wy - s * uy - t * vy, wz - s * uz - t * vz
         return dx * dx + dy * dy + dz * dz, s, t
-    best, s = _edge(p[0], p[1], p[2], a[0], a[1], a[2], b[0], b[1], b[2])
+    best, s = _edge(px, py, pz, ax, ay, az, bx, by, bz)
     t = 0.0
-    d, r = _edge(p[0], p[1], p[2], a[0], a[1], a[2], c[0], c[1], c[2])
+    d, r = _edge(px, py, pz, ax, ay, az, cx, cy, cz)
     if d < best: best, s, t = d, 0.0, r
-    d, r = _edge(p[0], p[1], p[2], b[0], b[1], b[2], c[0], c[1], c[2])
+    d, r = _edge(px, py, pz, bx, by, bz, cx, cy, cz)
     if d < best: best, s, t = d, 1.0 - r, r
     return best, s, t
 
@@ -72,55 +73,53 @@ def _build(centres, leaf):
     return order, child[:count].copy(), span[:count].copy()
 
 @njit(cache=True)
-def _boxes(vertices, faces, order, child, span, boxes):
-    "Fill the boxes (lower and upper corner) from the leaves to the root."
+def _boxes(vertices, faces, order, child, span, corners, boxes):
+    "Fill the corners of the triangles in the order of the tree, and the boxes (lower, upper corner) from the leaves to the root."
+    for i in range(order.shape[0]):
+        for j in range(3):
+            for k in range(3): corners[i, 3 * j + k] = vertices[faces[order[i], j], k]
     for node in range(child.shape[0] - 1, -1, -1):
+        left, right = child[node, 0], child[node, 1]
         for k in range(3):
             low, high = np.inf, -np.inf
-            if child[node, 0] >= 0:
-                left, right = child[node, 0], child[node, 1]
+            if left >= 0:
                 low, high = min(boxes[left, k], boxes[right, k]), max(boxes[left, 3 + k], boxes[right, 3 + k])
             else:
                 for i in range(span[node, 0], span[node, 1]):
-                    for j in range(3):
-                        x = vertices[faces[order[i], j], k]
-                        low, high = min(low, x), max(high, x)
+                    for j in range(k, 9, 3): low, high = min(low, corners[i, j]), max(high, corners[i, j])
             boxes[node, k], boxes[node, 3 + k] = low, high
 
 # %% ../../nbs/41_scans.closest.ipynb #ecfa394b
 @njit(cache=True, inline="always")
-def _outside(p, box):
+def _outside(px, py, pz, box):
     "Return the squared distance of p to a box; 0 inside."
-    total = 0.0
-    for k in range(3):
-        x = max(box[k] - p[k], p[k] - box[3 + k], 0.0)
-        total += x * x
-    return total
+    x, y, z = max(box[0] - px, px - box[3], 0.0), max(box[1] - py, py - box[4], 0.0), max(box[2] - pz, pz - box[5], 0.0)
+    return x * x + y * y + z * z
 
 @njit(cache=True, parallel=True)
-def _search(points, vertices, faces, order, child, span, boxes, guess, distance, face, weights):
-    "Fill distance, face and barycentric weights of the closest point of every query."
+def _search(points, corners, child, span, boxes, guess, distance, found, weights):
+    "Fill distance, place in the tree's order, and barycentric weights of the closest point of every query."
     for i in prange(points.shape[0]):
         p, f = points[i], guess[i]
-        best, s, t = _triangle(p, vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]])
+        px, py, pz = p[0], p[1], p[2]
+        best, s, t = _triangle(p, corners[f])
         stack, bound, top = np.empty(64, np.int32), np.empty(64), 1
-        stack[0], bound[0] = 0, _outside(p, boxes[0])
+        stack[0], bound[0] = 0, _outside(px, py, pz, boxes[0])
         while top > 0:
             top -= 1
-            node = stack[top]
             if bound[top] >= best: continue
+            node = stack[top]
             left, right = child[node, 0], child[node, 1]
             if left < 0:
-                for j in range(span[node, 0], span[node, 1]):
-                    g = order[j]
-                    d, x, y = _triangle(p, vertices[faces[g, 0]], vertices[faces[g, 1]], vertices[faces[g, 2]])
+                for g in range(span[node, 0], span[node, 1]):
+                    d, x, y = _triangle(p, corners[g])
                     if d < best: best, s, t, f = d, x, y, g
                 continue
-            near, far = _outside(p, boxes[left]), _outside(p, boxes[right])
+            near, far = _outside(px, py, pz, boxes[left]), _outside(px, py, pz, boxes[right])
             if near > far: left, right, near, far = right, left, far, near
             if far < best: stack[top], bound[top], top = right, far, top + 1
             if near < best: stack[top], bound[top], top = left, near, top + 1
-        distance[i], face[i] = np.sqrt(best), f
+        distance[i], found[i] = np.sqrt(best), f
         weights[i, 0], weights[i, 1], weights[i, 2] = 1.0 - s - t, s, t
 
 # %% ../../nbs/41_scans.closest.ipynb #cda05ca6
@@ -129,21 +128,29 @@ class Surface:
     def __init__(self,
         vertices,                 # (V,3)
         faces,                    # (F,3) vertex indices
-        leaf:int=4,               # triangles in a leaf of the tree
+        leaf:int=3,               # triangles in a leaf of the tree
     ):
         self.faces = np.ascontiguousarray(faces, np.int32)
         vertices = np.asarray(vertices, np.float64)
         if len(self.faces) == 0 or self.faces.min() < 0 or self.faces.max() >= len(vertices):
             raise ValueError(f"triangles must name vertices 0 to {len(vertices) - 1}, and there must be at least one")
         self.order, self.child, self.span = _build(vertices[self.faces].mean(1), leaf)
-        self.boxes = np.empty((len(self.child), 6))
+        self.place = np.empty_like(self.order)
+        self.place[self.order] = np.arange(len(self.order))
+        self.boxes, self.corners = np.empty((len(self.child), 6)), np.empty((len(self.faces), 9))
         self.move(vertices)
+
+    def copy(self):
+        "Return a surface with the same tree that moves on its own."
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, boxes=self.boxes.copy(), corners=self.corners.copy())
+        return new
 
     def move(self, vertices):
         "Take new positions (V,3) for the vertices; raise `ValueError` if one is not finite."
-        self.vertices = np.ascontiguousarray(vertices, np.float64)
-        _boxes(self.vertices, self.faces, self.order, self.child, self.span, self.boxes)
-        if not np.isfinite(self.boxes[0]).all() or not np.isfinite(self.vertices.sum()):
+        vertices = np.ascontiguousarray(vertices, np.float64)
+        _boxes(vertices, self.faces, self.order, self.child, self.span, self.corners, self.boxes)
+        if not np.isfinite(self.corners).all():
             raise ValueError("a vertex of the mesh is not a finite number")
         return self
 
@@ -153,10 +160,10 @@ class Surface:
         if points.ndim != 2 or points.shape[1] != 3: raise ValueError(f"points have shape {points.shape}, not (N, 3)")
         if not np.isfinite(points).all(): raise ValueError("a point to search from is not a finite number")
         n = len(points)
-        distance, face, weights = np.empty(n), np.empty(n, np.int64), np.empty((n, 3))
-        guess = np.full(n, self.order[0], np.int64) if guess is None else np.ascontiguousarray(guess, np.int64)
-        _search(points, self.vertices, self.faces, self.order, self.child, self.span, self.boxes, guess, distance, face, weights)
-        return distance, face, weights
+        distance, found, weights = np.empty(n), np.empty(n, np.int64), np.empty((n, 3))
+        guess = np.zeros(n, np.int64) if guess is None else self.place[guess]
+        _search(points, self.corners, self.child, self.span, self.boxes, guess, distance, found, weights)
+        return distance, self.order[found], weights
 
 # %% ../../nbs/41_scans.closest.ipynb #5ae90ca4
 def _triangle_torch(p, a, b, c):
@@ -205,15 +212,18 @@ class SurfaceTorch:
         centre = groups.mean((2, 3))
         radius = (groups - centre[:, :, None, None]).norm(dim=-1).amax((2, 3))
         bound = torch.cdist(points, centre, compute_mode="donot_use_mm_for_euclid_dist") - radius[:, None]
-        low, near = bound.topk(min(k + 1, len(order)), -1, largest=False)
-        flat, near, low = points.reshape(-1, 3), near.flatten(0, 1), low.flatten(0, 1)
+        flat, bound = points.reshape(-1, 3), bound.flatten(0, 1)
         frame = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
-        squared, face, weights = self._try(flat, frame, order[near[:, :k]].flatten(1), corners, rows)
-        if low.shape[1] > k:
-            rest = (low[:, k].clamp_min(0).square() < squared).nonzero()[:, 0]
-            if len(rest):
-                every = order.reshape(1, -1).expand(len(rest), -1)
-                squared[rest], face[rest], weights[rest] = self._try(flat[rest], frame[rest], every, corners, rows)
+        squared, face, weights = flat.new_full((len(flat),), torch.inf), order.new_zeros(len(flat)), torch.zeros_like(flat)
+        rest, done = torch.arange(len(flat), device=points.device), 0
+        while len(rest):
+            low, near = bound[rest].topk(min(k + 1, len(order)), -1, largest=False)
+            best = self._try(flat[rest], frame[rest], order[near[:, done:k]].flatten(1), corners, rows)
+            closer = best[0] < squared[rest]
+            for kept, new in zip((squared, face, weights), best): kept[rest[closer]] = new[closer]
+            if low.shape[1] <= k: break
+            rest = rest[low[:, k].clamp_min(0).square() < squared[rest]]
+            done, k = k, min(4 * k, len(order))
         return squared.sqrt().view(points.shape[:2]), face.view(points.shape[:2]), weights.view(points.shape)
 
     @staticmethod

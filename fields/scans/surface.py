@@ -30,30 +30,52 @@ def rotation_derivative(v):
     if squared < 1e-12: return np.stack([cross_matrix(e) for e in unit])
     return np.stack([(v[i] * cross_matrix(v) + cross_matrix(np.cross(v, (unit - R)[:, i]))) / squared @ R for i in range(3)])
 
-# %% ../../nbs/42_scans.surface.ipynb #b8efc81a
+# %% ../../nbs/42_scans.surface.ipynb #bbe4e140
 @njit(cache=True, parallel=True, fastmath={"contract"})
-def _coefficient_rows(corners, weights, direction, jaw_weights, R, R_jaw, basis, jaw, root, out):
-    "Fill out (N,P): derivative of direction . point with respect to the coefficients."
+def _rows(corners, weights, direction, jaw_weights, R, R_jaw, basis, jaw, root, out):
+    "Fill out[:, :P]: derivative of direction . point with respect to the coefficients."
     for i in prange(corners.shape[0]):
-        n, row, open_ = direction[i], out[i], 0.0
+        n, row, swing = direction[i], out[i], 0.0
         a = np.array([R[0, k] * n[0] + R[1, k] * n[1] + R[2, k] * n[2] for k in range(3)])
         c = np.array([R_jaw[0, k] * a[0] + R_jaw[1, k] * a[1] + R_jaw[2, k] * a[2] for k in range(3)])
         m, at = np.empty(9, basis.dtype), np.empty(9, np.int64)
         for k in range(3):
             v = corners[i, k]
             w = jaw_weights[v]
-            open_ += weights[i, k] * w
-            for j in range(3):
-                m[3 * k + j], at[3 * k + j] = weights[i, k] * ((1 - w) * a[j] + w * c[j]), 3 * v + j
+            swing += weights[i, k] * w
+            for j in range(3): m[3 * k + j], at[3 * k + j] = weights[i, k] * ((1 - w) * a[j] + w * c[j]), 3 * v + j
         m0, m1, m2, m3, m4, m5, m6, m7, m8 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]
         b0, b1, b2, b3, b4, b5 = basis[at[0]], basis[at[1]], basis[at[2]], basis[at[3]], basis[at[4]], basis[at[5]]
         b6, b7, b8 = basis[at[6]], basis[at[7]], basis[at[8]]
-        e = (open_ * (a - c)).astype(basis.dtype)
-        f = (n - a).astype(basis.dtype)
+        e, f = (swing * (a - c)).astype(basis.dtype), (n - a).astype(basis.dtype)
         e0, e1, e2, f0, f1, f2 = e[0], e[1], e[2], f[0], f[1], f[2]
         for q in range(basis.shape[1]):
             row[q] = (m0 * b0[q] + m1 * b1[q] + m2 * b2[q] + m3 * b3[q] + m4 * b4[q] + m5 * b5[q] + m6 * b6[q] + m7 * b7[q] + m8 * b8[q]
                       + e0 * jaw[0, q] + e1 * jaw[1, q] + e2 * jaw[2, q] + f0 * root[0, q] + f1 * root[1, q] + f2 * root[2, q])
+
+@njit(cache=True, parallel=True)
+def _pose_rows(corners, weights, direction, jaw_weights, R, R_jaw, vertices, unposed, pivot, hinge, turns, changes, out):
+    "Fill out[:, P:]: derivative of direction . point with respect to rotation, translation and jaw."
+    P = out.shape[1] - 9
+    for i in prange(corners.shape[0]):
+        n, row, arm, lever = direction[i], out[i], np.zeros(3), -pivot
+        a = np.array([R[0, k] * n[0] + R[1, k] * n[1] + R[2, k] * n[2] for k in range(3)])
+        c = np.array([R_jaw[0, k] * a[0] + R_jaw[1, k] * a[1] + R_jaw[2, k] * a[2] for k in range(3)])
+        for k in range(3):
+            v, b = corners[i, k], weights[i, k]
+            lever += b * vertices[v]
+            arm += b * jaw_weights[v] * (unposed[v] - hinge)
+        for k in range(3):
+            row[P + k] = lever[(k + 1) % 3] * n[(k + 2) % 3] - lever[(k + 2) % 3] * n[(k + 1) % 3]
+            row[P + 3 + k] = n[k]
+            total = 0.0
+            for j in range(3): total += a[j] * (turns[k, j, 0] * arm[0] + turns[k, j, 1] * arm[1] + turns[k, j, 2] * arm[2])
+            if len(changes):
+                for q in range(3):
+                    v, b = corners[i, q], weights[i, q]
+                    w = jaw_weights[v]
+                    for j in range(3): total += b * ((1 - w) * a[j] + w * c[j]) * changes[k, v, j]
+            row[P + 6 + k] = total
 
 # %% ../../nbs/42_scans.surface.ipynb #a7250206
 @dataclass
@@ -93,8 +115,8 @@ class HeadModel:
     expressions:int = 50
     lids:int = 0                  # 0 or 2
     sha256:str = ""
-    name:str = ""                 # "open" or the path, to load the head again
     shape:np.ndarray|None = None  # (300,) identity folded into the template
+    tree:Surface|None = None      # of the template; copies of it move with the fits
 
 # %% ../../nbs/42_scans.surface.ipynb #54907868
 def landmark_sets(
@@ -124,9 +146,10 @@ def head_model(
     correctives = get(head.posedirs).reshape(-1, 3, 36)[:, :, 9:18]
     joint_basis = np.einsum("jv,vcp->jcp", regressor, shapes)
     if lids: joint_basis[..., -2:] = 0
-    return HeadModel(template, get(head.faces).astype(np.int32), np.ascontiguousarray(shapes.reshape(-1, shapes.shape[-1]).astype(dtype)),
+    faces = get(head.faces).astype(np.int32)
+    return HeadModel(template, faces, np.ascontiguousarray(shapes.reshape(-1, shapes.shape[-1]).astype(dtype)),
                      regressor @ template, joint_basis, get(head.weights)[:, 2].copy(), correctives if correctives.any() else None,
-                     landmark_sets(head), min(identities, head.shapedirs.shape[-1]), min(expressions, head.exprdirs.shape[-1]), 2 * lids, head.sha256)
+                     landmark_sets(head), min(identities, head.shapedirs.shape[-1]), min(expressions, head.exprdirs.shape[-1]), 2 * lids, head.sha256, tree=Surface(template, faces))
 
 # %% ../../nbs/42_scans.surface.ipynb #1ea0ab8d
 def at_shape(
@@ -172,16 +195,9 @@ def jacobian(
     state, P = posed.state, model.basis.shape[1]
     out, dtype = np.empty((len(corners), P + 9), model.basis.dtype), model.basis.dtype
     root, jaw = np.ascontiguousarray(model.joint_basis, dtype)
-    _coefficient_rows(corners, weights, direction, model.jaw_weights, state.rotation, posed.jaw, model.basis, jaw, root, out)
-    point = np.einsum("nk,nkc->nc", weights, posed.vertices[corners])
-    out[:, P:P + 3] = np.cross(point - posed.joints[0] - state.translation, direction)
-    out[:, P + 3:P + 6] = direction
-    local, moving = direction @ state.rotation, weights * model.jaw_weights[corners]
-    arm = np.einsum("nk,nkc->nc", moving, posed.unposed[corners] - posed.joints[1])
-    for i, dR in enumerate(rotation_derivative(state.jaw)):
-        motion = arm @ dR.T
-        if model.correctives is not None:
-            change = (model.correctives @ dR.ravel())[corners]
-            motion += np.einsum("nk,nkc->nc", weights - moving, change) + np.einsum("nk,nkc->nc", moving, change) @ posed.jaw.T
-        out[:, P + 6 + i] = np.einsum("nc,nc->n", local, motion)
+    _rows(corners, weights, direction, model.jaw_weights, state.rotation, posed.jaw, model.basis, jaw, root, out)
+    turns = rotation_derivative(state.jaw)
+    changes = np.empty((0, 0, 3)) if model.correctives is None else np.stack([model.correctives @ d.ravel() for d in turns])
+    _pose_rows(corners, weights, direction, model.jaw_weights, state.rotation, posed.jaw, posed.vertices, posed.unposed,
+               posed.joints[0] + state.translation, posed.joints[1], turns, changes, out)
     return out

