@@ -11,6 +11,7 @@ import ast, dataclasses, hashlib, json, os, shutil, signal, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from .assets import package_file, sha256
 from .config import Config, find_root, fingerprint, load_profile, set_up, to_dict
 
 # %% ../nbs/05_stage.ipynb #4e91475d
@@ -134,7 +135,8 @@ class RunDir(type(Path())):
     def key(self, step:Step, config:Config, notebook:Path) -> str:
         "Hash what decides the step's results: parameters, code, head file and the digests of the steps it reads from."
         values = to_dict(config)
-        head = hashlib.sha256(Path(config.head).read_bytes()).hexdigest() if "head" in step.config and config.head != "open" and Path(config.head).is_file() else ""
+        file = package_file("head/open_head.npz") if config.head == "open" else Path(config.head)
+        head = sha256(file) if "head" in step.config and file.is_file() else ""
         needs = {n: (self.done(n) or {}).get("digest") for n in step.needs}
         return fingerprint([step.name, step.method, head, {k: values[k] for k in step.config}, code_hash(notebook), needs])
 

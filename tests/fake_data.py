@@ -39,7 +39,7 @@ def fake_sources(head, count=12, size=92, seed=0):
 
 def small_config(**changes):
     "The smoke profile with batches of 8 and a few iterations."
-    return load_profile("smoke", {"threads": 1, "device": "cpu", "train.batch": 8, "train.steps": 6, "train.teaser_steps": 2, "train.checkpoint_every": 3, "train.precision": "32",
+    return load_profile("smoke", {"network.image_size": 32, "threads": 1, "device": "cpu", "train.batch": 8, "train.steps": 6, "train.teaser_steps": 2, "train.checkpoint_every": 3, "train.precision": "32",
                                   "pretrain.batch": 8, "pretrain.steps": 4, "pretrain.validate_every": 2, **changes})
 
 

@@ -323,6 +323,23 @@ def test_300_damaged_files(tmp_path, seed):
     print(counts); assert counts["refused"] >= 220, counts
 
 
+def test_every_array_of_our_file_is_checked(tmp_path):
+    own, path = own_npz() | {"uv": np.zeros((18, 2), np.float32), "paint_attributes": np.zeros((18, 5), np.float32), "mediapipe105_indices": np.arange(105), "points203_front": np.arange(9)}, tmp_path / "own.npz"
+    path.write_bytes(packed(own))
+    read_head(path)
+    harmless = {("name", "text"), ("version", "text")} | {(k, kind) for k in ("name", "version", "shape_components", "expression_components") for kind in ("axis", "text", "complex", "words")}
+    for key, a in own.items():
+        spoiled = {"axis": a[..., None], "text": np.array("hello"), "complex": a.astype(np.complex64) if a.dtype.kind != "U" else np.zeros(3), "words": np.full(a.shape, "x")}
+        if a.ndim and not key.startswith(("mask", "points203_front")): spoiled["cut"] = a[:-1]
+        if a.dtype.kind == "f": spoiled["nan"] = np.where(np.arange(a.size).reshape(a.shape) == 0, np.nan, a).astype(a.dtype)
+        for kind, bad in spoiled.items():
+            path.write_bytes(packed(own | {key: bad}, False))
+            if refused(path, lambda: read_head(path)) is None: assert (key, kind) in harmless, (key, kind)
+    for key, value in (("template", "hello"), ("template", {}), ("template", TOY["v_template"])):       # our names in a pickle
+        path.write_bytes(pickle.dumps({key: value, "name": 1}))
+        assert refused(path, lambda: read_head(path))
+
+
 def test_damaged_side_files(tmp_path):
     folder, rng = real_data(), np.random.default_rng(5)
     head = read_head(folder / "generic_model.pkl")

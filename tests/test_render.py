@@ -44,7 +44,7 @@ def edge_distance(corners, points):
 
 
 def brute_force(vertices, faces, height, width):
-    """Nearest triangle by solving for the weights of every triangle at every pixel; also what cannot be decided."""
+    """Nearest triangle from the three sub-triangles of every triangle at every pixel; also what cannot be decided."""
     screen = to_pixels(np.asarray(vertices, np.float64), height, width)
     y, x = np.mgrid[:height, :width].astype(np.float64)
     centres = np.stack([x, y], -1)
@@ -52,10 +52,11 @@ def brute_force(vertices, faces, height, width):
     for t, face in enumerate(faces):
         corners = screen[face]
         near |= edge_distance(np.broadcast_to(corners[:, :2], (height, width, 3, 2)), centres) < 0.01
-        matrix = np.stack([corners[0, :2] - corners[2, :2], corners[1, :2] - corners[2, :2]], 1)
-        if abs(np.linalg.det(matrix)) <= 1e-12: continue
-        w = (centres - corners[2, :2]) @ np.linalg.inv(matrix).T
-        w = np.concatenate([w, 1 - w.sum(-1, keepdims=True)], -1)
+        a, b, c = (corners[n, :2] - centres.astype(np.longdouble) for n in range(3))
+        parts = np.stack([p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0] for p, q in ((b, c), (c, a), (a, b))], -1)
+        area = (corners[1, 0] - corners[0, 0]) * (corners[2, 1] - corners[0, 1]) - (corners[1, 1] - corners[0, 1]) * (corners[2, 0] - corners[0, 0])
+        if abs(area) <= 1e-12: continue
+        w = parts / area
         depths[t] = np.where((w >= 0).all(-1), w @ corners[:, 2], np.inf)
     order = np.sort(depths, 0)
     scale = np.maximum(1, np.abs(np.where(np.isfinite(order[0]), order[0], 0)))
@@ -273,7 +274,8 @@ def agreement_with_open3d(head, count, seed, size=224):
         for index in (ours, theirs):
             near |= (index >= 0) & (edge_distance(screen[faces[np.maximum(index, 0)]], pixels) < 0.01)
         same = ours == theirs
-        equal, decided = equal + int((same & ~near).sum()), decided + int((~near).sum())
+        sure = ~near & ((ours >= 0) | (theirs >= 0))
+        equal, decided = equal + int((same & sure).sum()), decided + int(sure.sum())
         both = same & ~near & (ours >= 0)
         worst = max(worst, float(np.abs(found.depth[n].numpy()[both] - depth[both]).max()))
     return equal / decided, worst
@@ -464,6 +466,21 @@ def test_single_precision_gradient():
     assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
 
 
+def test_slivers_do_not_blow_up_gradients():
+    """A pixel inside a triangle that is a hundred-thousandth of a pixel wide sends no gradient to positions."""
+    vertices = torch.tensor([[[-0.9, 0.0625, 0], [0.9, 0.0625 + 1e-7, 0.02], [0.0, 0.0625 - 1e-7, 0.01]]])
+    values = torch.tensor([[[0.0], [1.0], [5.0]]])
+    for dtype in (torch.float32, torch.float64):
+        v, a = (t.to(dtype).clone().requires_grad_() for t in (vertices, values))
+        seen = rasterize(v, torch.tensor([[0, 1, 2]]), 16)
+        assert (seen.face_index == 0).any()
+        interpolate(seen, a, torch.tensor([[0, 1, 2]]), v).sum().backward()
+        assert v.grad.abs().max() == 0 and a.grad.abs().max() > 0
+        w = (v.detach() * 0.1).requires_grad_()
+        geometry_image(w, torch.tensor([[0, 1, 2]]), torch.tensor([[10.0, 0, 0]]), 16)[0].sum().backward()
+        assert w.grad.isfinite().all()
+
+
 def test_gradients_against_numerical_ones():
     vertices, faces = grid(4, 4, 1, 0.1)
     vertices = (vertices * torch.tensor([0.09, 0.09, 0.05]))[None].double().requires_grad_()
@@ -620,9 +637,8 @@ def test_textured_options():
 # ---------------------------------------------------------------- speed
 @pytest.mark.slow
 def test_speed_against_a_plain_peer():
-    """Two cores, 224 x 224, batch 8: medians in the same process, turn by turn."""
-    report, peer, B = {}, plain_peer(), 8
-    torch.set_num_threads(2)
+    """224 x 224, batch 8, turn by turn in the same process: wall time on two threads, and processor time on one."""
+    report, peer, B, before = {}, plain_peer(), 8, torch.get_num_threads()
     for name, load in HEADS.items():
         head = load()
         vertices, camera = turned_heads(head, B, 20)
@@ -638,17 +654,23 @@ def test_speed_against_a_plain_peer():
         def textured():
             for v in vertices: render_textured(v, head.faces, uv, texture, camera[0], light, sky)
 
-        calls = {"peer": lambda: peer(points.numpy(), head.faces.numpy(), *buffers), "visibility": lambda: rasterize(points, head.faces, 224),
+        calls = {"plain_peer": lambda: peer(points.numpy(), head.faces.numpy(), *buffers), "visibility": lambda: rasterize(points, head.faces, 224),
                  "image": lambda: geometry_image(vertices, head.faces, camera, 224), "image_and_backward": lambda: learn(head.faces),
                  "face_and_backward": lambda: learn(head.mask_faces("face")), "textured_256": textured}
-        times = {n: [] for n in calls}
-        for _ in range(12):
-            for n, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times[n].append((time.perf_counter() - start) / B * 1e3)
-        report[name] = {"triangles": len(head.faces), **{n: round(float(np.median(t[1:])), 3) for n, t in times.items()}}
+        report[name] = {"triangles": len(head.faces)}
+        for label, threads, clock in (("processor_ms_one_thread", 1, time.process_time), ("wall_ms_two_threads", 2, time.perf_counter)):
+            torch.set_num_threads(threads)
+            times = {n: [] for n in calls}
+            for _ in range(12):
+                for n, call in calls.items():
+                    start = clock()
+                    call()
+                    times[n].append((clock() - start) / B * 1e3)
+            report[name][label] = {n: round(float(np.median(t[1:])), 3) for n, t in times.items()}
+    torch.set_num_threads(before)
     EVIDENCE.mkdir(exist_ok=True)
-    (EVIDENCE / "render_speed.json").write_text(json.dumps({"unit": "ms an image", "batch": B, "side": 224, "threads": 2, **report}, indent=1) + "\n")
+    about = {"unit": "milliseconds an image, medians of 11", "batch": B, "side": 224, "cores": os.cpu_count(), "load_of_the_machine": round(os.getloadavg()[0], 1)}
+    (EVIDENCE / "render_speed.json").write_text(json.dumps({**about, **report}, indent=1) + "\n")
     for row in report.values():
-        assert row["visibility"] < row["peer"]
+        times = row["processor_ms_one_thread"]
+        assert times["visibility"] < 0.7 * times["plain_peer"] and times["image_and_backward"] < 8 and times["textured_256"] < 12

@@ -254,7 +254,7 @@ def _look_again(self, image, faces):
     "Try further windows; return what passes the check, or what the first look gave if nothing better appears."
     checked = [f if f.score >= self.accept else check(self.mesh, image, f) for f in faces]
     found = [f for f in checked if f is not None and f.score >= .3]
-    if self.max_faces == 1 and found and max(f.score for f in found) >= self.accept: return _merge(found)
+    if self.max_faces == 1 and found and (self.effort == 1 or max(f.score for f in found) >= self.accept): return _merge(found)
     for group in windows(*image.shape[:2])[:2 if self.effort == 1 else None]:
         for window in group:
             for candidate in [window.back(f) for f in self.mesh(window.cut(image))]:

@@ -140,6 +140,7 @@ def subdivide(
     parts = [np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
     return np.concatenate([vertices, vertices[unique].mean(1)]), np.concatenate(parts)
 
+# %% ../../nbs/35_data.imaging.ipynb #421ff093
 @dataclass
 class RawScan:
     "What a scanner writes to disk."

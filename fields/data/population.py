@@ -20,15 +20,15 @@ from ..head.appearance import Appearance, sample_appearance
 class WorldConstants:
     "How emotion shows, and what hides it; calibrated on the oracle and frozen."
     version:str = "1"
-    amplitude:float = 0.85        # facial action at full intensity
+    amplitude:float = 1.0        # facial action at full intensity
     style:float = 0.25            # spread of a person's gain on each action, in log units
     bias:float = 0.05             # spread of a person's neutral face, in action units
-    speech:float = 0.35           # share of moments with a speech mouth shape
-    stray:float = 0.05            # share of actions that are active for no reason
-    overlap:float = 0.35          # largest share of a second emotion in the mixture
-    class_noise:float = 0.08      # share of labels that name another class
-    affect_noise:float = 0.12     # spread of the labelled valence and arousal
-    intensity_low:float = 0.20    # intensities are uniform from here to 1
+    speech:float = 0.30           # share of moments with a speech mouth shape
+    stray:float = 0.04            # share of actions that are active for no reason
+    overlap:float = 0.38          # largest share of a second emotion in the mixture
+    class_noise:float = 0.10      # share of labels that name another class
+    affect_noise:float = 0.08     # spread of the labelled valence and arousal
+    intensity_low:float = 0.25    # intensities are uniform from here to 1
 
 CONSTANTS = WorldConstants()
 
@@ -42,8 +42,8 @@ PROTOTYPES = {
     "disgust": {"au9_nose_wrinkle": .9, "au10_upper_lip_raise": .7, "sneer": .3, "au7_lid_tighten": .4, "au15_corner_depress": .3, "au17_chin_raise": .3},
     "anger": {"au4_brow_lower": 1.0, "brow_knit": .6, "au5_upper_lid_raise": .35, "au7_lid_tighten": .6, "au23_corner_tighten": .6, "au24_press": .6},
 }
-VALENCE = {"au12_smile": .25, "au6_cheek_raise": .15, "au15_corner_depress": -.25, "au4_brow_lower": -.15}
-AROUSAL = {"au5_upper_lid_raise": .25, "au2_outer_brow_raise": .15, "au25_lower_part": .15, "lid": -.10, "jaw": .03}
+VALENCE = {"au12_smile": .35, "au6_cheek_raise": .2, "au15_corner_depress": -.35, "au4_brow_lower": -.2}
+AROUSAL = {"au5_upper_lid_raise": .4, "au2_outer_brow_raise": .25, "au25_lower_part": .25, "lid": -.15, "jaw": .05}
 CENTRES = {"neutral": (.02, .0), "happy": (.75, .25), "sad": (-.65, -.40), "surprise": (.25, .80),
            "fear": (-.50, .75), "disgust": (-.70, .35), "anger": (-.60, .65)}
 SPEECH = ({"lips_o": .9, "au18_pucker": .3, "jaw": .07}, {"lips_e": .9, "au25_lower_part": .3, "jaw": .04},

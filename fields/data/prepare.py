@@ -67,7 +67,7 @@ def do_shard(
 ) -> tuple[int, int, int]:        # shard number, samples, faces found
     "Detect and crop the samples of a shard and write its rows."
     size, n, config = shard.config.cache_size, len(shard.samples), shard.config
-    detector = cached_detector(1, config.minimum_confidence, .5, shard.task, 1, os.getpid())
+    detector = cached_detector(1, config.minimum_confidence, .7, shard.task, 1, os.getpid())
     crops = np.zeros((n, size, size, 4), np.uint8)
     points, boxes = np.full((n, 478, 2), np.nan, np.float32), np.full((n, 3), np.nan)
     scores, notes = np.full(n, np.nan, np.float32), [""]*n

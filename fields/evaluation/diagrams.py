@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'Block', 'Diagram', 'Pieces', 'read_pieces', 'figure1', 'figure3', 'figure8', 'figure9']
 
-# %% ../../nbs/77_evaluation.diagrams.ipynb #88370d26
+# %% ../../nbs/77_evaluation.diagrams.ipynb #066976d5
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -85,16 +86,18 @@ def read_pieces(
     found = read_predictions(run, [m for m in panel_methods(run, "affectnet_val") if m != "oracle"], "affectnet_val", head)
     if found:
         method, labels = list(found)[-1], read_labels(run)[0]
-        name = strong_examples(labels.take(common_ids(found, labels.ids)))[-1 if len(labels.ids) < 7 else 1]
+        ids = common_ids(found, labels.ids)
+        stored = Path(run)/"predictions"/f"{method}_pictures.npz"
+        with np.load(stored, allow_pickle=False) if stored.is_file() else nullcontext({"ids": []}) as z:
+            kept = [k for k, i in enumerate(z["ids"]) if str(i) in set(ids)]
+            name = str(z["ids"][kept[0]]) if kept else strong_examples(labels.take(ids))[:2][-1]
+            pieces.synthesis = z["synthesis"][kept[0]] if kept else None
         full = read_pictures(run, "affectnet", [name])[0]
         seen = read_pictures(run, "affectnet", [name], part)[0]
         pieces.source, pieces.image = full[..., :3], seen[..., :3]
         pieces.background = np.where(seen[..., 3:] > 127, 0, seen[..., :3])
         pieces.geometry = draw_heads(head, select(found[method], [name]).params)[0]
         pieces.landmarks = _with_points(run, name, full)
-        stored = Path(run)/"predictions"/f"{method}_pictures.npz"
-        if stored.is_file():
-            with np.load(stored, allow_pickle=False) as z: pieces.synthesis = z["synthesis"][0]
     if (Path(run)/"scans"/"labels.npz").is_file():
         fits, _ = read_fits(run, head)
         test = fits.take([i for i, s in zip(fits.ids, fits.splits) if s == "test"] or fits.ids[:1])
@@ -119,55 +122,52 @@ def figure1(
     pieces:Pieces,                # the run's pictures
 ):                                # matplotlib figure
     "Draw the baseline beside FIELDS."
-    d = Diagram(7.4, 4.3)
-    for y, title in ((3.35, "baseline: 2D consistency and an external emotion network"), (.35, "FIELDS: direct 3D supervision and an emotion head")):
-        ours = y < 1
+    d = Diagram(7.4, 5.3)
+    for y, title in ((4.6, "baseline: 2D consistency and an external emotion network"), (1.2, "FIELDS: direct 3D supervision and an emotion head")):
         d.ax.text(.1, y + 2.0, title, fontsize=9, weight="bold")
         a = d.image(.1, y + .35, 1.3, pieces.image, "picture I")
         e = d.block(1.9, y + .6, 1.3, .8, "encoders", "train")
         g = d.image(3.7, y + .35, 1.3, pieces.geometry, "3D face")
         s = d.block(5.5, y + .6, 1.4, .8, "synthesizer", "train")
-        o = d.image(7.3, y + .35, 1.3, pieces.synthesis, "Î", "not stored")
+        o = d.image(7.3, y + .35, 1.3, pieces.synthesis, "synthesis")
         for first, second in ((a, e), (e, g), (g, s), (s, o)): d.arrow(first, second)
-        loss = d.block(8.75, y + .55, 1.2, .9, "2D losses\nI against Î", "loss", 7)
-        d.arrow(o, loss)
-        if ours:
-            scan = d.image(1.95, y - .32, .8, pieces.scan)
-            three = d.block(2.85, y - .25, 1.25, .6, "L_3D-GT: fits\nto BP4D scans", "ours", 7)
-            d.arrow(three, e, "tb", color="#7D3C98")
-            four = d.block(5.1, y - .3, 2.3, .62, "emotion head: class, V, A\nL_emo on AffectNet labels", "ours", 7)
-            d.ax.annotate("", four.side("l"), (4.35, y + .12), arrowprops=dict(arrowstyle="-|>", color="#7D3C98", lw=1.2))
-        else:
-            four = d.block(5.1, y - .3, 2.9, .62, "frozen emotion network:\nfeatures of I against those of the rendering", "frozen", 7)
-            d.arrow(four, o, "tb")
+        d.arrow(o, d.block(8.75, y + .55, 1.2, .9, "2D losses", "loss", 7.5))
+        if y > 4:
+            d.arrow(d.block(5.6, y - .75, 3.9, .62, "frozen emotion network: features of I against\nthose of the rendering", "frozen", 7.5), o, "tb")
+            continue
+        scan = d.image(.25, y - 1.05, 1.1, pieces.scan)
+        three = d.block(1.8, y - .85, 1.5, .7, "L_3D-GT: fits to\nBP4D scans", "ours", 7.5)
+        d.arrow(scan, three, color="#7D3C98"); d.arrow(three, e, "tb", color="#7D3C98")
+        d.arrow(Block(2.4, y + .55, 1.6, .1), d.block(5.1, y - .85, 2.9, .7, "emotion head: class, valence, arousal\nL_emo on AffectNet labels", "ours", 7.5), "bl", color="#7D3C98")
     return d.fig
 
 def figure3(
     pieces:Pieces,                # the run's pictures
 ):                                # matplotlib figure
     "Draw the pipeline: encoders, head, synthesizer, and where each loss acts."
-    d = Diagram(7.4, 4.6)
-    a = d.image(.1, 2.3, 1.4, pieces.image, "picture I")
-    names = (("shape encoder", "train"), ("expression encoder", "train"), ("pose encoder (frozen)", "frozen"), ("token encoder", "train"))
-    encoders = [d.block(2.0, 4.9 - 1.15*k, 1.7, .8, n, kind) for k, (n, kind) in enumerate(names)]
+    d = Diagram(7.4, 4.5)
+    a = d.image(.1, 2.9, 1.4, pieces.image, "picture I")
+    names = (("token encoder", "train", 5.1), ("pose encoder (frozen)", "frozen", 4.0), ("shape encoder", "train", 2.9), ("expression encoder", "train", 1.8))
+    encoders = [d.block(1.95, y, 1.8, .75, n, kind) for n, kind, y in names]
     for e in encoders: d.arrow(a, e)
-    head = d.block(4.2, 3.75, 1.1, .8, "head\n(FLAME)", "frozen")
-    for e, text in zip(encoders[:3], ("β", "Ψ", "Θ")): d.arrow(e, head, text=text)
-    g = d.image(5.7, 3.45, 1.4, pieces.geometry, "I_v")
-    b = d.image(5.7, 1.6, 1.4, pieces.background, "I_b")
+    tokens, pose, shape, expression = encoders
+    head = d.block(4.45, 2.9, 1.05, .75, "head\n(FLAME)", "frozen")
+    for e, text in ((pose, "Θ"), (shape, "β"), (expression, "Ψ")): d.arrow(e, head, text=text)
+    b, g = d.image(5.9, 4.1, 1.25, pieces.background, "I_b"), d.image(5.9, 2.4, 1.25, pieces.geometry, "I_v")
     d.arrow(head, g)
-    s = d.block(7.55, 2.6, 1.05, .9, "synthe-\nsizer", "train")
-    d.arrow(g, s); d.arrow(b, s); d.arrow(encoders[3], s, "rb", "tokens T")
-    o = d.image(8.75, 2.45, 1.2, pieces.synthesis, "Î", "not\nstored")
+    s = d.block(7.55, 3.3, 1.0, .9, "synthe-\nsizer", "train")
+    d.arrow(g, s); d.arrow(b, s)
+    d.ax.annotate("", s.side("t"), tokens.side("r"), arrowprops=dict(arrowstyle="-|>", color=".25", lw=1.2, connectionstyle="angle,angleA=0,angleB=90", shrinkA=1, shrinkB=1))
+    d.ax.text(4.9, tokens.side("r")[1] + .06, "tokens T", ha="center", va="bottom", fontsize=7.5)
+    o = d.image(8.75, 3.15, 1.2, pieces.synthesis, "synthesis", "not\nstored")
     d.arrow(s, o)
-    two = d.block(8.6, .9, 1.35, .8, "2D consistency\nI against Î", "loss", 7)
-    d.arrow(o, two, "bt")
-    scan = d.image(.15, .25, 1.1, pieces.fitted, "fit to a BP4D scan")
-    three = d.block(1.75, .35, 1.5, .7, "L_3D-GT", "ours")
-    d.arrow(scan, three); d.ax.annotate("", (2.2, 3.75), (2.2, 1.05), arrowprops=dict(arrowstyle="-|>", color="#7D3C98", lw=1.2, ls="--"), zorder=1)
-    emotion = d.block(4.0, 5.3, 2.0, .75, "emotion head: class, V, A", "ours", 7.5)
-    d.arrow(encoders[0], emotion, "rl", color="#7D3C98"); d.arrow(encoders[1], emotion, "rl", color="#7D3C98")
-    d.arrow(emotion, d.block(6.6, 5.3, 2.0, .75, "L_emo: AffectNet labels", "loss", 7.5))
+    d.arrow(o, d.block(8.55, 1.6, 1.4, .8, "2D consistency\nwith I", "loss", 7.5), "bt")
+    scan = d.image(.15, .35, 1.2, pieces.fitted, "fit to a BP4D scan")
+    three = d.block(2.1, .5, 1.5, .75, "L_3D-GT", "ours")
+    d.arrow(scan, three, color="#7D3C98"); d.arrow(three, expression, "tb", color="#7D3C98")
+    emotion = d.block(4.4, .5, 2.1, .75, "emotion head:\nclass, valence, arousal", "ours", 7.5)
+    for e in (shape, expression): d.arrow(e, emotion, "rl", color="#7D3C98")
+    d.arrow(emotion, d.block(7.0, .5, 2.1, .75, "L_emo: AffectNet labels", "loss", 7.5), color="#7D3C98")
     return d.fig
 
 # %% ../../nbs/77_evaluation.diagrams.ipynb #a5b61c10

@@ -15,7 +15,8 @@ import numpy as np, torch
 from torch import Tensor
 from ..config import Config, EvaluationConfig
 from ..types import EMOTIONS, Prediction
-from ..comparison import common_ids, compared, difference, number, read_predictions, resample, select, write_metrics
+from ..comparison import (all_methods, common_ids, compared, difference, number, read_predictions, resample, select,
+                               write_metrics)
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #cfc8b23a
 def confusion(
@@ -213,7 +214,6 @@ def _fit(x, classes, affect, roles, config, generator):
         if len(stay) < len(alive):
             alive, params, running = alive[stay], [p[stay] for p in params], [r[stay] for r in running]
             adam.keep(stay)
-            rows = None
     return best[:len(params)], best[len(params):], found
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #a949c530
@@ -285,12 +285,8 @@ def summary(
     "Return a record for each measure: mean and std over folds, interval over resamples."
     records = {}
     for name, values in scores.items():
-        mean = values.mean(0)
-        folds = values[:, 0]
-        record = number(mean[0], mean[1:], folds.std(ddof=1) if len(folds) > 1 else None, n)
-        group, _, key = name.rpartition("/")
-        if group: records.setdefault("per_class", {})[key] = record
-        else: records[name] = record
+        mean, group = values.mean(0), records.setdefault("per_class", {}) if "/" in name else records
+        group[name.rpartition("/")[2]] = number(mean[0], mean[1:], values[:, 0].std(ddof=1) if len(values) > 1 else None, n)
     return records
 
 def _weights(result, draws, seed):
@@ -373,7 +369,7 @@ def evaluate_emotion(
 ) -> dict:                        # what was written
     "Write `metrics/emotion.json`; raise `ValueError` if held-out images were used for training or no method has predictions."
     labels, splits = read_labels(run)
-    names = list(dict.fromkeys([*methods, "oracle"]))
+    names = all_methods(run, methods)
     metrics = {"protocols": {}, "absent": {}}
     for protocol in config.evaluation.protocols:
         which = {"heldout": "affectnet_val", "paper": "affectnet_train"}.get(protocol)
@@ -385,7 +381,7 @@ def evaluate_emotion(
             seen = [i for p in found.values() for i in p.ids if splits.get(i) == "train"]
             if seen: raise ValueError(f"{len(seen)} held-out images, the first {seen[0]}, are in the training split; make the predictions again")
         metrics["protocols"][protocol] = run_protocol(found, labels, config.evaluation, config.seed, progress)
-    if not metrics["protocols"]: raise ValueError(f"{Path(run)/'predictions'} holds no predictions of {', '.join(names)} on AffectNet; run the step `predict` first")
+    if not metrics["protocols"]: raise ValueError(f"{run}/predictions has nothing of {', '.join(names)} on AffectNet; run the step `predict` first")
     metrics["leakage"] = leakage(metrics["protocols"])
     return write_metrics(Path(run)/"metrics"/"emotion.json", metrics)
 

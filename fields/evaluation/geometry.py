@@ -11,7 +11,7 @@ __all__ = ['MILLIMETRES', 'THRESHOLDS', 'paper_tables', 'table6_checks', 'auc', 
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..comparison import (common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
+from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
                                select, write_metrics)
 from ..config import Config
 from ..types import HeadParams
@@ -255,7 +255,7 @@ def evaluate_geometry(
 ) -> dict:                        # what was written
     "Write `metrics/geometry.json`; raise `ValueError` for a wrong unit, or if no method has predictions on the BP4D test subjects."
     fits, _ = read_fits(run, head)
-    names = list(dict.fromkeys([*methods, "oracle"]))
+    names = all_methods(run, methods)
     found = read_predictions(run, names, "bp4d_test", head)
     if not found: raise ValueError(f"{Path(run)/'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first")
     ids = common_ids(found, fits.ids)

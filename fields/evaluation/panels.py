@@ -29,11 +29,12 @@ def draw_heads(
     params:HeadParams,            # N heads
     size:int=160,                 # side, pixels
     camera:torch.Tensor|None=None, # (N,3) instead of the predicted one
-    region:str="face",            # part of the head that is drawn
+    region:str="face",            # part of the head that is drawn, with its eyes
 ) -> np.ndarray:                  # (N,S,S,3) uint8 on white
     "Draw heads as the geometry image does, on white."
     params = params.to(head.template.dtype)
-    image, mask = geometry_image(head(params).vertices, head.mask_faces(region), params.camera if camera is None else camera, size, normalise=True)
+    faces = torch.cat([head.mask_faces(r) for r in (region, "left_eyeball", "right_eyeball") if r in head.masks])
+    image, mask = geometry_image(head(params).vertices, faces, params.camera if camera is None else camera, size, normalise=True)
     return to_uint8(image*mask + 1 - mask)
 
 def portrait_camera(
@@ -146,7 +147,7 @@ def panel_methods(
     which:str,                    # affectnet_val | bp4d_test
 ) -> list[str]:                   # methods to show, the oracle last
     "Choose the methods of a panel: the paper's where they were run, else the steps of the ablation; then other systems."
-    names = [p.name.removesuffix(f"_{which}.npz") for p in sorted((Path(run)/"predictions").glob(f"*_{which}.npz"))]
+    names = sorted({p.stem.removesuffix(f"_{which}") for f in ("predictions", "external") for p in (Path(run)/f).glob(f"*_{which}.*")})
     shown = [m for m in ("EMOCA", "SMIRK", "TEASER") if m in names] or [m for m in ("F0", "F1", "F2", "F3") if m in names]
     known = {"EMOCA", "SMIRK", "TEASER", "F0", "F1", "F2", "F3", "F4", "oracle"}
     other = [m for m in names if m not in known and m not in sweep(names).values()]

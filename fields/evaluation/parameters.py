@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..comparison import (common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
+from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
                                select, write_metrics)
 from ..config import Config
 from ..types import EMOTIONS, HeadParams
@@ -137,13 +137,13 @@ def describe(
 # %% ../../nbs/72_evaluation.parameters.ipynb #5068b1b3
 def class_ratios(
     run:Path,                     # run folder
-    methods:list[str],            # methods to measure
+    methods:list[str],            # methods to measure, the oracle among them
     head=None,                    # the run's head
     draws:int=1000,               # bootstrap resamples
     seed:int=0,                   # of the bootstrap
 ) -> dict:                        # method -> emotion -> record; empty where there is no oracle
     "Return the ratio of summed expression lengths to the oracle's for each emotion on held-out images."
-    found = read_predictions(run, [*methods, "oracle"], "affectnet_val", head)
+    found = read_predictions(run, methods, "affectnet_val", head)
     if "oracle" not in found: return {}
     labels, _ = read_labels(run)
     ids = common_ids(found, labels.ids)
@@ -168,7 +168,7 @@ def evaluate_parameters(
 ) -> dict:                        # what was written
     "Write `metrics/parameters.json`; raise `ValueError` if no method has predictions on the BP4D test subjects."
     fits, rejected = read_fits(run, head)
-    names = list(dict.fromkeys([*methods, "oracle"]))
+    names = all_methods(run, methods)
     found = read_predictions(run, names, "bp4d_test", head)
     if not found: raise ValueError(f"{Path(run)/'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first")
     ids = common_ids(found, fits.ids)
@@ -185,7 +185,7 @@ def evaluate_parameters(
     return write_metrics(Path(run)/"metrics"/"parameters.json", {
         "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
         "controls": {"constant": describe(constant_prediction(fits, len(ids)), here, real, size, weights)},
-        "differences": pairs, "class_ratios": class_ratios(run, methods, head, config.evaluation.bootstrap, config.seed),
+        "differences": pairs, "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
         "frames": len(ids), "subjects": len(set(here.subjects)), "rejected_fits": rejected,
         "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found],
         "identity_components": int(real.sum()), "expression_components": int((size >= .05).sum())})

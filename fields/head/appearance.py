@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKIN_TONES', 'HAIR_COLOURS', 'IRIS_COLOURS', 'BROW', 'Appearance', 'sample_appearance', 'texel_positions',
-           'eye_texels', 'Brush', 'noise', 'skin_brushes', 'PaintBox', 'paint_box', 'brow_mask', 'hair_mask',
-           'eye_colours', 'paint_skin', 'paint']
+           'eye_texels', 'Brush', 'noise', 'solid_noise', 'skin_brushes', 'PaintBox', 'paint_box', 'brow_mask',
+           'hair_mask', 'eye_colours', 'paint_skin', 'paint']
 
 # %% ../../nbs/18_head.appearance.ipynb #88370d26
 from dataclasses import dataclass
@@ -147,6 +147,17 @@ def noise(
     field = gaussian_filter(rng.normal(size=(size, size)), width, mode="wrap")
     return (field/field.std()).astype(np.float32)
 
+def solid_noise(
+    rng:np.random.Generator,      # random stream
+    points:np.ndarray,            # (...,3) mm
+    wavelength:float,             # mm
+    waves:int=40,                 # plane waves that add up
+) -> np.ndarray:                  # (...) mean 0, deviation about 1, float32
+    "Return noise in space, so that it is nowhere stretched by the texture."
+    k = rng.normal(size=(waves, 3))
+    k *= 2*np.pi/(wavelength*rng.uniform(.6, 1.6, (waves, 1))*np.linalg.norm(k, axis=1, keepdims=True))
+    return sum(np.cos(points @ wave.astype(np.float32) + np.float32(rng.uniform(0, 2*np.pi))) for wave in k)*np.float32(np.sqrt(2/waves))
+
 def skin_brushes(
     p:np.ndarray,                 # (S,S,3) millimetres
     attributes:np.ndarray,        # (S,S,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
@@ -166,7 +177,7 @@ def skin_brushes(
         "fold": np.exp(-((x - 27 + .28*(y + 26))/2.2)**2 - ((y + 27)/12)**2)*(z > 25), "ear_hole": spot(76, -2, 9, 7)*0 + np.exp(-(((y + 3)/8)**2 + ((p[..., 2] + 31)/5)**2))*(ear > .9),
         "lashes": smooth_step(lid, .72, .98)*np.where(upper, 1., .35), "lash_shade": smooth_step(lid, .35, .9)*upper, "caruncle": np.exp(-((x - 17.2)/2.2)**2 - ((y - 22.5)/1.8)**2)*(lid > .8),
         "mouth": smooth_step(inside, .25, .7), "throat": smooth_step(inside, .75, 1.),
-        "teeth": smooth_step(teeth, .35, .6)*(1 - .35*smooth_step(x, 12, 22))*(1 - .25*(np.abs((x + 4.4) % 8.6 - 4.3) < .5)), "gums": smooth_step(inside, .25, .6)*(teeth > .02)}
+        "teeth": smooth_step(teeth, .35, .6)*smooth_step(-inside, -.84, -.76)*smooth_step(-x, -19, -14)*(1 - .25*(np.abs((x + 4.4) % 8.6 - 4.3) < .5)), "gums": smooth_step(inside, .25, .6)*(teeth > .02)*(inside < .8)}
     return {name: Brush.of(mask) for name, mask in masks.items()}
 
 # %% ../../nbs/18_head.appearance.ipynb #5a5fe16c
@@ -175,8 +186,8 @@ class PaintBox:
     "What `paint` needs for one size of texture."
     brushes:dict[str, Brush]
     fine:np.ndarray               # (S,S) noise of one texel
-    middle:np.ndarray             # (S,S) noise over some millimetres
-    broad:np.ndarray              # (S,S) noise over centimetres
+    strand:np.ndarray             # (S,S) noise of a few texels, of hair
+    mottle:np.ndarray             # (6,S*S) noise in space, over millimetres to centimetres
     speckle:np.ndarray            # (S,S) freckles, 0 to 1
     brow:np.ndarray               # (K,) texels where a brow can be
     brow_at:np.ndarray            # (K,2) their |x| and y, mm
@@ -202,8 +213,9 @@ def paint_box(
     hair = np.flatnonzero(((y > 25) | (z < -8)) & (y > -66) & away.reshape(size, size))
     at = np.stack([x, y, z], -1).reshape(-1, 3)
     speckle = smooth_step(noise(rng, size, max(.6, 1.1*scale)), 1.5, 2.2).astype(np.float32)
-    fine, middle, broad = (noise(rng, size, w) for w in (.8, max(1, 4*scale), max(2, 22*scale)))
-    return PaintBox(skin_brushes(p, attributes), fine, middle, broad, speckle, brow, at[brow, :2], hair, at[hair], attributes[..., 4].ravel()[hair], eye, angle, turn)
+    fine, strand = noise(rng, size, .8), noise(rng, size, max(1, 4*scale))
+    mottle = np.stack([solid_noise(rng, p.reshape(-1, 3), w) for w in (7, 9, 12, 25, 35, 50)])
+    return PaintBox(skin_brushes(p, attributes), fine, strand, mottle, speckle, brow, at[brow, :2], hair, at[hair], attributes[..., 4].ravel()[hair], eye, angle, turn)
 
 # %% ../../nbs/18_head.appearance.ipynb #501c10e0
 BROW = np.array([(9.5, 43.5), (16, 45.8), (24, 47.6), (32, 48.8), (40, 48.8), (47, 46.6), (52.5, 43.3), (56.5, 39.8)])
@@ -294,14 +306,15 @@ def paint(
     "Paint a person's texture."
     a, box = appearance, paint_box(size)
     rng = np.random.default_rng(a.seed)
-    fine, middle, broad, speckle = (np.roll(field, rng.integers(0, size, 2), (0, 1)).ravel() for field in (box.fine, box.middle, box.broad, box.speckle))
-    mottle, canvas = np.float32(a.mottling)*(middle + np.float32(.6)*broad), np.empty((size*size, 3), np.float32)
+    fine, strand, speckle = (np.roll(field, rng.integers(0, size, 2), (0, 1)).ravel() for field in (box.fine, box.strand, box.speckle))
+    mix = rng.normal(size=6).astype(np.float32)
+    mottle, canvas = (np.float32(.8*a.mottling)*mix/np.linalg.norm(mix)) @ box.mottle, np.empty((size*size, 3), np.float32)
     for channel, share in enumerate((.5, 1, 1)): canvas[:, channel] = a.skin[channel]*(1 + np.float32(share)*mottle + np.float32(.012)*fine)
     paint_skin(a, box, canvas, fine, speckle)
-    Brush(box.brow, brow_mask(a, box.brow_at, middle[box.brow]).astype(np.float32)[:, None]).paint(canvas, a.brow_colour, a.brow_density)
+    Brush(box.brow, brow_mask(a, box.brow_at, strand[box.brow]).astype(np.float32)[:, None]).paint(canvas, a.brow_colour, a.brow_density)
     if a.hair > 0:
-        strands = (1 + .14*fine[box.hair] + .1*middle[box.hair])[:, None]
-        cover = hair_mask(a, box.hair_at, middle[box.hair])*(1 - box.ear*(box.hair_at[:, 2] > -52))
+        strands = (1 + .14*fine[box.hair] + .1*strand[box.hair])[:, None]
+        cover = hair_mask(a, box.hair_at, strand[box.hair])*(1 - smooth_step(box.ear, .1, .5))
         Brush(box.hair, cover.astype(np.float32)[:, None]).paint(canvas, np.array(a.hair_colour, np.float32)*strands)
     canvas[box.eye] = eye_colours(a, box.angle, box.turn)
     return np.clip(canvas, 0, 1, out=canvas).reshape(size, size, 3)

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['YAWS', 'MIRROR68', 'INNER_UPPER', 'INNER_LOWER', 'GROUPS203', 'KINDS105', 'KINDS68', 'outer_faces',
-           'nearest_on_faces', 'place', 'points_of', 'contour_rows', 'bp4d_points', 'ibug_points', 'embeddings']
+           'nearest_on_faces', 'place', 'points_of', 'contour_rows', 'bp4d_points', 'View', 'fit_view',
+           'calibration_step', 'calibrated_points', 'ibug_points', 'embeddings']
 
-# %% ../../nbs/16_head.embeddings.ipynb #bcab709e
+# %% ../../nbs/16_head.embeddings.ipynb #88370d26
+from dataclasses import dataclass
 import numpy as np
 from .measures import MEDIAPIPE, mean_points
 from .template import MIRROR
@@ -112,6 +114,58 @@ def bp4d_points(
     contour = np.stack([np.interp(np.linspace(0, 16, 15), np.arange(17), p[:17, k]) for k in range(3)], 1)
     return np.concatenate([brow(p[17:22]), brow(p[22:27]), eye(p[36:42]), eye(p[42:48]), nose, (nose*MIRROR)[::-1], p[48:68], contour])
 
+# %% ../../nbs/16_head.embeddings.ipynb #69bd4ef9
+@dataclass
+class View:
+    "A fitted picture: weak perspective, x right and y up."
+    rotation:np.ndarray           # (3,3) of the head
+    scale:float                   # picture units a millimetre
+    residual:np.ndarray           # (L,2) detected minus projected, millimetres
+
+def fit_view(
+    points:np.ndarray,            # (L,3) on the head, mm
+    seen:np.ndarray,              # (L,2) in the picture, any unit, y up
+) -> View:                        # best pose and camera
+    "Fit rotation, scale and shift by least squares."
+    from scipy.optimize import least_squares
+    from scipy.spatial.transform import Rotation
+    middle, target = points.mean(0), seen.mean(0)
+    u, s, vt = np.linalg.svd(np.linalg.lstsq(points - middle, seen - target, rcond=None)[0].T, full_matrices=False)
+    start, scale = u @ vt, s.mean()
+    start = Rotation.from_matrix(np.vstack([start, np.cross(*start)])).as_rotvec()
+    def error(q): return (q[3]*Rotation.from_rotvec(q[:3]).apply(points - middle)[:, :2] + q[4:] - seen + target).ravel()/scale
+    q = least_squares(error, np.r_[start, scale, 0, 0], max_nfev=20).x
+    return View(Rotation.from_rotvec(q[:3]).as_matrix(), float(q[3]), -error(q).reshape(-1, 2)*scale/q[3])
+
+def calibration_step(
+    points:np.ndarray,            # (L,3) on the template, mm
+    views:list,                   # `View` of each picture
+    largest:float=8.,             # residuals are cut here, mm
+) -> np.ndarray:                  # (L,3) mm, symmetric
+    "Return how far points should move on the template to explain what a detector saw."
+    mirror = np.linalg.norm(points[:, None]*MIRROR - points, axis=2).argmin(1)
+    normal = sum(v.rotation[:2].T @ v.rotation[:2] for v in views)
+    right = sum(np.clip(v.residual, -largest, largest) @ v.rotation[:2] for v in views)
+    step = np.linalg.solve(normal + np.eye(3)*np.trace(normal)/60, right.T).T
+    return .5*(step + step[mirror]*MIRROR)
+
+# %% ../../nbs/16_head.embeddings.ipynb #5791597d
+_CALIBRATED = """
+510 417 397 390 470 479 459 445 439 145 412 539 480 502 403 290 459 517 294 519 516 538 494 331 400 526 458 166 520 553 -510 417 397 -390 470 479 -459
+445 439 -145 412 539 -480 502 403 -290 459 517 -294 519 516 -538 494 331 -400 526 458 -166 520 553 435 226 381 451 252 359 174 222 422 383 212 413 330
+203 436 272 208 437 219 212 427 189 216 423 217 277 428 285 302 446 340 305 446 412 288 420 439 276 398 413 217 399 183 239 411 448 262 376 -435 226
+381 -451 252 359 -174 222 422 -383 212 413 -330 203 436 -272 208 437 -219 212 427 -189 216 423 -217 277 428 -285 302 446 -340 305 446 -412 288 420
+-439 276 398 -413 217 399 -183 239 411 -448 262 376 0 264 572 0 195 621 0 131 670 0 67 720 0 -2 773 0 -88 797 -209 -146 512 -172 -207 548 -74 -220 622
+0 -214 646 74 -220 622 172 -207 548 209 -146 512 0 -330 667 0 -409 646 0 -446 639 0 -542 627 -82 -320 652 -156 -345 618 -210 -382 578 -281 -442 508
+-254 -442 511 -176 -417 578 -147 -400 609 -97 -397 634 -102 -546 609 -102 -439 616 -171 -437 560 -211 -493 549 -198 -438 529 -247 -469 514 -142 -436
+586 -161 -523 588 -252 -414 535 -209 -434 536 82 -320 652 156 -345 618 210 -382 578 281 -442 508 254 -442 511 176 -417 578 147 -400 609 97 -397 634
+102 -546 609 102 -439 616 171 -437 560 211 -493 549 198 -438 529 247 -469 514 142 -436 586 161 -523 588 252 -414 535 209 -434 536
+"""
+
+def calibrated_points() -> np.ndarray: # (105,3) mm
+    "Return where MediaPipe's 105 points lie on the template, according to the detector."
+    return np.array(_CALIBRATED.split(), float).reshape(-1, 3)/10
+
 # %% ../../nbs/16_head.embeddings.ipynb #433de3c0
 MIRROR68 = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]
 INNER_UPPER = (13, 82, 81, 80, 191, 312, 311, 310, 415)  # MediaPipe's points on the lip line
@@ -131,15 +185,15 @@ def ibug_points() -> np.ndarray:  # (68,3) mm
 
 def embeddings(
     template,                     # `Template`
-    points105=None,               # (105,3) calibrated MediaPipe points, mm; None takes the measured ones
+    points105=None,               # (105,3) MediaPipe points, mm; None takes the calibrated ones
 ) -> dict[str, tuple]:            # name -> triangles and weights
     "Return every landmark set on the template."
-    p68, (_, p105, p203) = ibug_points(), mean_points()
+    p68, p203 = ibug_points(), mean_points()[2]
     out = {"full68": place(p68, template, KINDS68)}
     out["static51"] = tuple(a[17:] for a in out["full68"])
     face, weights = place(contour_rows(template, p68[:17]).reshape(-1, 3), template)
     out["dynamic"] = face.reshape(-1, 17), weights.reshape(-1, 17, 3)
-    out["mediapipe105"] = place(p105 if points105 is None else points105, template, KINDS105)
+    out["mediapipe105"] = place(calibrated_points() if points105 is None else points105, template, KINDS105)
     out["points203"] = place(p203, template, "e"*48 + "."*36 + "u"*13 + "l"*11 + "."*95)
     for k, side in ((197, 1), (198, 0)):                                    # the irises' middles
         pupil = template.balls[side, 0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'KNOWN', 'OFFICIAL', 'SIDE_FILES', 'Embedding', 'check_embedding', 'read_embeddings', 'HeadData', 'check_head',
-           'parse_official', 'parse_own', 'check_masks', 'add_side_files', 'read_head', 'toy_arrays']
+           'toy_arrays', 'parse_official', 'parse_own', 'check_masks', 'add_side_files', 'read_head']
 
 # %% ../../nbs/11_head.files.ipynb #8e609321
 import hashlib
@@ -32,7 +32,7 @@ def check_embedding(
     "Return an embedding with plain dtypes; raise `HeadFileError` unless it fits."
     f, b = embedding.face_index, embedding.barycentric
     if not isinstance(f, np.ndarray) or not isinstance(b, np.ndarray): raise HeadFileError(f"{what} lacks the triangles or the weights of its landmarks")
-    if f.size == np.prod(shape) and f.shape != shape: f, b = f.reshape(shape), b.reshape(shape + (3,)) if b.size == f.size * 3 else b
+    if f.shape == (1, *shape) and b.shape == (1, *shape, 3): f, b = f[0], b[0]
     if f.shape != shape or b.shape != shape + (3,): raise HeadFileError(f"{what} has landmarks of shape {f.shape} and {b.shape} where {shape} and {shape + (3,)} belong")
     if f.dtype.kind not in "iu" or b.dtype.kind != "f": raise HeadFileError(f"{what} has landmarks of the wrong number type ({f.dtype}, {b.dtype})")
     if f.min() < 0 or f.max() >= faces: raise HeadFileError(f"{what} names triangle {int(f.max())} of a head that has {faces}; it belongs to another head")
@@ -110,10 +110,25 @@ def check_head(
     _require(V != 5023 or len(head.faces) == 9976, what, f"{len(head.faces)} triangles on FLAME's 5023 vertices, where 9976 belong, and landmarks count on them")
     _require(len(head.parents) == 5 and head.parents[0] == -1 and all(0 <= p < j for j, p in enumerate(head.parents) if j), what, f"the joints' parents {head.parents} are no chain from the root")
     _require(not (np.ptp(head.template, 0) < 1e-3).any(), what, "the template has no extent")
-    for name, shape in (("eyelids", (2, V, 3)), ("uv", (V, 2))):
+    for name, shape in (("eyelids", (2, V, 3)), ("uv", (V, 2)), ("paint", (V, -1))):
         a = getattr(head, name)
+        if name == "paint" and isinstance(a, np.ndarray) and a.ndim == 2: shape = a.shape if len(a) == V else shape
         _require(a is None or (isinstance(a, np.ndarray) and a.shape == shape and a.dtype.kind == "f" and np.isfinite(a).all() and np.abs(a).max() < 10), what, f"{name} is damaged")
     return head
+
+# %% ../../nbs/11_head.files.ipynb #f859f929
+def toy_arrays(
+    generator,                    # numpy Generator
+    splits:int=2,                 # size of the sphere
+) -> dict:                        # arrays by the official names
+    "Return a random FLAME-format head made of a sphere, for tests and examples."
+    vertices, faces = sphere(splits, 0.1)
+    V, smooth = len(vertices), lambda k, size: np.einsum("vc,ck->vk", vertices, generator.normal(size=(3, 3 * k))).reshape(V, 3, k) * size
+    weights = generator.random((V, 5)) ** 8
+    regressor = generator.random((5, V)) ** 8
+    return {"v_template": vertices, "f": faces.astype(np.uint32), "shapedirs": smooth(400, 0.02), "posedirs": smooth(36, 0.02),
+            "J_regressor": regressor / regressor.sum(1, keepdims=True), "weights": weights / weights.sum(1, keepdims=True),
+            "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.uint32), "bs_style": "lbs", "bs_type": "lrotmin"}
 
 # %% ../../nbs/11_head.files.ipynb #e7efc21d
 KNOWN = {"efcd14cc": ("flame2020", "FLAME 2020"), "8fb1af0d": ("flame2023", "FLAME 2023"), "e75a0990": ("flame2023_open", "FLAME 2023 Open")}
@@ -216,20 +231,9 @@ def read_head(
     "Read a head and its side files; raise `HeadFileError` with one clear sentence where that cannot be done."
     data = read_bytes(path)
     sha256, arrays = hashlib.sha256(data).hexdigest(), parse_arrays(data, path)
-    if "template" in arrays: head = parse_own(arrays, sha256, path)
-    else: head = add_side_files(parse_official(arrays, sha256, path), side_files_dir or Path(path).parent)
-    return add_side_files(head, side_files_dir) if "template" in arrays and side_files_dir else head
-
-# %% ../../nbs/11_head.files.ipynb #f859f929
-def toy_arrays(
-    generator,                    # numpy Generator
-    splits:int=2,                 # size of the sphere
-) -> dict:                        # arrays by the official names
-    "Return a random FLAME-format head made of a sphere, for tests and examples."
-    vertices, faces = sphere(splits, 0.1)
-    V, smooth = len(vertices), lambda k, size: np.einsum("vc,ck->vk", vertices, generator.normal(size=(3, 3 * k))).reshape(V, 3, k) * size
-    weights = generator.random((V, 5)) ** 8
-    regressor = generator.random((5, V)) ** 8
-    return {"v_template": vertices, "f": faces.astype(np.uint32), "shapedirs": smooth(400, 0.02), "posedirs": smooth(36, 0.02),
-            "J_regressor": regressor / regressor.sum(1, keepdims=True), "weights": weights / weights.sum(1, keepdims=True),
-            "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.uint32), "bs_style": "lbs", "bs_type": "lrotmin"}
+    own = data[:2] == b"PK" and "template" in arrays
+    try: head = (parse_own if own else parse_official)(arrays, sha256, path)
+    except HeadFileError: raise
+    except Exception as error: raise HeadFileError(f"{path} is no FLAME head: its arrays do not fit together ({type(error).__name__}: {_brief(error)})") from None
+    folder = side_files_dir or (None if own else Path(path).parent)
+    return add_side_files(head, folder) if folder else head

@@ -8,7 +8,7 @@ __all__ = ['LIDS', 'JAW', 'SHAPE', 'EXPRESSION', 'REST', 'WANTED', 'HOW', 'Head'
 # %% ../../nbs/12_head.flame.ipynb #7c930bf1
 import numpy as np, torch
 from torch import nn, Tensor
-from ..assets import package_file
+from ..assets import ASSETS, package_file, require_asset
 from ..types import HeadParams, HeadOutput
 from .geometry import rodrigues, chain_transforms, apply_maps, pose_feature, barycentric_points
 from .files import HeadData, read_head
@@ -55,12 +55,13 @@ class Head(nn.Module):
 
     @classmethod
     def load(cls,
-        source="open",            # "open" for the packaged head, or the path of a FLAME pickle or .npz
+        source="open",            # "open" for the packaged head, the name of an asset (flame2020), or the path of a FLAME pickle or .npz
         side_files_dir=None,      # where landmarks, lids and masks of a licensed head lie; default: beside it
         dtype=torch.float32,
     ) -> "Head":
         "Load a head; raise `HeadFileError` with one clear sentence where that cannot be done."
         if str(source) == "open": source = package_file("head/open_head.npz")
+        elif str(source) in {a.name for a in ASSETS}: source = require_asset(str(source))
         return cls(read_head(source, side_files_dir), dtype)
 
     def extra_repr(self): return f"{self.name}, {self.version}, {len(self.template)} vertices, {len(self.faces)} triangles, sha256 {self.sha256[:12]}"

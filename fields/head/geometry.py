@@ -258,7 +258,7 @@ def draw_mesh(
     axis,                         # matplotlib axis
     vertices,                     # (V,3) array or tensor
     faces,                        # (F,3)
-    color=(0.86, 0.8, 0.76),      # red, green, blue of the surface in full light
+    color=(0.86, 0.8, 0.76),      # red, green, blue in full light, of the whole surface or (V,3) of its vertices
     yaw:float=0.0,                # degrees the head turns before it is drawn
 ):
     "Draw a mesh seen along -z, shaded by its slope."
@@ -270,8 +270,10 @@ def draw_mesh(
     corners = vertices[faces]
     order = corners[..., 2].mean(1).argsort()
     order = order[normals[order, 2] > 0]
+    color = torch.as_tensor(color, dtype=vertices.dtype)
+    paint = color[faces[order]].mean(1) if color.dim() == 2 else color
     light = (0.25 + 0.75 * normals[order] @ torch.tensor([0.25, 0.35, 0.9], dtype=vertices.dtype)).clamp(0.1, 1)
-    axis.add_collection(PolyCollection(corners[order, :, :2].numpy(), facecolors=(light[:, None] * torch.tensor(color)).clamp(0, 1).numpy(), edgecolors="face", linewidths=0.3))
+    axis.add_collection(PolyCollection(corners[order, :, :2].numpy(), facecolors=(light[:, None] * paint).clamp(0, 1).numpy(), edgecolors="face", linewidths=0.3))
     axis.set_aspect("equal"); axis.autoscale_view(); axis.axis("off")
 
 def photo(

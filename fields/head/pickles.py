@@ -23,6 +23,7 @@ def read_bytes(
 ) -> bytes:
     "Read a whole file; raise `HeadFileError` if it is missing, empty or larger than any head."
     path = Path(path)
+    if path.is_dir(): raise HeadFileError(f"{path} is a folder; give the file in it")
     if not path.is_file(): raise HeadFileError(f"{path} does not exist; give the path of a FLAME pickle or of a head in .npz form")
     size = path.stat().st_size
     if not 0 < size <= LARGEST: raise HeadFileError(f"{path} has {size} bytes, which no head file has; get it again")
@@ -250,6 +251,7 @@ def _tensor(arguments, what):
     if not ok or offset + sum((n - 1) * s for n, s in zip(size, stride)) >= len(storage) or any(n == 0 for n in size) or np.prod([float(n) for n in size]) > len(storage): raise HeadFileError(f"{what} is damaged: a tensor reaches beyond its numbers")
     return np.lib.stride_tricks.as_strided(storage[offset:], size, [s * storage.itemsize for s in stride]).copy()
 
+# %% ../../nbs/10_head.pickles.ipynb #3cd6b654
 def read_arrays(
     path,                         # .pkl, .npz or .npy
 ) -> dict:                        # arrays, texts and numbers by name

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIRROR', 'EYE', 'EYE_RADIUS', 'LIP_BULGE', 'EXTRA', 'STROKES', 'MOUTH_PROFILE', 'BALL_ANGLES', 'smooth_step',
            'rough_distance', 'rough_radius', 'anchors', 'landmark_radius', 'stroke', 'sculpt_skin', 'auricle',
-           'off_eyeball', 'lid_backs', 'mouth_bag', 'eyeball', 'Template', 'half_faces', 'half_skin', 'make_template']
+           'off_eyeball', 'lid_backs', 'mouth_bag', 'eyeball', 'Template', 'half_faces', 'calm', 'half_skin',
+           'make_template']
 
 # %% ../../nbs/15_head.template.ipynb #88370d26
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def mouth_bag(
     for depth, above, below, narrow in MOUTH_PROFILE:
         ring = line*np.array([narrow, 1, 1])
         ring[:, 2] -= np.where(side > 0, depth[0], depth[1])*(.55 + .45*opening)
-        ring[:, 1] += np.where(side > 0, above, below)*opening*np.abs(side)
+        ring[:, 1] += np.where(side > 0, above, below)*opening**2*np.abs(side)
         rings.append(ring)
     return np.stack(rings)
 
@@ -260,6 +261,25 @@ def half_faces(
     faces[wrong] = faces[wrong][:, [0, 2, 1]]
     return faces
 
+def calm(
+    points:np.ndarray,            # (N,3) mm
+    layout,                       # `Layout`
+    rounds:int=10,                # of smoothing
+) -> np.ndarray:                  # (N,3) mm
+    "Smooth throat, jaw and cheek, where few landmarks meet many triangles."
+    x, y, z = points.T
+    share = np.maximum(smooth_step(-y, 82, 96)*smooth_step(-z, -48, -38), .8*smooth_step(x, 32, 44)*smooth_step(-y, 22, 34))
+    share = np.maximum(share, .4*np.exp(-((y + 60)/5)**2)*smooth_step(-x, -30, -20)*(z > 30))
+    share[np.concatenate([layout.lips[:6].ravel(), layout.ear.ravel(), layout.neck[0]])] = 0
+    a, b = layout.triangles[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).T
+    count = np.maximum(np.bincount(a, minlength=len(points)), 1)[:, None]
+    middle = np.isin(np.arange(len(points)), layout.middle)
+    for _ in range(rounds):
+        mean = np.stack([np.bincount(a, points[b, k], len(points)) for k in range(3)], 1)/count
+        mean[middle, 0] = 0
+        points = points + .5*share[:, None]*(mean - points)
+    return points
+
 def half_skin(
     layout,                       # `Layout`
 ) -> np.ndarray:                  # (N,3) mm
@@ -271,11 +291,12 @@ def half_skin(
     columns = np.arange(layout.lips.shape[1])
     half = columns[-1]//2
     side = np.sign(half - columns)
-    p[layout.lips[0], 2] -= 1.6                                             # curl in along the line
-    p[layout.lips[0], 1] += side*.06                                        # lips a hair apart
+    p[layout.lips[0], 2] -= 1.6 - 1.3*(np.minimum(columns, columns[-1] - columns)/half)**2   # curl in along the line, least at the corner
+    p[layout.lips[0], 1] -= side*.04                                        # closed lips press on each other
     p[layout.lips[1], 1] += side*.25
     p[layout.eye[0]] = off_eyeball(p[layout.eye[0]], 1.15)
     p[layout.eye[1]] = off_eyeball(p[layout.eye[1]], 1.7)
+    p = calm(p, layout)
     level = p[layout.neck[0]] @ NECK
     for ring, share in zip(layout.neck, (1., .75, .4, .15)): p[ring] += (share*(level.mean() - level))[:, None]*NECK
     p[layout.middle, 0] = 0

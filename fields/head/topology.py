@@ -19,9 +19,9 @@ NECK_ANGLE = np.deg2rad(21.5)                          # half the opening of the
 EYE_COLUMNS, LIP_COLUMNS, EAR_COLUMNS, NECK_COLUMNS = 32, 28, 32, 22
 UPPER_LID = np.array([(17.6, 22.6, 41.6), (18.6, 24.6, 41.3), (21.7, 27.6, 42.8), (27.8, 30.0, 44.6), (34., 30.4, 44.7), (40.2, 29.2, 43.), (43.3, 27.6, 40.), (45.3, 25.0, 35.8)])
 LOWER_LID = np.array([(17.6, 22.6, 41.6), (19.1, 21.5, 42.3), (21.9, 21.1, 42.7), (27.2, 20.7, 43.7), (33., 20.2, 43.6), (38.4, 21.0, 41.4), (42.4, 22.3, 39.), (45.3, 25.0, 35.8)])
-UPPER_LIP = np.array([(0., -33.9, 67.), (3.2, -33.2, 67.), (7.8, -32.8, 65.6), (15.9, -35.6, 61.5), (20.9, -38.8, 57.7), (24.6, -41.8, 53.6), (27., -44.1, 50.8)])
-LOWER_LIP = np.array([(0., -53.2, 63.6), (10.2, -53., 62.), (16.6, -50.9, 58.6), (20.8, -48.9, 55.2), (24.4, -46.4, 51.6), (27., -44.1, 50.8)])
-LIP_LINE = np.array([(0., -42.5, 62.4), (5., -42.2, 62.1), (9.8, -42.2, 60.6), (14.7, -42.8, 58.6), (19., -43.5, 55.), (22.8, -44., 51.8), (25.6, -44.2, 50.6)])
+UPPER_LIP = np.array([(0., -33.9, 67.), (3.2, -33.2, 67.), (7.8, -32.8, 65.6), (15.9, -35.6, 61.5), (20.9, -38.8, 57.7), (24.9, -41.7, 53.4), (28., -44.2, 49.9)])
+LOWER_LIP = np.array([(0., -53.2, 63.6), (10.2, -53., 62.), (16.6, -50.9, 58.6), (20.8, -48.9, 55.2), (24.7, -46.6, 51.6), (28., -44.2, 49.9)])
+LIP_LINE = np.array([(0., -42.5, 62.4), (5., -42.2, 62.1), (9.8, -42.2, 60.6), (14.7, -42.8, 58.6), (19., -43.5, 55.), (22.8, -44., 52.0), (25.6, -44.2, 50.9)])
 EAR = np.array([70., 6., -36.])                        # middle of the auricle
 EAR_UP, EAR_FORWARD = np.array([0, np.cos(.22), -np.sin(.22)]), np.array([0, np.sin(.22), np.cos(.22)])
 EAR_RADII = 31., 18.                                   # half height and half width of the auricle
@@ -81,6 +81,9 @@ def lip_rings():
     middle = .45*line[0] + .55*line[-1]
     direction = from_chart(border)
     away = (direction - from_chart(there_and_back))*np.array([1, 1, 0])
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    away[half] = (1, 0, 0)
+    for _ in range(2): away[1:-1] = .25*away[:-2] + .5*away[1:-1] + .25*away[2:]            # turn evenly around the corner
     away[[0, -1], 0] = 0
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     shares = (0, .22, .48, .75, 1.)
@@ -116,7 +119,7 @@ def edge_length(
     unit = lambda p: (np.array(p, float) - CENTRE)/np.linalg.norm(np.array(p, float) - CENTRE)
     near = lambda p, width: np.exp(-((d - unit(p))**2).sum(-1)/(2*width**2))
     length = 10.2 - 5.7*np.clip((d[:, 2] + .25)/.9, 0, 1)
-    length -= 2.5*near((10, -14, 62), .13) + 1.2*near((0, 5, 70), .2) + .9*near((35, 25, 40), .25) + 1.1*near((12, -44, 60), .2) + .5*near((30, -30, 48), .2)
+    length -= 2.5*near((10, -14, 62), .13) + 1.2*near((0, 5, 70), .2) + .9*near((35, 25, 40), .25) + 1.1*near((12, -44, 60), .2) + .5*near((30, -30, 48), .2) + 2.2*near((0, -95, 25), .35)
     length *= 1 - .45*near(EAR, .30)
     length = np.where(np.arccos(np.clip(d @ NECK, -1, 1)) < .7, np.minimum(length, 9), length)
     return np.clip(length, 2.1, 12)/90*(1 + (chart**2).sum(-1))/2

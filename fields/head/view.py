@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['slider_ranges', 'slider_vertices', 'vertex_colors', 'mesh_figure', 'view']
 
-# %% ../../nbs/19_head.view.ipynb #7c930bf1
+# %% ../../nbs/19_head.view.ipynb #7acb0171
+import importlib.util, json
 import numpy as np, torch
 from ..types import HeadParams
+from .appearance import Appearance, paint
 from .flame import Head
 
 # %% ../../nbs/19_head.view.ipynb #152a6ccd
@@ -81,14 +83,14 @@ def mesh_figure(
 
 # %% ../../nbs/19_head.view.ipynb #8f3a0754
 def view(
-    head:Head|None=None,          # default: the open head
-    texture=None,                 # (H,W,3) painted texture
+    head:Head|None=None,          # default: the open head, painted
+    texture=None,                 # (H,W,3) texture to wear
     identities:int=8,             # identity sliders
     expressions:int=10,           # expression sliders
 ):                                # ipywidgets widget
     "Return a head with sliders, to be shown as the last value of a cell in JupyterLab."
     import ipywidgets as widgets
-    head = Head.load("open") if head is None else head
+    if head is None: head, texture = Head.load("open"), paint(Appearance(), 512) if texture is None else texture
     faces, colors = head.faces.cpu().numpy(), vertex_colors(head, texture)
     sliders = {name: widgets.FloatSlider(value=0.0, min=low, max=high, step=(high - low) / 60, description=name, style={"description_width": "110px"}, layout={"width": "330px"}, readout_format=".2f")
                for name, (low, high) in slider_ranges(head, identities, expressions).items()}
@@ -110,7 +112,6 @@ def view(
 
 def _canvas(drawn, vertices):
     "Return the widget of a figure and a function that draws new vertices into it."
-    import importlib.util
     import ipywidgets as widgets
     if importlib.util.find_spec("anywidget"):
         import plotly.graph_objects as go
@@ -118,13 +119,11 @@ def _canvas(drawn, vertices):
         def update():
             with live.batch_update(): live.data[0].x, live.data[0].y, live.data[0].z = vertices().T
         return live, update
-    from IPython.display import display
     output, turn = widgets.Output(layout={"width": "530px", "height": "540px"}), widgets.FloatSlider(value=0.3, min=-3.1, max=3.1, description="camera")
     def update(*_):
         drawn.data[0].x, drawn.data[0].y, drawn.data[0].z = vertices().T
         drawn.layout.scene.camera.eye.x, drawn.layout.scene.camera.eye.z = 1.7 * np.sin(turn.value), 1.7 * np.cos(turn.value)
-        output.clear_output(wait=True)
-        with output: display(drawn)
+        output.outputs = ({"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": json.loads(drawn.to_json())}},)
     turn.observe(update, "value")
     update()
     return widgets.VBox([output, turn]), update

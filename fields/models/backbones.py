@@ -65,7 +65,7 @@ class Depthwise(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x):
-        y = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(x)))))
+        y = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(x)), inplace=True)))
         return x + y if self.residual else y
 
 class Inverted(nn.Module):
@@ -82,7 +82,7 @@ class Inverted(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x):
-        y = F.relu(self.bn2(self.conv_dw(F.relu(self.bn1(self.conv_pw(x))))))
+        y = F.relu(self.bn2(self.conv_dw(F.relu(self.bn1(self.conv_pw(x)), inplace=True))), inplace=True)
         y = self.bn3(self.conv_pwl(y))
         return x + y if self.residual else y
 
@@ -93,7 +93,7 @@ class Plain(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn1 = _norm(outputs)
 
-    def forward(self, x): return F.relu(self.bn1(self.conv(x)))
+    def forward(self, x): return F.relu(self.bn1(self.conv(x)), inplace=True)
 
 # %% ../../nbs/50_models.backbones.ipynb #5d8f49c7
 class MobileNetV3(nn.Module):
@@ -157,12 +157,12 @@ class Residual(nn.Module):
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x):
-        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True))))
 
 class Level(nn.Sequential):
     "A strided convolution and residual blocks."
     def __init__(self, inputs, outputs, blocks):
-        super().__init__(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), _group_norm(outputs), nn.ReLU(),
+        super().__init__(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), _group_norm(outputs), nn.ReLU(inplace=True),
                          *[Residual(outputs) for _ in range(blocks)])
 
 # %% ../../nbs/50_models.backbones.ipynb #32e9b53e

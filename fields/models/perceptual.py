@@ -23,7 +23,7 @@ class Vgg16(nn.Module):
         super().__init__()
         layers, inputs = [], 3
         for w in widths:
-            layers += [nn.Conv2d(inputs, w, 3, padding=1), nn.ReLU()] if w else [nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(inputs, w, 3, padding=1), nn.ReLU(inplace=True)] if w else [nn.MaxPool2d(2)]
             inputs = w or inputs
         self.features, self.shifted = nn.Sequential(*layers), shifted
         self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
@@ -65,7 +65,7 @@ class SmallPerceptual(nn.Module):
         "Return the feature maps that are compared."
         x, maps = F.avg_pool2d((image - .5) * 4, 2), []
         for i, (first, second) in enumerate(zip(self.first, self.second)):
-            x = F.relu(second(F.relu(first(F.avg_pool2d(x, 2) if i else x))))
+            x = F.relu(second(F.relu(first(F.avg_pool2d(x, 2) if i else x), inplace=True)), inplace=True)
             maps.append(x)
         return maps
 

@@ -34,8 +34,8 @@ class TokenBlock(nn.Module):
         token:Tensor,             # (B,256)
     ) -> Tensor:                  # (B,outputs,H,W)
         "Return the block's map."
-        x = F.relu(self.adain1(self.norm1(self.conv1(x)), token))
-        return F.relu(self.adain2(self.norm2(self.conv2(x)), token))
+        x = F.relu(self.adain1(self.norm1(self.conv1(x)), token), inplace=True)
+        return F.relu(self.adain2(self.norm2(self.conv2(x)), token), inplace=True)
 
 # %% ../../nbs/53_models.synthesizer.ipynb #4dc322e7
 class PlainBlock(nn.Module):
@@ -60,7 +60,7 @@ class PlainBlock(nn.Module):
     ) -> Tensor:                  # (B,outputs,H,W)
         "Return the block's map."
         for i in (1, 2):
-            x = F.relu(getattr(self, f"{self.prefix}norm{i}")(getattr(self, f"{self.prefix}conv{i}")(x)))
+            x = F.relu(getattr(self, f"{self.prefix}norm{i}")(getattr(self, f"{self.prefix}conv{i}")(x)), inplace=True)
         return x
 
 # %% ../../nbs/53_models.synthesizer.ipynb #fc9d8479

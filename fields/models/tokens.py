@@ -58,8 +58,8 @@ class AdaIN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             hidden = self.mlp_shared(token.to(self.mlp_gamma.weight.dtype))
             scale, shift = 1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)
-        flat = x.contiguous().view(1, -1, *x.shape[2:])
-        return F.group_norm(flat, flat.shape[1], scale.flatten().to(x.dtype), shift.flatten().to(x.dtype)).view(x.shape)
+            flat = x.contiguous().view(1, -1, *x.shape[2:])
+            return F.group_norm(flat, flat.shape[1], scale.flatten().to(x.dtype), shift.flatten().to(x.dtype)).view(x.shape)
 
 # %% ../../nbs/52_models.tokens.ipynb #145d6c48
 def _stage(inputs, outputs, norm, tail=()):

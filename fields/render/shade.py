@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import Tensor
 from ..head.geometry import vertex_normals
 from .camera import project
-from .rasterize import compiled, interpolate, rasterize, run_pieces
+from .rasterize import TINY, compiled, interpolate, rasterize, run_pieces
 
 # %% ../../nbs/22_render.shade.ipynb #5b361b10
 ALBEDO = 180 / 255                # grey of the surface
@@ -124,9 +124,11 @@ def _shade_back(first, last, face_index, barycentrics, vertices, normals, invers
                       + gz * (normals[b, j, 2] - normals[b, i, 2]))
                 s2 = (gx * (normals[b, k, 0] - normals[b, i, 0]) + gy * (normals[b, k, 1] - normals[b, i, 1])
                       + gz * (normals[b, k, 2] - normals[b, i, 2]))
-                ax, ay = corners[b, j, 0] - corners[b, i, 0], corners[b, j, 1] - corners[b, i, 1]
-                bx, by = corners[b, k, 0] - corners[b, i, 0], corners[b, k, 1] - corners[b, i, 1]
-                scale = -1.0 / (ax * by - ay * bx)
+                x0, y0 = np.float64(corners[b, i, 0]), np.float64(corners[b, i, 1])
+                ax, ay, bx, by = corners[b, j, 0] - x0, corners[b, j, 1] - y0, corners[b, k, 0] - x0, corners[b, k, 1] - y0
+                area = ax * by - ay * bx
+                if not abs(area) * face_index.shape[1] * face_index.shape[2] > TINY: continue
+                scale = -1.0 / area
                 px, py = (s1 * by - s2 * ay) * scale, (s2 * ax - s1 * bx) * scale
                 corner_gradient[b, i, 0] += w0 * px; corner_gradient[b, i, 1] += w0 * py
                 corner_gradient[b, j, 0] += w1 * px; corner_gradient[b, j, 1] += w1 * py

@@ -41,15 +41,17 @@ def light_vertices(
     normals:np.ndarray,           # (V,3) unit normals
     light:np.ndarray,             # (9,3) spherical harmonics
     occlusion = None,             # (V,) factor on all light that reaches a vertex
-    shininess:float = 32.0,       # exponent of the highlight
+    shininess:float|None = 32.0,  # exponent of the highlight; None: none
 ) -> np.ndarray:                  # (V,4) red, green, blue light, and the highlight's share of its peak
     "Return the light that vertices receive."
     matt = np.maximum(harmonics(normals) @ light, 0)
-    toward = light[[3, 1, 2]] @ np.array([0.3, 0.6, 0.1])
-    half = toward / max(np.linalg.norm(toward), 1e-9) + np.array([0.0, 0.0, 1.0])
-    shine = np.maximum(normals @ (half / max(np.linalg.norm(half), 1e-9)), 0) ** shininess
-    both = np.concatenate([matt, shine[:, None]], 1)
-    return both if occlusion is None else both * np.asarray(occlusion)[:, None]
+    received = np.zeros((len(normals), 4))
+    received[:, :3] = matt
+    if shininess is not None:
+        toward = light[[3, 1, 2]] @ np.array([0.3, 0.6, 0.1])
+        half = toward / max(np.linalg.norm(toward), 1e-9) + np.array([0.0, 0.0, 1.0])
+        received[:, 3] = np.maximum(normals @ (half / max(np.linalg.norm(half), 1e-9)), 0) ** shininess
+    return received if occlusion is None else received * np.asarray(occlusion)[:, None]
 
 # %% ../../nbs/24_render.textured.ipynb #0dc215ed
 @compiled(fastmath=True)
@@ -178,7 +180,7 @@ def render_textured(
     if normals is None:
         normals, inverse = np.empty((1, *vertices.shape)), np.empty((1, len(vertices)))
         sum_normals(0, 1, vertices[None], faces, normals, inverse)
-    received = light_vertices(_array(normals, np.float64).reshape(-1, 3), light, occlusion, shininess)
+    received = light_vertices(_array(normals, np.float64).reshape(-1, 3), light, occlusion, shininess if specular else None)
     _planes(screen, faces, uv, uv_faces, received, planes)
     _paint(buffer, samples, planes, texture, specular * np.linalg.norm(light[1:4], axis=0), image, mask)
     return image, mask

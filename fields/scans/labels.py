@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExpressionLabels', 'CroppedScan', 'crop_item', 'place', 'Job', 'shape_task', 'frame_task', 'fit_frame', 'crop_task',
-           'crop_dataset', 'fit_dataset', 'collect']
+           'crop_dataset', 'fit_dataset', 'landmark_order', 'collect']
 
 # %% ../../nbs/47_scans.labels.ipynb #f30f129d
 import dataclasses, time
@@ -33,6 +33,10 @@ class ExpressionLabels:
     converged:np.ndarray          # (N,) bool
     rejected:np.ndarray           # (N,) reason, empty for a fit that is used
     head_sha256:str               # the head these coefficients belong to
+    eyelids:np.ndarray|None = None # (N,2) closing of the lids, zero where they were not fitted
+
+    def __post_init__(self):
+        if self.eyelids is None: self.eyelids = np.zeros((len(self.ids), 2), np.float32)
 
     def __len__(self): return len(self.ids)
 
@@ -130,11 +134,13 @@ class Job:
     out:Path                      # folder of shapes and fits
     cropped:Path|None = None      # folder of `crop_dataset`; None: crop while fitting
     neutral:bool = False          # neutral scans: expressions stay at zero
+    order:np.ndarray|None = None  # rows that put the landmarks into the expected order
 
     def read(self, item):
         "Return the cropped scan of an item."
         path = None if self.cropped is None else place(self.cropped, item.id)
-        return CroppedScan.load(path) if path is not None and path.is_file() else crop_item(item, self.config)
+        scan = CroppedScan.load(path) if path is not None and path.is_file() else crop_item(item, self.config)
+        return scan if self.order is None or scan.rejected else dataclasses.replace(scan, landmarks=scan.landmarks[self.order])
 
 def _write(path, values):
     "Write arrays atomically."
@@ -200,7 +206,8 @@ def frame_task(
             row = _write(path, fit_frame(job, model, item, before, reason))
             seconds.append(time.perf_counter() - begin)
         if not str(row["rejected"]):
-            before = State(row["expression"][:model.expressions].astype(np.float64), np.eye(3), np.zeros(3), row["jaw"])
+            known = np.r_[row["expression"][:model.expressions], row["eyelids"][:model.lids]].astype(np.float64)
+            before = State(known, np.eye(3), np.zeros(3), row["jaw"])
     return "frames", subject, len(items), seconds
 
 def fit_frame(
@@ -212,7 +219,7 @@ def fit_frame(
 ) -> dict:                        # arrays of one row of the labels
     "Fit one frame; whatever goes wrong becomes the reason of a rejected row."
     from fields.scans.fit import checked, fit_scan
-    row = {"expression": np.zeros(50, np.float32), "jaw": np.zeros(3), "rotation": np.zeros(3), "translation": np.zeros(3),
+    row = {"expression": np.zeros(50, np.float32), "eyelids": np.zeros(2, np.float32), "jaw": np.zeros(3), "rotation": np.zeros(3), "translation": np.zeros(3),
            "residual": np.array(np.nan), "landmark_error": np.array(np.nan), "converged": np.array(False), "rejected": np.array("")}
     try:
         scan = job.read(item)
@@ -223,7 +230,7 @@ def fit_frame(
         checked(fit, job.config)
     except ScanError as problem: return {**row, "rejected": np.array(_reason("not fitted", problem))}
     except Exception as problem: return {**row, "rejected": np.array(_reason("error", f"{type(problem).__name__} {problem}"))}
-    return {**row, "expression": fit.expression[:50], "jaw": fit.jaw, "rotation": fit.rotation, "translation": fit.translation}
+    return {**row, "expression": fit.expression[:50], "eyelids": fit.eyelids, "jaw": fit.jaw, "rotation": fit.rotation, "translation": fit.translation}
 
 # %% ../../nbs/47_scans.labels.ipynb #59e0ea6b
 def _claim(folder, values, remedy):
@@ -283,15 +290,18 @@ def fit_dataset(
     scheduler:str="processes",    # processes | dask | address of a Dask scheduler
     progress=None,                # called with (done, total, label)
     neutral:bool=False,           # neutral scans: expressions stay zero, the first of each subject is fitted
+    lids:bool|None=None,          # solve the lids too; None: if the head has any
 ) -> ExpressionLabels:            # one row a sample, rejected ones included
     "Fit all scans that are not fitted yet; raise `ValueError` if the folder holds fits of another head or other settings."
     from fields.scans.energy import check_config
     from fields.scans.fit import as_model, without_expression
     check_config(config)
-    model, out = as_model(head, config), Path(out)
+    lids = getattr(head, "eyelids", None) is not None and not neutral if lids is None else lids
+    model, out = as_model(head, config, lids), Path(out)
     if neutral: model, items = without_expression(model), [g[0] for g in _by_subject(items).values()]
-    _claim(out, {"head": model.sha256, "settings": fingerprint(to_dict(config)), "neutral": neutral}, "choose another folder or delete it")
+    _claim(out, {"head": model.sha256, "settings": fingerprint(to_dict(config)), "neutral": neutral, "lids": bool(model.lids)}, "choose another folder or delete it")
     job, groups = Job(model, config, out, None if cropped is None else Path(cropped), neutral), _by_subject(items)
+    job.order = landmark_order(job, groups)
 
     def follow(result):
         if result[0] != "shape": return []
@@ -307,9 +317,28 @@ def fit_dataset(
             seconds += result[3]
             if progress: progress(done, len(items), "scans fitted")
     labels = collect(items, model.sha256, out)
-    write_json(out/"report.json", labels.summary())
+    write_json(out/"report.json", {**labels.summary(), "landmarks_in_order": job.order is None})
     write_json(out/"timing.json", {"frames": len(seconds), "seconds_a_frame": float(np.median(seconds)) if seconds else None, "seconds": time.perf_counter() - begin})
     return labels
+
+def landmark_order(
+    job:Job,                      # common arguments
+    groups:dict,                  # subject -> samples
+    most:int=12,                  # frames that are looked at
+):                                # (83,) rows, or None if the landmarks are in order
+    "Find the order of a dataset's 83 landmarks from frames of several subjects, once for a folder of fits."
+    from fields.scans.energy import match_order
+    path, expected = job.out/"landmark_order.json", job.model.landmarks.get("bp4d83")
+    if path.is_file(): order = np.array(read_json(path)["order"])
+    else:
+        frames = []
+        for subject in list(groups)[::max(1, len(groups) // most)]:
+            scan = next((s for s in map(job.read, groups[subject][:4]) if not s.rejected), None)
+            if scan is not None and scan.which == "bp4d83": frames.append(scan.landmarks)
+        if not frames or expected is None: return None
+        order = match_order(frames, np.einsum("lk,lkc->lc", expected[1], job.model.template[expected[0]]))
+        write_json(path, {"order": order})
+    return None if (order == np.arange(len(order))).all() else order
 
 def collect(
     items:list,                   # samples
@@ -328,4 +357,5 @@ def collect(
     return ExpressionLabels(np.array([i.id for i in items], np.str_), np.array([i.subject for i in items], np.str_), stack("shape", np.float32, (300,)),
                             stack("expression", np.float32, (50,)), stack("jaw", np.float32, (3,)), stack("rotation", np.float32, (3,)),
                             stack("translation", np.float32, (3,)), stack("residual", np.float64, ()), stack("landmark_error", np.float64, ()),
-                            stack("converged", bool, ()), np.array([str(r["rejected"]) for r in rows], np.str_), sha256)
+                            stack("converged", bool, ()), np.array([str(r["rejected"]) for r in rows], np.str_), sha256,
+                            stack("eyelids", np.float32, (2,)))

@@ -25,16 +25,17 @@ def training_only(
     parts:list,                   # modules that learn
 ) -> Iterator[None]:              # within: parts in train mode with gradients, all else in eval without
     "Let only `parts` learn; restore flags and modes afterwards."
-    chosen = {id(p) for m in parts for p in m.parameters()}
+    chosen, learning = {id(p) for m in parts for p in m.parameters()}, {id(x) for m in parts for x in m.modules()}
     flags, modes = [(p, p.requires_grad) for p in root.parameters()], [(m, m.training) for m in root.modules()]
     try:
-        root.eval()
-        for m in parts: m.train()
+        for m, mode in modes:
+            if mode != (id(m) in learning): m.training = not mode
         for p, _ in flags: p.requires_grad_(id(p) in chosen)
         yield
     finally:
-        for p, f in flags: p.requires_grad_(f)
-        for m, f in modes: m.training = f
+        for p, flag in flags: p.requires_grad_(flag)
+        for m, mode in modes:
+            if m.training != mode: m.training = mode
 
 # %% ../../nbs/62_training.loop.ipynb #21888726
 class Team:
@@ -211,8 +212,7 @@ def load_state(
     key:str="",                   # of the configuration
 ) -> dict|None:                   # step and extra values, or None where there is no state of this configuration
     "Read the newest state; raise `ValueError` if it does not fit the networks."
-    import pickle
-    from safetensors import SafetensorError
+
     from safetensors.torch import load_file
     found = sorted(folder.glob("state_*"))
     if not found: return None
@@ -221,7 +221,7 @@ def load_state(
         if saved.pop("key", "") != key: return None
         root.load_state_dict(load_file(found[-1]/"model.safetensors"))
         for o, s in zip(optimizers, saved.pop("optimizers"), strict=True): o.load_state_dict(s)
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError) as e:
+    except Exception as e:
         raise ValueError(f"{found[-1]} does not fit this training ({str(e).splitlines()[0]}); delete that folder to start again") from None
     torch.set_rng_state(saved.pop("rng"))
     return saved
