@@ -10,6 +10,9 @@ cfg = ini["DEFAULT"]
 extras = {key[: -len("_requirements")]: value.split() for key, value in cfg.items() if key.endswith("_requirements")}
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 
+folders = {path.parent.as_posix().replace("/", ".") for path in Path("fields").rglob("*.py")}
+packages_without_init = sorted(folders - set(find_packages(include=["fields", "fields.*"])))
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -18,9 +21,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author=cfg["author"],
-    packages=find_packages(include=["fields", "fields.*"]),
+    packages=[*find_packages(include=["fields", "fields.*"]), *packages_without_init, "fields.data_manifests"],
+    package_dir={"fields.data_manifests": "data_manifests"},
     include_package_data=True,
-    package_data={"fields": ["**/*.npz", "**/*.yaml", "**/*.safetensors", "**/*.json", "**/*.md"]},
+    package_data={"": ["*.npz", "*.yaml", "*.safetensors", "*.json", "*.md"]},
     python_requires=">=3.11",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
