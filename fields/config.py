@@ -248,7 +248,10 @@ PROFILES = {
         "train.teaser_steps": 6, "train.batch": 8, "evaluation.probe_width": 64, "evaluation.probe_epochs": 12,
         "evaluation.bootstrap": 200,
     },
-    "demo": {"train.precision": "32"},
+    "demo": {
+        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 120, "train.teaser_steps": 90,
+        "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
+    },
     "study": {
         "world.bp4d_frames": 40, "world.affectnet_train": 14000, "world.affectnet_heldout": 600,
         "world.celeba_identities": 500, "world.celeba_images": 8, "world.ffhq_images": 2000, "world.lrw_clips": 100,

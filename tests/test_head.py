@@ -424,3 +424,28 @@ def test_open_head_is_packaged():
     assert set(head.embeddings) == {"static51", "contour17", "full68", "mediapipe105", "points203", "bp4d83"}
     assert head.has_eyelids and {"face", "lips", "nose", "left_eyeball", "right_eyeball", "neck"} <= set(head.masks)
     assert {"front", "left", "right"} == set(head.embeddings["points203"].groups) and len(head.embeddings["mediapipe105"].indices) == 105
+
+
+# --- the view
+
+
+def test_view_follows_its_sliders():
+    pytest.importorskip("ipywidgets")
+    pytest.importorskip("plotly")
+    from fields.head.view import mesh_figure, slider_ranges, slider_vertices, vertex_colors, view
+    head = Head(data("open"))
+    shown = view(head, identities=2, expressions=2)
+    sliders = {w.description: w for w in shown.children[1].children[1:]}
+    assert list(sliders) == list(slider_ranges(head, 2, 2))
+    still = slider_vertices(head, {})
+    for name, (_, high) in slider_ranges(head, 2, 2).items():
+        assert np.abs(slider_vertices(head, {name: high}) - still).max() > 1e-4, name
+    sliders["jaw opens"].value = 0.3
+    canvas = shown.children[0]
+    mesh = canvas.data[0] if hasattr(canvas, "data") else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
+    if hasattr(canvas, "data"): assert np.allclose(mesh.y, slider_vertices(head, {"jaw opens": 0.3})[:, 1])
+    else: assert len(mesh["vertexcolor"]) == len(still)
+    shown.children[1].children[0].click()
+    assert all(s.value == 0 for s in sliders.values())
+    assert len(mesh_figure(still, head.faces).data[0].i) == len(head.faces)
+    with pytest.raises(ValueError, match="texture coordinates"): vertex_colors(Head(data("toy")), np.zeros((4, 4, 3)))

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -356,6 +357,23 @@ def test_forked_workers_and_many_threads():
     assert answers == expected * 2
 
 
+def test_without_numba():
+    """GPU machines may lack numba: everything imports, the torch back end works, and the other says what is missing."""
+    script = """
+import sys
+sys.modules["numba"] = None
+import torch
+from fields.render.rasterize import rasterize
+import fields.render.shade, fields.render.textured, fields.render.visibility
+corners, faces = torch.tensor([[[-1.0, -1, 0], [3, -1, 0], [-1, 3, 0]]]), torch.tensor([[0, 1, 2]])
+assert (rasterize(corners, faces, 4, "torch").face_index == 0).all()
+try: rasterize(corners, faces, 4)
+except ImportError as e: print(e)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "needs numba" in out.stdout, out.stderr
+
+
 def fake_pytorch3d(monkeypatch):
     """PyTorch3D's documented conventions in a few lines: x left, y up, the shorter side from -1 to 1, faces numbered through."""
 
@@ -644,7 +662,8 @@ def test_speed_against_a_plain_peer():
         vertices, camera = turned_heads(head, B, 20)
         points = project(vertices, camera)
         buffers = np.empty((B, 224, 224), np.float32), np.empty((B, 224, 224), np.int64), np.empty((B, 224, 224, 3), np.float32)
-        uv, texture = np.random.default_rng(0).random((len(head.template), 2)), np.random.default_rng(1).random((256, 256, 3)).astype(np.float32)
+        x, y, z = head.template.numpy().T
+        uv, texture = np.stack([np.arctan2(x, z) / (2 * np.pi) + 0.5, (y - y.min()) / np.ptp(y)], 1), np.random.default_rng(1).random((512, 512, 3)).astype(np.float32)
         sky, light = np.zeros((256, 256, 3), np.float32), ambient_light() * 0.5 + directional_light((1, 1, 1)) * 0.5
 
         def learn(faces):

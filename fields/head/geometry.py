@@ -8,7 +8,6 @@ __all__ = ['rodrigues', 'matrix_to_axis_angle', 'chain_transforms', 'apply_maps'
 
 # %% ../../nbs/10_head.geometry.ipynb #0371764b
 import json, math, struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,15 +126,8 @@ def _kernels():
 
     return forward, backward, BLOCK
 
-# %% ../../nbs/10_head.geometry.ipynb #1fa23d57
-def _share(loop, batch, size, *tensors):
-    "Run a loop over slices of the batch, on as many threads as torch uses; `tensors` that are not batched come in tuples."
-    arrays = [t[0].numpy() if isinstance(t, tuple) else t.numpy() for t in tensors]
-    threads = min(torch.get_num_threads(), batch) if size > 100_000 else 1
-    bounds = [batch * i // threads for i in range(threads + 1)]
-    def part(i): loop(*(a if isinstance(t, tuple) else a[bounds[i]:bounds[i + 1]] for a, t in zip(arrays, tensors)))
-    if threads == 1: return part(0)
-    with ThreadPoolExecutor(threads) as pool: list(pool.map(part, range(threads)))
+# %% ../../nbs/10_head.geometry.ipynb #c87b69ce
+def _run(loop, *tensors): loop(*(t.numpy() for t in tensors))
 
 class _Skin(torch.autograd.Function):
     "The numba loops as one differentiable step."
@@ -145,7 +137,7 @@ class _Skin(torch.autograd.Function):
         V, block = weights.shape[1], _kernels()[2]
         active = F.pad(weights != 0, (0, -V % block)).unflatten(1, (-1, block)).any(2)
         out = torch.empty_like(points)
-        _share(_kernels()[0], len(points), points.numel(), points, (weights,), (active,), maps, out)
+        _run(_kernels()[0], points, weights, active, maps, out)
         ctx.save_for_backward(points, weights, active, maps)
         return out
 
@@ -154,7 +146,7 @@ class _Skin(torch.autograd.Function):
     def backward(ctx, grad):
         points, weights, active, maps = ctx.saved_tensors
         grad_points, grad_maps = torch.empty_like(points), torch.empty_like(maps)
-        _share(_kernels()[1], len(points), points.numel(), points, (weights,), (active,), maps, grad.contiguous(), grad_points, grad_maps)
+        _run(_kernels()[1], points, weights, active, maps, grad.contiguous(), grad_points, grad_maps)
         return grad_points, None, grad_maps.unflatten(2, (3, 4))
 
 # %% ../../nbs/10_head.geometry.ipynb #dd3287b7

@@ -97,7 +97,7 @@ def eyelids(
     below, above = np.where(upper[:, None], across, edge), np.where(upper[:, None], edge, across)
     radius = lambda p: np.linalg.norm(p - EYE, axis=-1, keepdims=True)
     on_sphere = lambda p, r: EYE + (p - EYE)/radius(p)*r
-    closest = EYE_RADIUS + 1.15
+    closest = EYE_RADIUS + 1.3
     meeting = on_sphere(below + LID_MEETING*(above - below), np.clip(.5*(radius(below) + radius(above)), closest, closest + 3))
     down = np.where(upper, np.sin(2*np.pi*column/n), 0)[:, None]*np.array([0, -LID_OVERLAP, .25])
     way, out = meeting + down - edge, np.zeros((2, *v.shape))

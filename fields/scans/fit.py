@@ -138,6 +138,7 @@ def fit_scan(
     best = min(fits, key=lambda f: f.energy)
     return checked(best, config) if check else best
 
+# %% ../../nbs/44_scans.fit.ipynb #75e4aedc
 def checked(
     fit:Fit,                      # result
     config:ScanConfig,            # settings

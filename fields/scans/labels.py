@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExpressionLabels', 'CroppedScan', 'crop_item', 'place', 'Job', 'shape_task', 'frame_task', 'fit_frame', 'crop_task',
-           'crop_dataset', 'fit_dataset', 'landmark_order', 'collect']
+           'crop_dataset', 'landmark_order', 'collect', 'fit_dataset']
 
 # %% ../../nbs/47_scans.labels.ipynb #f30f129d
 import dataclasses, time
@@ -188,6 +188,7 @@ def shape_task(
     reason = str(known["rejected"])
     return "shape", subject, None if reason else known["shape"], reason
 
+# %% ../../nbs/47_scans.labels.ipynb #6898c6a7
 def frame_task(
     job:Job,                      # common arguments
     subject:str,                  # who it is
@@ -279,6 +280,46 @@ def crop_dataset(
     write_json(Path(out)/"report.json", report)
     return report
 
+# %% ../../nbs/47_scans.labels.ipynb #91d45394
+def landmark_order(
+    job:Job,                      # common arguments
+    groups:dict,                  # subject -> samples
+    most:int=12,                  # frames that are looked at
+):                                # (83,) rows, or None if the landmarks are in order
+    "Find the order of a dataset's 83 landmarks from frames of several subjects, once for a folder of fits."
+    from fields.scans.energy import match_order
+    path, expected = job.out/"landmark_order.json", job.model.landmarks.get("bp4d83")
+    if path.is_file(): order = np.array(read_json(path)["order"])
+    else:
+        frames = []
+        for subject in list(groups)[::max(1, len(groups) // most)]:
+            scan = next((s for s in map(job.read, groups[subject][:4]) if not s.rejected), None)
+            if scan is not None and scan.which == "bp4d83": frames.append(scan.landmarks)
+        if not frames or expected is None: return None
+        order = match_order(frames, np.einsum("lk,lkc->lc", expected[1], job.model.template[expected[0]]))
+        write_json(path, {"order": order})
+    return None if (order == np.arange(len(order))).all() else order
+
+def collect(
+    items:list,                   # samples
+    sha256:str,                   # of the head
+    out,                          # folder of shapes and fits
+) -> ExpressionLabels:            # one row a sample, in the order of their ids
+    "Gather the files of a finished run; raise `ValueError` if one is missing."
+    rows, shapes, items = [], {}, sorted(items, key=lambda i: i.id)
+    for item in items:
+        subject = f"{item.id.split('/')[0]}/{item.subject or item.id}"
+        row = _read(place(Path(out)/"fits", item.id))
+        if row is None: raise ValueError(f"{place(Path(out)/'fits', item.id)} is missing or damaged; run the fit again")
+        if subject not in shapes: shapes[subject] = _read(place(Path(out)/"shapes", subject))["shape"]
+        rows.append({**row, "shape": shapes[subject] * (str(row["rejected"]) == "")})
+    stack = lambda name, dtype, width: np.array([r[name] for r in rows], dtype).reshape(len(rows), *width)
+    return ExpressionLabels(np.array([i.id for i in items], np.str_), np.array([i.subject for i in items], np.str_), stack("shape", np.float32, (300,)),
+                            stack("expression", np.float32, (50,)), stack("jaw", np.float32, (3,)), stack("rotation", np.float32, (3,)),
+                            stack("translation", np.float32, (3,)), stack("residual", np.float64, ()), stack("landmark_error", np.float64, ()),
+                            stack("converged", bool, ()), np.array([str(r["rejected"]) for r in rows], np.str_), sha256,
+                            stack("eyelids", np.float32, (2,)))
+
 # %% ../../nbs/47_scans.labels.ipynb #f0488248
 def fit_dataset(
     items:list,                   # samples of a reader, of any number of subjects
@@ -320,42 +361,3 @@ def fit_dataset(
     write_json(out/"report.json", {**labels.summary(), "landmarks_in_order": job.order is None})
     write_json(out/"timing.json", {"frames": len(seconds), "seconds_a_frame": float(np.median(seconds)) if seconds else None, "seconds": time.perf_counter() - begin})
     return labels
-
-def landmark_order(
-    job:Job,                      # common arguments
-    groups:dict,                  # subject -> samples
-    most:int=12,                  # frames that are looked at
-):                                # (83,) rows, or None if the landmarks are in order
-    "Find the order of a dataset's 83 landmarks from frames of several subjects, once for a folder of fits."
-    from fields.scans.energy import match_order
-    path, expected = job.out/"landmark_order.json", job.model.landmarks.get("bp4d83")
-    if path.is_file(): order = np.array(read_json(path)["order"])
-    else:
-        frames = []
-        for subject in list(groups)[::max(1, len(groups) // most)]:
-            scan = next((s for s in map(job.read, groups[subject][:4]) if not s.rejected), None)
-            if scan is not None and scan.which == "bp4d83": frames.append(scan.landmarks)
-        if not frames or expected is None: return None
-        order = match_order(frames, np.einsum("lk,lkc->lc", expected[1], job.model.template[expected[0]]))
-        write_json(path, {"order": order})
-    return None if (order == np.arange(len(order))).all() else order
-
-def collect(
-    items:list,                   # samples
-    sha256:str,                   # of the head
-    out,                          # folder of shapes and fits
-) -> ExpressionLabels:            # one row a sample, in the order of their ids
-    "Gather the files of a finished run; raise `ValueError` if one is missing."
-    rows, shapes, items = [], {}, sorted(items, key=lambda i: i.id)
-    for item in items:
-        subject = f"{item.id.split('/')[0]}/{item.subject or item.id}"
-        row = _read(place(Path(out)/"fits", item.id))
-        if row is None: raise ValueError(f"{place(Path(out)/'fits', item.id)} is missing or damaged; run the fit again")
-        if subject not in shapes: shapes[subject] = _read(place(Path(out)/"shapes", subject))["shape"]
-        rows.append({**row, "shape": shapes[subject] * (str(row["rejected"]) == "")})
-    stack = lambda name, dtype, width: np.array([r[name] for r in rows], dtype).reshape(len(rows), *width)
-    return ExpressionLabels(np.array([i.id for i in items], np.str_), np.array([i.subject for i in items], np.str_), stack("shape", np.float32, (300,)),
-                            stack("expression", np.float32, (50,)), stack("jaw", np.float32, (3,)), stack("rotation", np.float32, (3,)),
-                            stack("translation", np.float32, (3,)), stack("residual", np.float64, ()), stack("landmark_error", np.float64, ()),
-                            stack("converged", bool, ()), np.array([str(r["rejected"]) for r in rows], np.str_), sha256,
-                            stack("eyelids", np.float32, (2,)))

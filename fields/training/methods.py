@@ -18,7 +18,8 @@ from ..head.flame import Head
 from ..models.checkpoints import import_emotion, import_vgg16
 from ..models.fields import FieldsModel, read_tensors, save_tensors
 from ..models.perceptual import SmallEmotion, SmallPerceptual
-from ..stage import read_json, write_json
+from ..scans.labels import ExpressionLabels
+from ..stage import write_json
 from .alternate import Alternating, Method
 from .cycle import templates_of
 from .loop import Outcome, Setting, Team, choose_precision, launch, train
@@ -126,6 +127,7 @@ def run_method(
 ) -> Outcome:                     # what happened
     "Train a method and write its checkpoint, log and summary; resume if it was interrupted."
     run, device = Path(run), set_up(config)
+    torch.utils.deterministic.fill_uninitialized_memory = False # every tensor is written before it is read; filling costs 5% of the time
     team, initial = team or Team(device), name == INITIAL_NAME
     method, folder = method_named("TEASER" if initial else name), run/"checkpoints"/name
     head = (head or Head.load(config.head)).to(team.device)
@@ -184,7 +186,6 @@ def open_training(
     head:Head,
 ) -> dict:                        # dataset -> Source
     "Open the crops, derived targets and scan labels of a run."
-    from fields.scans.labels import ExpressionLabels
     return open_sources(Path(run)/"crops", ExpressionLabels.load(Path(run)/"scans"/"labels.npz"), head_sha256=head.sha256)
 
 def run_precision(

@@ -19,13 +19,15 @@ from ..config import Config
 from ..data.augment import SAMPLING, augment, draw_plan, fixed_plan, stream
 from ..data.detect import MEDIAPIPE_105, FaceDetector
 from ..data.imaging import photograph, sample_scene
-from ..data.mixing import Derived
+from ..data.mixing import Derived, read_columns
+from ..data.prepare import CropStore
 from ..head.appearance import paint, sample_appearance
 from ..head.flame import Head
 from ..models.checkpoints import import_mica
 from ..models.fields import read_tensors, save_tensors
 from ..models.identity import SmallIdentity, align
 from ..models.perceptual import SmallEmotion, SmallPerceptual
+from ..scans.labels import ExpressionLabels
 from ..stage import write_json
 from .loop import Moment, Pass, Setting, train
 from .losses import Terms
@@ -194,17 +196,18 @@ def make_identity(
 ) -> dict:                        # the score
     "Train the stand-in for MICA and write it with its score; raise `ValueError` without usable scans."
     shape = {str(s): labels.shape[k] for k, s in enumerate(labels.subject) if not str(labels.rejected[k])}
-    subject, split = store.rows["subject"].to_numpy(str), store.rows["split"].to_numpy(str)
+    rows = read_columns(store)
+    subject, split = rows["subject"], rows["split"]
     known = np.isin(subject, list(shape)) & store.found
     if not (known & (split == "train")).any(): raise ValueError("no person of the identity set has both a photograph with a face and a fitted scan; look at the reports of `prepare` and `fit_scans`")
     target = torch.from_numpy(np.stack([shape.get(s, np.zeros(300)) for s in subject]).astype(np.float32)).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = SmallIdentity().to(device)
-    rows = np.flatnonzero(known & (split == "train"))
-    if config.standins.train: train_small(net, lambda images, r: (net(images) - target[r]).square().mean(), store, rows, config.standins.identity_steps, config, config.seed + 11, callbacks, device)
-    score = {"trained": config.standins.train, "identities": len(set(subject[rows])), "images": len(rows)}
-    mean = target[rows].mean(0)
+    chosen_rows = np.flatnonzero(known & (split == "train"))
+    if config.standins.train: train_small(net, lambda images, r: (net(images) - target[r]).square().mean(), store, chosen_rows, config.standins.identity_steps, config, config.seed + 11, callbacks, device)
+    score = {"trained": config.standins.train, "identities": len(set(subject[chosen_rows])), "images": len(chosen_rows)}
+    mean = target[chosen_rows].mean(0)
     for name in ("train", "val"):
         chosen = np.flatnonzero(known & (split == name))
         if not len(chosen): continue
@@ -225,11 +228,11 @@ def make_perceptual(
     device="cpu",
 ) -> dict:                        # the score
     "Train the stand-in for VGG16 and write it with its score."
-    rows = store.rows
-    people, who = np.unique(rows["subject"].to_numpy(str), return_inverse=True)
-    emotion = np.nan_to_num(rows["emotion"].to_numpy(np.float64), nan=-1).astype(np.int64)
-    last = ~rows["subject"].duplicated(keep="last").to_numpy()
-    ok = store.found & (rows["split"].to_numpy(str) == "train")
+    rows = read_columns(store)
+    people, who = np.unique(rows["subject"], return_inverse=True)
+    emotion = np.nan_to_num(rows["emotion"], nan=-1).astype(np.int64)
+    last = np.isin(np.arange(len(who)), [np.flatnonzero(who == w)[-1] for w in range(len(people))])
+    ok = store.found & (rows["split"] == "train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = SmallPerceptual(config.network.classes, len(people)).to(device)
@@ -255,8 +258,9 @@ def make_emotion(
     device="cpu",
 ) -> dict:                        # the score
     "Train the stand-in for EMOCA's emotion network and write it with its score."
-    emotion, valence, arousal = (store.rows[c].to_numpy(np.float64) for c in ("emotion", "valence", "arousal"))
-    ok = np.flatnonzero(store.found & (store.rows["split"].to_numpy(str) == "train") & (emotion < config.network.classes) & np.isfinite(valence) & np.isfinite(arousal))
+    table = read_columns(store)
+    emotion, valence, arousal = table["emotion"], table["valence"], table["arousal"]
+    ok = np.flatnonzero(store.found & (table["split"] == "train") & (emotion < config.network.classes) & np.isfinite(valence) & np.isfinite(arousal))
     held, rows = ok[::10], np.setdiff1d(ok, ok[::10])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -308,17 +312,17 @@ def derive_targets(
     progress:Callable|None=None,  # called with (done, total, label)
 ) -> list[str]:                   # sentences for the log
     "Write derived.npz beside the crops of every dataset."
-    from fields.data.prepare import CropStore
     rule, (codes, note) = load_correspondence(standins), identity_codes(standins, head, config, device)
     for k, name in enumerate(names):
         store = CropStore(Path(crops)/name)
-        n, rows = len(store.rows), np.flatnonzero(store.found)
+        ids, rows = read_columns(store)["id"], np.flatnonzero(store.found)
+        n = len(ids)
         contour, points, identity = np.zeros((n, 17, 2), np.float32), np.zeros((n, 203, 2), np.float32), np.zeros((n, 300), np.float32)
         contour[rows], points[rows] = rule(np.asarray(store.points[rows]))
         with torch.no_grad():
             for start in range(0, len(rows), 256): identity[rows[start:start + 256]] = codes(store, rows[start:start + 256]).float().cpu().numpy()
         found = np.asarray(store.found, bool)
-        Derived(store.rows["id"].to_numpy(str), contour, found, points, found, identity, found, head.sha256).save(Path(crops)/name/"derived.npz")
+        Derived(ids, contour, found, points, found, identity, found, head.sha256).save(Path(crops)/name/"derived.npz")
         if progress: progress(k + 1, len(names), name)
     return ["contour and 203 points: correspondence from MediaPipe's points (FAN and the 203-point network were not used)", note]
 
@@ -332,8 +336,6 @@ def make_standins(
     progress:Callable|None=None,  # called with (done, total, label)
 ) -> dict:                        # scores by name, and notes
     "Make what is missing, write the scores, and derive the targets of all datasets."
-    from fields.data.prepare import CropStore
-    from fields.scans.labels import ExpressionLabels
     run, folder, c = Path(run), Path(run)/"standins", config
     folder.mkdir(parents=True, exist_ok=True)
     if c.profile == "paper":

@@ -1,0 +1,234 @@
+"Every table and figure of the paper has a file and a place in the report, and every number there comes from a metrics file."
+import csv, html, json, re
+from html.parser import HTMLParser
+from pathlib import Path
+import numpy as np, pytest
+from fake_run import METHODS, fake_run, smoke_config
+from fields.comparison import find, read_metrics
+from fields.evaluation.claims import ablation, count_data, judge, merge_seeds, seed_record
+from fields.evaluation.emotion import evaluate_emotion
+from fields.evaluation.figures import FIGURES, make_figures
+from fields.evaluation.geometry import evaluate_geometry, paper_tables
+from fields.evaluation.parameters import evaluate_parameters
+from fields.evaluation.report import SECTIONS, TABLES, banners, make_report
+from fields.evaluation.tables import Value, all_tables, make_tables, to_html, to_latex
+
+ROOT = Path(__file__).parents[1]
+
+
+def quick_map(features, kind, seed=0):
+    "Two principal components in the place of t-SNE and UMAP, which a slow test runs."
+    x = features - features.mean(0)
+    return x @ np.linalg.svd(x, full_matrices=False)[2][:2].T
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A whole evaluation of an invented run."
+    patch = pytest.MonkeyPatch()
+    patch.setattr("fields.evaluation.plots.embed", quick_map)
+    run, head = fake_run(tmp_path_factory.mktemp("report")/"run", heldout=10, train=70, methods=("F0", "F1", "F2", "F3", "F4", "lambda10"))
+    config, methods = smoke_config(), ["F0", "F1", "F2", "F3", "F4", "lambda10"]
+    evaluate_emotion(run, config, methods, head)
+    evaluate_parameters(run, config, methods, head)
+    evaluate_geometry(run, config, ["F0", "F1", "F4"], head)
+    (run/"metrics"/"landmarks.json").write_text(json.dumps({"affectnet_val": {"F4": {k: dict(mean=.05, std=None, ci_low=.04, ci_high=.06, n=9) for k in ("network", "mean_head_network_pose", "mean_head_fitted_pose", "ratio_to_mean_head")}}}))
+    (run/"metrics"/"standins.json").write_text(json.dumps({"identity": {"error": .25}}))
+    ablation(run)
+    make_tables(run)
+    figures = make_figures(run, config, head)
+    yield run, figures, make_report(run).read_text()
+    patch.undo()
+
+
+class Page(HTMLParser):
+    "Collects ids, links, pictures and the numbers of a page."
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.sources, self.numbers, self.tags, self.open = set(), [], [], [], set(), None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.tags.add(tag)
+        if "id" in a: self.ids.add(a["id"])
+        if "src" in a: self.sources.append(a["src"])
+        if tag == "a" and "href" in a:
+            self.links.append(a["href"])
+            self.open = (a, "") if "data-from" in a else None
+
+    def handle_data(self, data):
+        if self.open: self.open = (self.open[0], self.open[1] + data)
+
+    def handle_endtag(self, tag):
+        if tag == "a" and self.open: self.numbers.append(self.open); self.open = None
+
+
+def test_every_number_of_the_paper_has_a_place(done):
+    run, figures, text = done
+    page = Page(text)
+    assert sorted(e.number for e in TABLES if e.number.startswith("Table")) == [f"Table {n}" for n in range(1, 9)]
+    assert [e.number for e in FIGURES if e.number] == [f"Figure {n}" for n in range(1, 16)]
+    missing = json.loads((run/"figures"/"missing.json").read_text())
+    assert set(missing) == {"figure10"} and "raw BP4D scan" in missing["figure10"]    # the invented run has no raw scans
+    for e in TABLES:
+        assert e.key in page.ids and (run/"tables"/f"{e.key}.csv").is_file() and (run/"tables"/f"{e.key}.tex").is_file()
+    for e in FIGURES:
+        assert e.key in page.ids
+        assert (run/"figures"/f"{e.key}.png").is_file() != (e.key in missing)
+    assert {s for s, _ in SECTIONS} <= page.ids
+    for link in page.links:
+        if link.startswith("#"): assert link[1:] in page.ids, link
+
+
+def test_the_page_is_alone(done):
+    page = Page(done[2])
+    assert not page.tags & {"script", "link", "iframe", "object"} and "http" not in done[2]
+    assert all(s.startswith("data:image/png;base64,") for s in page.sources) and len(page.sources) == len(FIGURES) - 1
+    for link in page.links:
+        if not link.startswith(("#", "notebooks/")): assert (done[0]/link).is_file(), link
+    assert len(done[2]) < 12e6
+
+
+def test_every_number_is_that_of_its_file(done):
+    run, _, text = done
+    page, checked = Page(text), 0
+    for a, shown in page.numbers:
+        name, trail = a["data-from"].split(":", 1)
+        folder = "timing" if a["class"] == "time" else "metrics"
+        assert a["href"] == f"{folder}/{name}"
+        value = find(read_metrics(run/folder/name), trail)
+        if isinstance(value, dict): value = value["mean"]
+        places = len(shown.partition(".")[2])
+        if folder == "metrics": assert float(shown) == pytest.approx(value*float(a["data-scale"]), abs=.51*10**-places), (a, shown, value)
+        checked += 1
+    assert checked > 400
+
+
+def test_cells_hold_only_linked_numbers(done):
+    "A number of this run outside a link would have no origin."
+    for cell in re.findall(r'<td class="(?:run|side)">(.*?)</td>', done[2]):
+        rest = re.sub(r"<small>.*?</small>|<a .*?</a>|±\s*[\d.]+", "", cell)
+        assert not re.search(r"\d", html.unescape(re.sub(r"<.*?>", "", rest))), cell
+
+
+def test_the_paper_is_printed_as_printed(done):
+    tables = all_tables(done[0])
+    table, paper = tables["table4"], paper_tables()["table4_ablation"]
+    columns = [n for n, (m, s) in enumerate(table.columns) if s == "paper"]
+    rows = {label: cells for label, cells in table.rows if cells}
+    assert [rows["Accuracy (%) ↑"][c].show() for c in columns] == [f"{e['accuracy'][0]:.1f}" for e in paper.values()]
+    assert [float(rows["{ψ, jaw} MSE, 53 numbers ↓"][c].show()) for c in columns] == [e["expression_jaw"] for e in paper.values()]
+    assert [float(rows["V-CCC ↑"][c].show()) for c in columns] == [e["V-CCC"][0] for e in paper.values()]
+    for key in (f"table{n}" for n in range(1, 9)):
+        sources = [s for _, s in tables[key].columns]
+        assert "paper" in sources and "this run" in sources and ("oracle", "this run") in tables[key].columns
+
+
+def test_packaged_tables_are_the_papers():
+    tables = paper_tables()
+    assert len(tables) == 9 and tables["table1_valence_arousal"]["FIELDS"]["V-PCC"] == [.747, .003]
+    assert tables["table4_ablation"]["F4 F2+F3"] == {**tables["table5_lambda_emo"][5]}
+    assert tables["table3_flame_mse"]["EMOCA"]["shape"] is None and tables["table6_geometry_units_inconsistent"]["EMOCA"]["AUC@0.1"] == .001
+
+
+def test_best_is_the_best_of_this_run(done):
+    table = all_tables(done[0])["table3"]
+    for label, cells in table.rows:
+        runs = [c for c, (m, s) in zip(cells, table.columns) if s == "this run" and m not in ("oracle", "constant") and c.mean is not None]
+        if len(runs) > 1: assert [c.best for c in runs] == [c.mean == min(r.mean for r in runs) for c in runs], label
+
+
+def test_csv_and_latex(done):
+    run = done[0]
+    rows = list(csv.DictReader(open(run/"tables"/"table4.csv", encoding="utf-8")))
+    mine = [r for r in rows if r["source"] == "this run"]
+    assert {"mean", "std", "ci_low", "ci_high", "n", "from"} <= set(rows[0]) and all(r["from"] and r["ci_low"] for r in mine)
+    for r in mine[:40]:
+        name, trail = r["from"].split(":", 1)
+        record, scale = find(read_metrics(run/"metrics"/name), trail), 100 if "%" in r["measure"] else 1
+        assert float(r["mean"]) == pytest.approx(record["mean"]*scale, rel=1e-4)
+    for path in (run/"tables").glob("*.tex"):
+        text = path.read_text()
+        body = [l for l in text.splitlines() if l.endswith(r"\\") and "multicolumn" not in l]
+        columns = len(re.search(r"begin\{tabular\}\{(\w+)\}", text)[1])
+        assert all(l.count(" & ") == columns - 1 for l in body) and text.count("{") == text.count("}"), path.name
+        assert text.isascii(), path.name
+
+
+def test_world_and_profile_are_said(done):
+    text = done[2]
+    assert "Demo world" in text and "never results of the paper" in text and "<b>smoke</b>" in text and "learned next to nothing" in text
+
+
+def test_sanity_of_the_run(done):
+    "On held-out images the oracle is at or above every method; controls are at chance."
+    checks = read_metrics(done[0]/"metrics"/"ablation.json")["sanity"]
+    assert {r["key"] for r in checks} >= {"oracle-F0", "oracle-F4", "shuffled accuracy", "shuffled V-CCC"}
+    assert all(r["verdict"] == "confirmed" for r in checks if r["key"].startswith("oracle-F")), checks
+
+
+def test_what_does_not_hold_is_said_loudly(done):
+    claims = read_metrics(done[0]/"metrics"/"ablation.json")["claims"]
+    row = next(r for r in claims if r["key"] == "F2<F1")
+    assert row["verdict"] == "confirmed" and "The opposite was measured" not in banners({"claims": [row]})
+    turned = row | {"record": {**row["record"], "mean": -row["record"]["mean"], "ci_low": -row["record"]["ci_high"], "ci_high": -row["record"]["ci_low"]}}
+    turned["verdict"] = judge(turned["record"], "lower")
+    assert turned["verdict"] == "contradicted" and "The opposite was measured" in banners({"claims": [turned]})
+    assert "Not resolved" in banners({"claims": [row | {"verdict": "not resolved"}]})
+
+
+def test_data_is_counted(done):
+    data = read_metrics(done[0]/"metrics"/"data.json")
+    assert data["bp4d_split"]["test"]["subjects"] == 6 and set(data["bp4d_split"]["test"]["share"].values()) == {digits for digits in [round(1/6, 6)]}
+    assert data["datasets"]["affectnet"]["rows"] == 140 and set(data["datasets"]) == {"affectnet", "bp4d", "celeba", "ffhq", "lrw", "mead"}
+
+
+def test_equal_inputs_give_an_equal_page(done):
+    run, _, text = done
+    assert make_report(run).read_text() == text
+
+
+def test_seeds(done):
+    record = seed_record(done[0])
+    assert "emotion/F4/accuracy" in record["values"] and "parameters/F2-F1/errors/expression_jaw" in record["differences"]
+    merged = merge_seeds([record, record, record])
+    assert merged["seeds"] == 3 and merged["values"]["emotion/F4/accuracy"]["std"] == 0
+    assert merged["differences"]["parameters/F2-F1/errors/expression_jaw"]["resolved"]
+
+
+def test_figures_say_what_their_axes_are(done):
+    from fields.evaluation.plots import figure2, figure5, figure_curves, figure_naturalness
+    from fields.evaluation.tables import read_all
+    run = done[0]
+    for fig in (figure2(run), figure5(read_all(run)), figure_curves(run), figure_naturalness(read_all(run))):
+        assert any(ax.get_xlabel() or ax.get_xticklabels() for ax in fig.axes) and any(ax.get_ylabel() for ax in fig.axes)
+        assert min(t.get_fontsize() for ax in fig.axes for t in [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels()]) >= 7
+
+
+def test_class_colours_differ_for_the_colour_blind():
+    "Simulated deuteranopia and protanopia keep the seven classes apart, in colour or in marker."
+    from fields.evaluation.plots import CLASS_STYLE
+    rgb = np.array([[int(c[i:i + 2], 16)/255 for i in (1, 3, 5)] for c, _ in CLASS_STYLE.values()])**2.2
+    for matrix in ([[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]], [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]]):
+        seen = (rgb @ np.array(matrix).T).clip(0, 1)**(1/2.2)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + 9*np.eye(7)
+        assert distance.min() > .08
+    assert len({m for _, m in CLASS_STYLE.values()}) == 7
+
+
+@pytest.mark.slow
+def test_maps_of_four_thousand_points():
+    "t-SNE and UMAP of 4,000 points, seeded and in one thread, are fast and repeat."
+    import os, time
+    from fields.evaluation.plots import embed
+    rng = np.random.default_rng(0)
+    x = (rng.normal(0, 2, (7, 55))[rng.integers(0, 7, 4000)] + rng.normal(size=(4000, 55))).astype(np.float32)
+    times = {}
+    for kind in ("tsne", "umap"):
+        start = time.perf_counter()
+        first = embed(x, kind)
+        times[kind] = round(time.perf_counter() - start, 1)
+        assert np.array_equal(embed(x[:500], kind), embed(x[:500], kind)) and np.isfinite(first).all()
+    (ROOT/"evidence"/"evaluation_maps.json").write_text(json.dumps({"points": 4000, "seconds": times, "load": round(os.getloadavg()[0], 1)}, indent=1) + "\n")
+    assert sum(times.values()) < 60 or os.getloadavg()[0] > 3, "measured on a busy machine"
