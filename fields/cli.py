@@ -68,7 +68,7 @@ def reconstruct(
     "Reconstruct every face in images, folders or videos."
     from fields.reconstruct import Reconstructor, reconstruct_files
     reconstructor = Reconstructor.load(checkpoint or None, head=head, device=device)
-    summary = reconstruct_files(reconstructor, inputs, out, panel=panel, max_faces=faces)
+    summary = reconstruct_files(reconstructor, inputs, out, panel_pictures=panel, max_faces=faces)
     print(summary)
     if summary.failed: raise typer.Exit(2)
 
@@ -111,5 +111,5 @@ def prepare(
 ):
     "Detect, crop and cache the faces of a dataset."
     from fields.config import Config
-    from fields.data.prepare import prepare as run
-    print(run(dataset, root, out, Config().prepare, workers=workers or os.cpu_count() or 1))
+    from fields.data.prepare import prepare as prepare_dataset, summary
+    print(summary(prepare_dataset(dataset, root, out, Config().prepare, workers=workers or os.cpu_count() or 1)))

@@ -306,3 +306,27 @@ def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources
     write_json(ROOT/"evidence/resume.json", {"iterations": 20, "killed_after": lines, "resumed_at": outcome.resumed, "identical": equal,
                                              "how": "pytest -m slow tests/test_training.py: F4 on invented data, one thread, SIGKILL"})
     assert all(equal.values())
+
+
+@pytest.mark.slow
+def test_paper_profile_runs_two_iterations(tmp_path):
+    "The paper's exact networks, image size and schedule, batch 4, with the scan-derived head: every logged term is finite."
+    folder = os.environ.get("FIELDS_TEST_DATA")
+    if not folder: pytest.skip("FIELDS_TEST_DATA is not set, so there is no FLAME-topology head to run the paper profile with")
+    from fields.config import load_profile
+    from fields.models.fields import FieldsModel
+    path = Path(folder)/"head/generic_model.pkl"
+    config = load_profile("paper", {"head": str(path), "train.batch": 4, "train.steps": 2, "train.precision": "32", "device": "cpu", "threads": 0})
+    real = Head.load(str(path))
+    sources, torch_seed = fake_sources(real, size=config.prepare.cache_size), torch.manual_seed(0)
+    model = FieldsModel(config.network, real, seed=0)
+    assert sum(p.numel() for p in model.synthesizer.parameters()) == 85_224_355 and sum(p.numel() for p in model.encoders.parameters()) == 3_599_921
+    from fields.models.perceptual import Vgg16
+    job = Alternating(model, real, copy.deepcopy(model.encoders), METHODS["F4"], config, Vgg16(), templates_of(sources["bp4d"]))
+    data = MixedData(sources, None, config, 4, config.train.steps)
+    outcome = train(model, job.passes(), iterations(data, 1, Team(), job.prepare), Setting(2, tmp_path, "F4"))
+    log = read_log(tmp_path/"log.csv")
+    assert outcome.steps == 2 and all(len(v) == 2 and np.isfinite(v).all() for _, v in log.values())
+    from fields.stage import write_json
+    write_json(ROOT/"evidence/paper_profile.json", {"iterations": 2, "batch": 4, "image_size": config.network.image_size, "terms": {k: v for k, (_, v) in log.items()},
+                                                    "how": "pytest -m slow tests/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights"})

@@ -329,13 +329,13 @@ def build_world(
         order = np.argsort(arrays["id"])
         with atomic(truth/f"{name}.npz") as temporary, open(temporary, "wb") as file: np.savez(file, **{k: v[order] for k, v in arrays.items()})
         counts[name] = len(order)
-        _describe(out, name, config, arrays["split"])
+        _describe(out, name, config, arrays["split"], zip(arrays["id"][order], arrays["emotion"][order]))
     for file in (truth/".parts").iterdir(): file.unlink()
     (truth/".parts").rmdir()
     return counts
 
 # %% ../../nbs/36_data.twins.ipynb #1f7044fe
-def _describe(out, name, config, splits):
+def _describe(out, name, config, splits, labels):
     "Write the lists of a twin and its `twin.json`."
     folder = out/"standins"/"identity" if name == "identity" else out/name
     extra = {"lrw": {"frames_per_clip": config.lrw_frames}, "mead": {"frames_per_clip": config.mead_frames, "subjects": sorted({c[0] for c in mead_clips(config)})},
@@ -349,6 +349,8 @@ def _describe(out, name, config, splits):
         entry = lambda k: {"category": "training", "image": {"file_path": f"images1024x1024/{k//1000*1000:05d}/{k:05d}.png"}}
         write_json(folder/"ffhq-dataset-v2.json", {str(k): entry(k) for k in range(config.ffhq_images)})
     if name == "identity":
+        with atomic(folder/"labels.csv") as t:
+            t.write_text("image,emotion,valence,arousal\n" + "".join(f"{i[9:]}.jpg,{e},,\n" for i, e in labels))
         with atomic(folder/"identities.csv") as t:
             t.write_text("id,split\n" + "".join(f"I{k + 1:04d},{'val' if k % 10 == 9 else 'train'}\n" for k in range(config.identity_identities)))
     counts = {s: int((splits == s).sum()) for s in ("train", "val", "test")}

@@ -20,7 +20,7 @@ from ..scans.labels import CroppedScan, place
 from .emotion import read_labels
 from .geometry import reference_params
 from .parameters import Fits, norms, read_fits
-from .tables import sweep
+from .tables import is_swept, sweep
 
 # %% ../../nbs/76_evaluation.panels.ipynb #5d58d31c
 @torch.no_grad()
@@ -150,7 +150,7 @@ def panel_methods(
     names = sorted({p.stem.removesuffix(f"_{which}") for f in ("predictions", "external") for p in (Path(run)/f).glob(f"*_{which}.*")})
     shown = [m for m in ("EMOCA", "SMIRK", "TEASER") if m in names] or [m for m in ("F0", "F1", "F2", "F3") if m in names]
     known = {"EMOCA", "SMIRK", "TEASER", "F0", "F1", "F2", "F3", "F4", "oracle"}
-    other = [m for m in names if m not in known and m not in sweep(names).values()]
+    other = [m for m in names if m not in known and not is_swept(m)]
     return shown + other[:2] + [m for m in ("F4", "oracle") if m in names]
 
 def strong_examples(

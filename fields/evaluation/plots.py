@@ -14,7 +14,7 @@ from ..config import Config
 from ..types import EMOTIONS, HeadParams
 from ..viz import PALETTE, figure
 from .emotion import read_labels
-from .tables import methods_of, sweep
+from .tables import is_swept, methods_of, sweep
 
 # %% ../../nbs/75_evaluation.plots.ipynb #757ed781
 CLASS_STYLE = dict(zip(EMOTIONS, (("#777777", "o"), ("#E69F00", "^"), ("#0072B2", "v"), ("#CC79A7", "D"), ("#009E73", "s"), ("#56B4E9", "P"), ("#D55E00", "X"))))
@@ -76,8 +76,7 @@ def shown_methods(
     metrics:dict,                 # name -> contents of metrics/NAME.json
 ) -> list[str]:                   # at most seven, the oracle last
     "Choose the methods that a figure compares: the paper's, the ablation, other systems, not the sweep."
-    swept = set(sweep(methods_of(metrics)).values()) - {"F4"}
-    methods = [m for m in methods_of(metrics) if m not in swept]
+    methods = [m for m in methods_of(metrics) if not is_swept(m)]
     if sum(m in ("EMOCA", "SMIRK", "TEASER") for m in methods) == 3: methods = [m for m in methods if m not in ("F0", "F2", "F3")]
     return methods[:6] + (["oracle"] if find(metrics, "emotion/protocols/heldout/methods/oracle") else [])
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACCURACY', 'AFFECT', 'ABLATION', 'ERRORS', 'APART', 'GEOMETRY', 'PRINTED', 'NATURAL', 'PROTOCOLS', 'NOTE', 'Value',
-           'record_value', 'paper_value', 'Table', 'to_csv', 'to_latex', 'value_html', 'to_html', 'Measure', 'sweep',
-           'methods_of', 'build', 'paper_like', 'differences_table', 'leakage_table', 'naturalness_table', 'data_table',
-           'split_table', 'landmark_table', 'read_all', 'all_tables', 'make_tables']
+           'record_value', 'paper_value', 'Table', 'to_csv', 'to_latex', 'value_html', 'to_html', 'Measure', 'is_swept',
+           'sweep', 'methods_of', 'build', 'paper_like', 'differences_table', 'leakage_table', 'naturalness_table',
+           'data_table', 'split_table', 'landmark_table', 'read_all', 'all_tables', 'make_tables']
 
 # %% ../../nbs/74_evaluation.tables.ipynb #7e9b2c3f
 import csv, html, io, re
@@ -182,13 +182,17 @@ PRINTED = [Measure("keypoints, as printed (units differ)", "keypoints_as_printed
 NATURAL = [Measure("slope of ‖ψ̂‖ on ‖ψ‖ (1 = calibrated)", "", "parameters", "exaggeration/slope", ""), Measure("intercept (σ)", "", "parameters", "exaggeration/intercept", ""),
            Measure("ratio of norms (1 = calibrated)", "", "parameters", "exaggeration/ratio", "")]
 
-# %% ../../nbs/74_evaluation.tables.ipynb #ef4d07e4
+# %% ../../nbs/74_evaluation.tables.ipynb #616fa776
+def is_swept(method:str) -> bool:
+    "Say whether a method belongs to the lambda sweep by its name."
+    return re.fullmatch(r"lambda\d+(\.\d+)?", method) is not None
+
 def sweep(
     methods:list[str],            # methods at hand
     own:float=5.0,                # lambda_emo of F4
 ) -> dict[float, str]:            # value -> method, ascending
     "Find the methods of the lambda sweep, F4 among them."
-    found = {float(m[1]): name for name in methods if (m := re.fullmatch(r"lambda(\d+(?:\.\d+)?)", name))}
+    found = {float(name.removeprefix("lambda")): name for name in methods if is_swept(name)}
     return dict(sorted((found | ({float(own): "F4"} if "F4" in methods else {})).items()))
 
 def methods_of(
@@ -247,7 +251,7 @@ def paper_like(
     "Build the paper's tables from metrics."
     paper, methods = paper_tables(), methods_of(metrics)
     ours = lambda t: [(n, "F4" if n == "FIELDS" else n, paper[t].get(n)) for n in ("EMOCA", "SMIRK", "TEASER", "FIELDS")] + [
-        (m, m, None) for m in methods if m not in ("EMOCA", "SMIRK", "TEASER") and not re.fullmatch(r"F[0-4]", m) and m not in sweep(methods, own).values()]
+        (m, m, None) for m in methods if m not in ("EMOCA", "SMIRK", "TEASER") and not re.fullmatch(r"F[0-4]", m) and not is_swept(m)]
     steps = lambda t: [(n, n.split()[0], e) for n, e in paper[t].items()]
     swept = sweep(methods, own)
     weights = lambda t: [(f"λ = {float(n):g}", swept.get(float(n), f"lambda{float(n):g}"), e) for n, e in paper[t].items()]
@@ -320,7 +324,7 @@ def data_table(
     for name, d in data.items():
         at = f"data.json:datasets/{name}/"
         rows.append((name, [_count(d["rows"], at + "rows"), _count(d["no_face"], at + "no_face"), _count(d["subjects"], at + "subjects")] +
-                     [_count(d["splits"].get(s, 0), f"{at}splits/{s}" if s in d["splits"] else "") for s in ("train", "val", "test")]))
+                     [_count(d["splits"][s], f"{at}splits/{s}") for s in ("train", "val", "test")]))
     rejected = find(metrics.get("parameters", {}), "rejected_fits") or {}
     for reason, n in rejected.items(): rows.append((f"scan fits rejected: {reason}", [_count(n, f"parameters.json:rejected_fits/{reason}"), *[""]*5]))
     return Table("data", "Data of this run", [(n, "") for n in ("images", "no face found", "subjects", "train", "val", "test")], rows, "nothing is replaced or dropped without being counted")
@@ -341,7 +345,7 @@ def split_table(
         share = share or dict.fromkeys(strata, 1/6)
         cells = []
         for key, value in (("subjects", people), ("frames", frames)): cells += [Value(value, source="paper", places=0), _count(split[name][key], f"data.json:bp4d_split/{name}/{key}")]
-        for s in strata: cells += [Value(share.get(s, 0), source="paper"), Value(split[name]["share"].get(s, 0), trail=f"data.json:bp4d_split/{name}/share/{s}" if s in split[name]["share"] else "")]
+        for s in strata: cells += [Value(share.get(s, 0), source="paper"), Value(split[name]["share"][s], trail=f"data.json:bp4d_split/{name}/share/{s}")]
         table.rows.append((name, cells))
     return table
 

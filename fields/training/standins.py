@@ -239,7 +239,9 @@ def make_perceptual(
     label = lambda values, r: torch.from_numpy(values[r]).to(device)
     def loss(images, r):
         a, b = net.logits(images)
-        return F.cross_entropy(b, label(who, r)) + F.cross_entropy(a, label(emotion, r), ignore_index=-1)
+        known = label(emotion, r)
+        feeling = F.cross_entropy(a, known, ignore_index=-1, reduction="sum")/(known >= 0).sum().clamp_min(1)
+        return F.cross_entropy(b, label(who, r)) + feeling
     if config.standins.train: train_small(net, loss, store, np.flatnonzero(ok & ~last), config.standins.perceptual_steps, config, config.seed + 12, callbacks, device)
     held, score = np.flatnonzero(ok & last), {"trained": config.standins.train, "images": int((ok & ~last).sum()), "identities": len(people)}
     with torch.no_grad(): said = [(a.argmax(1).cpu().numpy(), b.argmax(1).cpu().numpy(), r) for i, r in plain_crops(store, held, config, device) for a, b in [net.eval().logits(i)]]
