@@ -284,6 +284,7 @@ def evaluate_geometry(
         "subjects": len(set(subjects)), "scans": len(measured), "units": config.evaluation.units,
         "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found]})
 
+# %% ../../nbs/73_evaluation.geometry.ipynb #6c7ccea8
 def _nest(flat):
     nested = {}
     for key, value in flat.items():

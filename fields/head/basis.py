@@ -119,6 +119,7 @@ def quantise(
     scale = np.abs(columns).max((0, 1))/32767
     return np.round(columns/scale).astype(np.int16), scale
 
+# %% ../../nbs/18_head.basis.ipynb #bcd00a28
 def make_head(
     sculpt:Sculpt|None=None,      # in float64; made if None
     seed:int=0,                   # of the population

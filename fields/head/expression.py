@@ -136,6 +136,7 @@ def lid_actions(
     for field in out: field[1, template.mirror] = field[0, :H]*MIRROR
     return out[0], out[1]
 
+# %% ../../nbs/16_head.expression.ipynb #d424af29
 def settle(
     fields:np.ndarray,            # (E,V,3) mm; changed in place
     template,                     # `Template`

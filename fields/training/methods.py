@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INITIAL_NAME', 'method_named', 'perceptual_network', 'emotion_network', 'weights_of', 'starting_model',
-           'parameter_error', 'run_method', 'open_training', 'run_precision', 'main']
+           'official_teaser', 'cycle_templates', 'parameter_error', 'run_method', 'open_training', 'run_precision',
+           'main']
 
 # %% ../../nbs/65_training.methods.ipynb #7f829d05
 import dataclasses, shutil
@@ -15,13 +16,13 @@ from ..assets import find_asset
 from ..config import Config, fingerprint, set_up, to_dict
 from ..data.mixing import MixedData, open_sources
 from ..head.flame import Head
-from ..models.checkpoints import import_emotion, import_vgg16
+from ..models.checkpoints import import_emotion, import_teaser, import_vgg16
 from ..models.fields import FieldsModel, read_tensors, save_tensors
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
 from ..stage import write_json
 from .alternate import Alternating, Method
-from .cycle import templates_of
+from .cycle import famos_templates, templates_of
 from .loop import Outcome, Setting, Team, choose_precision, launch, train
 from .losses import expression_3d
 from .pretrain import iterations, pretrain
@@ -104,6 +105,25 @@ def starting_model(
         model.synthesizer.load_state_dict(first.synthesizer.state_dict())
     return model, base
 
+# %% ../../nbs/65_training.methods.ipynb #67c202a5
+def official_teaser(
+    config:Config,
+    head:Head,
+) -> FieldsModel|None:            # the published model, or None where it does not fit or is not there
+    "Return TEASER's published networks if they can be used with this head and these sizes."
+    path = find_asset("teaser")
+    return import_teaser(path, head) if path and head.version == "FLAME 2020" and config.network.size == "paper" else None
+
+def cycle_templates(
+    sources:dict,                 # dataset -> Source
+    head:Head,
+) -> tuple[Tensor, str]:          # (T,50), and where they come from
+    "Return the expressions that the cycle uses as templates."
+    path = find_asset("templates")
+    if path and head.version == "FLAME 2020": return famos_templates(path), f"cycle templates: FaMoS from {path.name}"
+    made = templates_of(sources["bp4d"])
+    return made, f"cycle templates: {len(made)} expressions fitted to BP4D's training scans" if len(made) else "cycle templates: none (no training scan is fitted), so their share gets the random edit"
+
 # %% ../../nbs/65_training.methods.ipynb #7878bdaa
 def parameter_error(
     model:FieldsModel,
@@ -151,6 +171,11 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
     "Set up and run one alternating training; returns model, outcome and precision."
     c = config.train
     model, base = starting_model(run, method, config, head, initial)
+    official = official_teaser(config, head) if initial else None
+    if official:
+        for part in ("token_encoder", "synthesizer"): getattr(model, part).load_state_dict(getattr(official, part).state_dict())
+        notes.append("initialisation: token encoder and synthesizer of TEASER's published checkpoint")
+        return model, Outcome(0, float("inf"), 0, 0.0, 0, []), "32"
     model, base = model.to(team.device), base.to(team.device)
     net, note = perceptual_network(run/"standins")
     notes.append(note)
@@ -158,8 +183,10 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
     if method.use_feature:
         feature_net, note = emotion_network(run/"standins")
         notes.append(note)
+    templates, note = cycle_templates(data.sources, head)
+    notes.append(note)
     precision = run_precision(run, config, model, team)
-    job = Alternating(model, head, base, method, config, net.to(team.device), templates_of(data.sources["bp4d"]).to(team.device),
+    job = Alternating(model, head, base, method, config, net.to(team.device), templates.to(team.device),
                       feature_net.to(team.device) if feature_net else None, team, precision)
     best = c.select == "best" and not initial
     frames = list(data.evaluation("bp4d", "val", 64)) if best else []
