@@ -193,9 +193,12 @@ def save_face(
     if panel_picture is not None:
         from PIL import Image
         with atomic(out/f"{name}.png") as temporary: Image.fromarray(panel_picture).save(temporary, format="png")
-    chance = prediction.logits[0].softmax(0).cpu()
-    return {"name": name, "emotion": EMOTIONS[int(chance.argmax())], **{f"p_{e}": round(float(p), 4) for e, p in zip(EMOTIONS, chance)},
-            "valence": round(float(prediction.valence[0]), 4), "arousal": round(float(prediction.arousal[0]), 4),
+    emotion = {}
+    if prediction.logits is not None:                                  # a method without the emotion head leaves these columns out
+        chance = prediction.logits[0].softmax(0).cpu()
+        emotion = {"emotion": EMOTIONS[int(chance.argmax())], **{f"p_{e}": round(float(p), 4) for e, p in zip(EMOTIONS, chance)},
+                   "valence": round(float(prediction.valence[0]), 4), "arousal": round(float(prediction.arousal[0]), 4)}
+    return {"name": name, **emotion,
             "box_cx": round(crop.box.cx, 2), "box_cy": round(crop.box.cy, 2), "box_side": round(crop.box.side, 2)}
 
 # %% ../nbs/80_reconstruct.ipynb #c91937e8

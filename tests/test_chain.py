@@ -124,6 +124,7 @@ def test_a_failing_cell_is_named(smoke, tmp_path):
     assert not (run / "steps" / "tables.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_chain_ends_with_the_same_metrics(tmp_path):
     """Three kills of a miniature chain, against one that was never killed."""
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(0)
