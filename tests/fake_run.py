@@ -134,6 +134,6 @@ def write_scans(run, head, rng, shape, expression, jaw, pose, ids):
         v = output.vertices[i].numpy()
         f = faces[rng.integers(0, len(faces), 3000)]
         points = (v[f]*rng.dirichlet([1, 1, 1], 3000)[..., None]).sum(1) + rng.normal(0, 3e-4, (3000, 3)) + pose[i, 3:]
-        path = place(run/"scans"/"cropped", name)
+        path = place(run/"scans"/"cropped"/"bp4d", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         CroppedScan(points.astype(np.float32), marks[i] + pose[i, 3:], "bp4d83", 5000).save(path)

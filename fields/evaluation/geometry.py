@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
-                               select, write_metrics)
+                               select, widening, write_metrics)
 from ..config import Config
 from ..types import HeadParams
 from ..head.geometry import rodrigues
@@ -183,7 +183,7 @@ def read_cropped(
     name:str,                     # id of a frame
 ) -> np.ndarray|None:             # (N,3) points, metres; None if the frame has no usable scan
     "Read the cropped scan of a frame."
-    path = place(Path(run)/"scans"/"cropped", name)
+    path = place(Path(run)/"scans"/"cropped"/"bp4d", name)
     if not path.is_file(): return None
     scan = CroppedScan.load(path)
     return None if scan.rejected or len(scan.points) == 0 else scan.points.astype(np.float64)
@@ -227,23 +227,24 @@ def describe_errors(
     weights:np.ndarray,           # (D,N) bootstrap weights
 ) -> dict:                        # space -> points -> error, subject mean, AUC and failures
     "Return the records of one method."
-    result = {}
+    result, wide = {}, widening(subjects)
     for name, values in errors.items():
         space, points = name.split("/")
         result.setdefault(space, {})[points] = {
-            "error": mean_number(values, weights), "subjects": macro_number(values, subjects, weights)} | {
-            f"AUC@{t}": number(auc(values, t), auc(values, t, weights), None, len(values)) for t in THRESHOLDS} | {
+            "error": mean_number(values, weights, wide), "subjects": macro_number(values, subjects, weights)} | {
+            f"AUC@{t}": number(auc(values, t), auc(values, t, weights), None, len(values), wide) for t in THRESHOLDS} | {
             f"above {t} mm": float((values > t).mean()) for t in THRESHOLDS}
     return result
 
 def paper_units(
     posed:dict[str, np.ndarray],  # "keypoints" and "vertices" -> (N,) metres, not aligned
     weights:np.ndarray,           # (D,N) bootstrap weights
+    wide:float=1.0,               # factor on the intervals
 ) -> dict:                        # records as Table 6 prints them
     "Return what Table 6 most likely holds: keypoints in mm, vertices in metres, AUC up to 0.1 and 5.0 metres."
     v = posed["vertices"]
-    return {"keypoints": mean_number(MILLIMETRES*posed["keypoints"], weights), "vertices": mean_number(v, weights)} | {
-        f"AUC@{t}": number(auc(v, t), auc(v, t, weights), None, len(v)) for t in (.1, 5.)}
+    return {"keypoints": mean_number(MILLIMETRES*posed["keypoints"], weights, wide), "vertices": mean_number(v, weights, wide)} | {
+        f"AUC@{t}": number(auc(v, t), auc(v, t, weights), None, len(v), wide) for t in (.1, 5.)}
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #a0932f17
 def evaluate_geometry(
@@ -270,13 +271,14 @@ def evaluate_geometry(
     records = {m: describe_errors(e, subjects, weights) for m, e in errors.items()}
     measured = [n for n, i in enumerate(ids) if i in scans]
     if measured:
-        some = resample(len(measured), config.evaluation.bootstrap, np.random.default_rng([config.seed, 7]), groups=[subjects[n] for n in measured])
+        who = [subjects[n] for n in measured]
+        some = resample(len(measured), config.evaluation.bootstrap, np.random.default_rng([config.seed, 7]), groups=who)
         for m in (*params, "fit"):
             values = np.array([scans[ids[n]][m] for n in measured])
-            records.setdefault(m, {})["scan"] = {"surface": {"error": mean_number(values, some), "subjects": macro_number(values, [subjects[n] for n in measured], some)}}
+            records.setdefault(m, {})["scan"] = {"surface": {"error": mean_number(values, some, widening(who)), "subjects": macro_number(values, who, some)}}
     if config.evaluation.units == "paper":
-        for m, p in params.items(): records[m]["paper"] = paper_units(_posed(head, p, placed), weights)
-    pairs = {f"{a}-{b}": {k: difference(errors[a][k].mean(), errors[b][k].mean(), weights @ errors[a][k]/weights.sum(1), weights @ errors[b][k]/weights.sum(1), len(ids))
+        for m, p in params.items(): records[m]["paper"] = paper_units(_posed(head, p, placed), weights, widening(subjects))
+    pairs = {f"{a}-{b}": {k: difference(errors[a][k].mean(), errors[b][k].mean(), weights @ errors[a][k]/weights.sum(1), weights @ errors[b][k]/weights.sum(1), len(ids), widening(subjects))
                           for k in errors[a]} for a, b in compared(list(found))}
     controls = {m: records.pop(m) for m in ("constant", "fit") if m in records}
     return write_metrics(Path(run)/"metrics"/"geometry.json", {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'draw_heads', 'portrait_camera', 'at_rest', 'draw_points3d', 'scan_at_rest', 'read_pictures',
-           'evaluation_part', 'face_grid', 'panel_methods', 'strong_examples', 'figure4', 'figure11', 'frames_of',
-           'figure_bp4d', 'read_raw', 'figure10']
+           'evaluation_part', 'face_grid', 'panel_methods', 'strong_examples', 'cameras', 'figure4', 'figure11',
+           'frames_of', 'figure_bp4d', 'read_raw', 'figure10']
 
 # %% ../../nbs/76_evaluation.panels.ipynb #9b5c4201
 from pathlib import Path
@@ -89,7 +89,7 @@ def scan_at_rest(
 ) -> np.ndarray|None:             # (N,3) points as if the head looked ahead; None without a scan
     "Read a cropped scan and undo the pose of its fit."
     from fields.head.geometry import rodrigues
-    path = place(Path(run)/"scans"/"cropped", name)
+    path = place(Path(run)/"scans"/"cropped"/"bp4d", name)
     if not path.is_file(): return None
     scan = CroppedScan.load(path)
     if scan.rejected or not len(scan.points): return None
@@ -156,9 +156,16 @@ def panel_methods(
 def strong_examples(
     labels,                       # emotion labels of the candidates
 ) -> list[str]:                   # one id an emotion
-    "Choose the image of each emotion whose valence and arousal are strongest; ties go to the first."
-    strength = np.hypot(labels.valence, labels.arousal)
+    "Choose the image of each emotion whose valence and arousal are strongest, of neutral weakest; ties go to the first."
+    strength = np.hypot(labels.valence, labels.arousal)*np.where(labels.classes == EMOTIONS.index("neutral"), -1, 1)
     return [labels.ids[np.flatnonzero(labels.classes == c)[strength[labels.classes == c].argmax()]] for c in range(len(EMOTIONS)) if (labels.classes == c).any()]
+
+def cameras(found, ids):
+    "Yield parameters and camera of every method; the oracle has no camera of this crop and takes a method's."
+    own = next((select(p, ids).params.camera for m, p in reversed(found.items()) if m != "oracle"), None)
+    for method, prediction in found.items():
+        params = select(prediction, ids).params
+        yield params, own if method == "oracle" and own is not None else params.camera
 
 def figure4(
     run:Path,                     # run folder
@@ -172,7 +179,7 @@ def figure4(
     labels = labels.take(common_ids(found, labels.ids))
     ids = strong_examples(labels)
     chosen = labels.take(ids)
-    rows = [list(read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3])] + [list(draw_heads(head, select(found[m], ids).params)) for m in found]
+    rows = [list(read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3])] + [list(draw_heads(head, p, camera=c)) for p, c in cameras(found, ids)]
     titles = [f"{EMOTIONS[c]}\nvalence {v:+.2f}\narousal {a:+.2f}" for c, v, a in zip(chosen.classes, chosen.valence, chosen.arousal)]
     return face_grid(rows, ["input", *(LABELS.get(m, m) for m in found)], titles)
 
@@ -220,7 +227,8 @@ def figure_bp4d(
     fits, _ = read_fits(run, head)
     fits = fits.take(common_ids(found, fits.ids))
     ids = frames_of(fits, sex, 3, 0 if sex else 1)
-    if not sex: ids = frames_of(fits, "F", 2, 1)[:2] + frames_of(fits, "M", 2, 1)[:1]
+    if not sex: ids = frames_of(fits, "F", 2, 1) + frames_of(fits, "M", 1, 1)
+    if not ids: raise ValueError(f"no {'woman' if sex == 'F' else 'man'} is among the test subjects of this run")
     here = fits.take(ids)
     camera, size = portrait_camera(head, len(ids)), 160
     pictures = read_pictures(run, "bp4d", ids, evaluation_part(config))[..., :3]
@@ -263,11 +271,13 @@ def figure10(
     ring = crop.centre + np.stack([np.cos(angle), np.sin(angle)], 1)*crop.radii @ crop.axes[:2]
     fig, axes = figure(1, 3, 6.6, 2.9, sharey=True)
     views = ((0, "raw scan", [(p, "#8c8c8c")]), (0, "landmarks and ellipse", [(p, "#c8c8c8"), (p[kept], "#0072B2")]), (2, "kept, from the side", [(p, "#c8c8c8"), (p[kept], "#0072B2")]))
+    reach = 1900*crop.radii.max()
     for ax, (axis, title, clouds) in zip(axes, views):
         for cloud, color in clouds: ax.scatter(1000*cloud[:, axis], 1000*cloud[:, 1], s=1, c=color, linewidths=0, rasterized=True)
         if title != "raw scan":
             ax.plot(1000*ring[:, axis], 1000*ring[:, 1], c="#D55E00", lw=1.4)
             ax.scatter(1000*landmarks[:, axis], 1000*landmarks[:, 1], s=4, c="#D55E00", linewidths=0)
-        ax.set(aspect="equal", title=title, xlabel=("x" if axis == 0 else "z") + " (mm)")
+        middle = 1000*crop.centre
+        ax.set(aspect="equal", title=title, xlabel=("x" if axis == 0 else "z") + " (mm)", xlim=(middle[axis] - reach, middle[axis] + reach), ylim=(middle[1] - reach, middle[1] + reach))
     axes[0].set_ylabel("y (mm)")
     return fig

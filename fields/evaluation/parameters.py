@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
-                               select, write_metrics)
+                               select, widening, write_metrics)
 from ..config import Config
 from ..types import EMOTIONS, HeadParams
 from ..scans.labels import ExpressionLabels
@@ -125,11 +125,11 @@ def describe(
 ) -> dict:                        # records
     "Return all records of one method: errors, subject means, exaggeration and explained variance."
     errors = frame_errors(params, fits, real)
-    once = np.concatenate([np.ones((1, weights.shape[1])), weights])
-    exaggeration = {k: number(v[0], v[1:], None, len(fits.ids)) for k, v in line(norms(fits), norms(params), once).items()}
+    once, wide = np.concatenate([np.ones((1, weights.shape[1])), weights]), widening(fits.subjects)
+    exaggeration = {k: number(v[0], v[1:], None, len(fits.ids), wide) for k, v in line(norms(fits), norms(params), once).items()}
     r2 = explained(np.concatenate([params.expression, params.jaw], 1), np.concatenate([fits.expression, fits.jaw], 1))
     known = np.isfinite(r2[:50])
-    return {"errors": {k: mean_number(v, weights) for k, v in errors.items()},
+    return {"errors": {k: mean_number(v, weights, wide) for k, v in errors.items()},
             "subjects": {k: macro_number(v, fits.subjects, weights) for k, v in errors.items()},
             "exaggeration": exaggeration, "explained": {"expression": r2[:50], "jaw": r2[50:],
             "mean": float((r2[:50][known]*size[known]**2).sum()/(size[known]**2).sum()) if known.any() else None}}
@@ -181,7 +181,7 @@ def evaluate_parameters(
     pairs = {}
     for a, b in compared(list(found)):
         draws = {m: {k: weights @ v/weights.sum(1) for k, v in errors[m].items()} for m in (a, b)}
-        pairs[f"{a}-{b}"] = {k: difference(errors[a][k].mean(), errors[b][k].mean(), draws[a][k], draws[b][k], len(ids)) for k in errors[a]}
+        pairs[f"{a}-{b}"] = {k: difference(errors[a][k].mean(), errors[b][k].mean(), draws[a][k], draws[b][k], len(ids), widening(here.subjects)) for k in errors[a]}
     return write_metrics(Path(run)/"metrics"/"parameters.json", {
         "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
         "controls": {"constant": describe(constant_prediction(fits, len(ids)), here, real, size, weights)},

@@ -82,7 +82,7 @@ def shown_methods(
 
 def method_color(method:str) -> str:
     "Return the colour of a method, the same in all figures."
-    known = {"F0": "#999999", "F1": "#56B4E9", "F2": "#009E73", "F3": "#E69F00", "F4": "#D55E00", "EMOCA": "#CC79A7", "SMIRK": "#0072B2", "TEASER": "#F0E442", "oracle": "#000000"}
+    known = {"F0": "#999999", "F1": "#56B4E9", "F2": "#009E73", "F3": "#E69F00", "F4": "#D55E00", "EMOCA": "#CC79A7", "SMIRK": "#0072B2", "TEASER": "#F0E442", "TEASER_init": "#7A5195", "oracle": "#000000"}
     return known.get(method, PALETTE[sum(map(ord, method)) % len(PALETTE)])
 
 def figure5(
@@ -132,7 +132,11 @@ def embed(
         if kind != "umap": raise ValueError(f"unknown map {kind!r}; choose tsne or umap")
         try: from umap import UMAP
         except ImportError: raise ImportError("figure 15 needs umap-learn, which is not installed; pip install umap-learn, or do without this figure") from None
-        return UMAP(n_neighbors=min(15, len(features) - 1), random_state=seed, n_jobs=1).fit_transform(features)
+        from sklearn.neighbors import NearestNeighbors
+        count = min(15, len(features) - 1)
+        distance, index = NearestNeighbors(n_neighbors=count).fit(features).kneighbors(features)   # spares the compilation of UMAP's own search
+        return UMAP(n_neighbors=count, random_state=seed, n_jobs=1, precomputed_knn=(index.astype(np.int32), distance.astype(np.float32), None),
+                    force_approximation_algorithm=True).fit_transform(features)
 
 # %% ../../nbs/75_evaluation.plots.ipynb #7930e06c
 def maps(
@@ -238,7 +242,8 @@ def figure_curves(
             ax.plot(steps, values, c=method_color(m), lw=.4, alpha=.35)
             seen[m] = ax.plot(steps, smooth(values), c=method_color(m), lw=1.4)[0]
         ax.set_title(term, fontsize=8)
-        if all(v > 0 for logged in curves.values() if term in logged for v in logged[term][1]): ax.set_yscale("log")
+        every = [v for logged in curves.values() if term in logged for v in logged[term][1]]
+        if every and min(every) > 0 and max(every) > 30*min(every): ax.set_yscale("log")
         ax.tick_params(labelsize=7)
     for ax in axes.flat[len(terms):]: ax.set_axis_off()
     for ax in axes[-1]: ax.set_xlabel("step", fontsize=8)
@@ -263,7 +268,10 @@ def figure_naturalness(
             mean = np.array([np.nan if r["mean"] is None else r["mean"] for r in got])
             ends = np.array([[np.nan if r[e] is None else r[e] for r in got] for e in ("ci_low", "ci_high")])
             ax.errorbar(np.asarray(at) + (k - .5)*.12, mean, np.abs(ends - mean), fmt=marker, c=color, ms=5, lw=1, label=f"{kind} of lengths")
+            far = [*far, *mean[np.isfinite(mean)]] if k else list(mean[np.isfinite(mean)])
         ax.axhline(1, c="k", lw=.8, ls=":")
+        low, high = min([*far, 1]), max([*far, 1])
+        ax.set_ylim(low - .35*(high - low) - .2, high + .35*(high - low) + .2)   # a long interval is cut off, a mean never
     draw(axes[0, 0], methods, np.arange(len(methods)))
     axes[0, 0].set_xticks(np.arange(len(methods)), methods)
     axes[0, 0].set(ylabel="predicted over fitted (1 = calibrated)", title="exaggeration on BP4D test frames")

@@ -167,25 +167,24 @@ class Surface:
 
 # %% ../../nbs/41_scans.closest.ipynb #5ae90ca4
 def _triangle_torch(p, a, b, c):
-    "Return squared distance and weights (...,3) of the closest points of triangles a, b, c to p, all (...,3)."
+    "Return squared distance, and weights of b and c, at the closest points of triangles a, b, c to p; all (...,3)."
     import torch
     dot = lambda x, y: (x * y).sum(-1)
     u, v, w = b - a, c - a, p - a
-    uu, vv, uv, wu, wv = dot(u, u), dot(v, v), dot(u, v), dot(w, u), dot(w, v)
+    uu, vv, uv, wu, wv, ww = dot(u, u), dot(v, v), dot(u, v), dot(w, u), dot(w, v), dot(w, w)
     area, s, t = uu * vv - uv * uv, vv * wu - uv * wv, uu * wv - uv * wu
     inside = (s >= 0) & (t >= 0) & (s + t <= area) & (area > 8 * torch.finfo(p.dtype).eps * uu * vv)
-    safe = torch.where(inside, area, torch.ones_like(area))
+    area = torch.where(inside, area, 1)
     tiny = torch.finfo(p.dtype).tiny
     along = lambda x, y: (x / y.clamp_min(tiny)).clamp(0, 1)
-    r0, r1, r2 = along(wu, uu), along(wv, vv), along(dot(p - b, c - b), dot(c - b, c - b))
-    zero = torch.zeros_like(r0)
-    choices = torch.stack([torch.stack([1 - r0, r0, zero], -1), torch.stack([1 - r1, zero, r1], -1), torch.stack([zero, 1 - r2, r2], -1),
-                           torch.stack([1 - (s + t) / safe, s / safe, t / safe], -1)], -2)
-    place = choices[..., 0:1] * a[..., None, :] + choices[..., 1:2] * b[..., None, :] + choices[..., 2:3] * c[..., None, :]
-    squared = (place - p[..., None, :]).square().sum(-1)
-    squared[..., 3] = torch.where(inside, squared[..., 3], torch.full_like(squared[..., 3], float("inf")))
-    best, index = squared.min(-1)
-    return best, choices.gather(-2, index[..., None, None].expand(*index.shape, 1, 3)).squeeze(-2)
+    r, zero = along(wv - wu + uu - uv, uu + vv - 2 * uv), torch.zeros_like(s)
+    best, x, y = torch.full_like(s, torch.inf), zero, zero
+    inner = torch.where(inside, s / area, 0), torch.where(inside, t / area, 0)
+    for p1, p2 in ((along(wu, uu), zero), (zero, along(wv, vv)), (1 - r, r), inner):
+        squared = (ww - 2 * (p1 * wu + p2 * wv) + p1 * p1 * uu + 2 * p1 * p2 * uv + p2 * p2 * vv).clamp_min(0)
+        closer = squared < best
+        best, x, y = torch.where(closer, squared, best), torch.where(closer, p1, x), torch.where(closer, p2, y)
+    return best, x, y
 
 # %% ../../nbs/41_scans.closest.ipynb #ad4bc90e
 class SurfaceTorch:
@@ -232,10 +231,13 @@ class SurfaceTorch:
         import torch
         parts, step = [], max(1, rows // faces.shape[1])
         for i in range(0, len(points), step):
-            f = faces[i:i + step]
-            squared, weights = _triangle_torch(points[i:i + step, None], *corners[frame[i:i + step, None], f].unbind(2))
-            best, index = squared.min(1)
-            parts.append((best, f.gather(1, index[:, None])[:, 0], weights[torch.arange(len(f), device=f.device), index]))
+            f, k, p = faces[i:i + step], frame[i:i + step], points[i:i + step]
+            squared, s, t = _triangle_torch(p[:, None], *corners[k[:, None], f].unbind(2))
+            index = squared.argmin(1, keepdim=True)
+            f, s, t = (x.gather(1, index)[:, 0] for x in (f, s, t))
+            weights = torch.stack([1 - s - t, s, t], -1)
+            place = (weights[..., None] * corners[k, f]).sum(1)
+            parts.append(((place - p).square().sum(-1), f, weights))
         return tuple(torch.cat(p) for p in zip(*parts))
 
 # %% ../../nbs/41_scans.closest.ipynb #a3e766b7
