@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ChainError', 'lock', 'execute', 'Progress', 'choose', 'run_chain', 'run_components']
 
-# %% ../nbs/81_chain.ipynb #2b0e48ea
-import fcntl, os, sys, threading, time
+# %% ../nbs/81_chain.ipynb #61e93267
+import fcntl, os, queue, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from .config import Config, find_root, load_profile, to_dict
-from .stage import RunDir, Step, plan, read_json
+from .stage import RunDir, Step, jobs, plan, read_json
 
 # %% ../nbs/81_chain.ipynb #543bfe53
 class ChainError(RuntimeError):
@@ -59,42 +59,45 @@ def execute(
 # %% ../nbs/81_chain.ipynb #1b90271d
 class Progress:
     "One bar over the steps that remain, weighted by the time they take."
-    def __init__(self, run:RunDir, steps:list[Step], quiet:bool=False):
+    def __init__(self, run:RunDir, steps:list[Step], count:int, quiet:bool=False):
         from tqdm import tqdm
-        self.run, self.total, self.before, self.step = run, sum(s.minutes for s in steps) or 1, 0.0, None
+        self.run, self.total, self.before, self.count, self.working = run, sum(s.minutes for s in steps) or 1, 0.0, count, {}
         slow = not sys.stderr.isatty()
         self.bar = tqdm(total=100, disable=quiet, mininterval=15 if slow else .2, ascii=slow, file=sys.stderr,
-                        bar_format="{desc:<34} {percentage:3.0f}%|{bar:24}| {elapsed} elapsed, about {remaining} left")
+                        bar_format="{desc:<44} {percentage:3.0f}%|{bar:24}| {elapsed} elapsed, about {remaining} left")
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
-    def begin(self, step:Step, number:int, count:int):
+    def begin(self, step:Step, number:int):
         "Show that a step begins."
-        self.step, self.label = step, f"[{number}/{count}] {step.name}"
-        (self.run/"logs"/"progress.json").unlink(missing_ok=True)
-        self._show(0.0, "")
+        (self.run/"logs"/f"progress_{step.name}.json").unlink(missing_ok=True)
+        self.working[step.name] = (step, number)
+        self._show()
 
-    def end(self):
+    def end(self, step:Step):
         "Count the step as done."
-        self._show(1.0, "")
-        self.before, self.step = self.before + self.step.minutes, None
+        self.working.pop(step.name)
+        self.before += step.minutes
 
     def close(self):
         "Stop watching."
         self.stop.set(); self.thread.join(); self.bar.close()
 
-    def _show(self, part, text):
-        self.bar.set_description_str(f"{self.label} {text}", refresh=False)
-        self.bar.update(round(max(0, 100*(self.before + part*self.step.minutes)/self.total - self.bar.n), 2))
+    def _show(self):
+        done, texts = self.before, []
+        for step, number in list(self.working.values()):
+            try: told = read_json(self.run/"logs"/f"progress_{step.name}.json")
+            except ValueError: told = {"done": 0, "total": 0, "label": ""}
+            done += step.minutes*min(1.0, told["done"]/max(1, told["total"]))
+            texts.append(f"[{number}/{self.count}] {step.name}" + (f" {told['label']} {told['done']}/{told['total']}" if told["total"] else ""))
+        self.bar.set_description_str(" + ".join(texts), refresh=False)
+        self.bar.update(round(max(0, 100*done/self.total - self.bar.n), 2))
         if sys.stderr.isatty(): self.bar.refresh()
 
     def _watch(self):
         while not self.stop.wait(.5):
-            try: told = read_json(self.run/"logs"/"progress.json")
-            except ValueError: continue
-            if self.step and told["step"] == self.step.name:
-                self._show(min(1.0, told["done"]/max(1, told["total"])), f"{told['label']} {told['done']}/{told['total']}")
+            if self.working: self._show()
 
 # %% ../nbs/81_chain.ipynb #9477fdc8
 def choose(
@@ -128,21 +131,40 @@ def run_chain(
         if first: (run/"steps"/f"{first}.json").unlink(missing_ok=True)
         return _execute_steps(root/"nbs"/"pipeline", run, config, profile, list(overrides), steps, quiet)
 
+# %% ../nbs/81_chain.ipynb #0a63bcb8
 def _execute_steps(folder, run, config, profile, overrides, steps, quiet):
-    executed, bar = [], Progress(run, [s for s in steps if not run.finished(s, run.key(s, config, folder/f"{s.notebook}.ipynb"))], quiet)
+    place = {s.name: (n, folder/f"{s.notebook}.ipynb") for n, s in enumerate(steps, 1)}
+    ready = lambda step: run.finished(step, run.key(step, config, place[step.name][1]))
+    bar = Progress(run, [s for s in steps if not ready(s)], len(steps), quiet)
+    waiting, working, ended, executed, problem = list(steps), {}, queue.Queue(), [], None
     try:
-        for number, step in enumerate(steps, 1):
-            notebook = folder/f"{step.notebook}.ipynb"
-            if run.finished(step, run.key(step, config, notebook)): continue
-            bar.begin(step, number, len(steps))
-            parameters = {"run": str(run), "profile": profile, "overrides": overrides} | ({"method": step.method} if step.method else {})
-            execute(notebook, run/"notebooks"/f"{step.name}.ipynb", parameters)
-            if run.done(step.name) is None: raise ChainError(f"{notebook.name} ended without finishing its stage; its last cell must call stage.finish()")
-            executed.append(step.name)
-            bar.end()
-    except OSError as e: raise ChainError(f"step {step.name}: {e.strerror or e}: {e.filename or run}") from None
+        while (waiting and not problem) or working:
+            for step in list(waiting) if not problem else ():
+                if working and len(working) >= jobs(config): break
+                if any(s.name in step.needs for s in waiting) or any(n in step.needs for n in working): continue
+                waiting.remove(step)
+                if ready(step): continue
+                bar.begin(step, place[step.name][0])
+                working[step.name] = step
+                threading.Thread(target=_execute_step, args=(step, place[step.name][1], run, profile, overrides, ended), daemon=True).start()
+            if not working: continue
+            name, problem_here = ended.get()
+            bar.end(working.pop(name))
+            if problem_here is None: executed.append(name)
+            problem = problem or problem_here
     finally: bar.close()
+    if problem: raise problem
     return executed
+
+def _execute_step(step, notebook, run, profile, overrides, ended):
+    "Execute one step in this thread and put its name and what went wrong, or None, on the queue."
+    problem = None
+    try:
+        execute(notebook, run/"notebooks"/f"{step.name}.ipynb", {"run": str(run), "profile": profile, "overrides": overrides} | ({"method": step.method} if step.method else {}))
+        if run.done(step.name) is None: raise ChainError(f"{notebook.name} ended without finishing its stage; its last cell must call stage.finish()")
+    except OSError as e: problem = ChainError(f"step {step.name}: {e.strerror or e}: {e.filename or run}")
+    except Exception as e: problem = e
+    ended.put((step.name, problem))
 
 # %% ../nbs/81_chain.ipynb #495afbbc
 def run_components(

@@ -173,6 +173,7 @@ class Config:
     seed:int = 0                  # training seed
     threads:int = 0               # CPU threads; 0: all cores
     workers:int = 0               # processes of the data stages; 0: one a core
+    jobs:int = 0                  # steps of the chain at work at the same time; 0: one a core up to 4, one on a GPU
     device:str = "auto"           # auto | cpu | cuda
     head:str = "open"             # "open", or the path of a FLAME file
     data:str = "world"            # "world", or the root folder of the licensed datasets

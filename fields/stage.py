@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TRAIN', 'atomic', 'write_json', 'read_json', 'Step', 'plan', 'imported_modules', 'code_hash', 'RunDir',
-           'Stage', 'die_with_parent', 'processes']
+           'Stage', 'die_with_parent', 'processes', 'jobs', 'method_threads']
 
-# %% ../nbs/05_stage.ipynb #77438119
-import ast, dataclasses, hashlib, json, os, shutil, signal, sys, time
+# %% ../nbs/05_stage.ipynb #5b48b364
+import ast, dataclasses, functools, hashlib, json, os, shutil, signal, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,12 @@ def _imports(source, package=()):
             yield base
             yield from (f"{base}.{a.name}" for a in node.names)
 
+@functools.lru_cache(maxsize=None)
+def _read_module(path, name, changed):
+    "Names a module imports, and its sha256; read again when the file's time has `changed`."
+    data = path.read_bytes()
+    return tuple(_imports(data.decode(), tuple(name.split(".")[:-1]))), hashlib.sha256(data).hexdigest()
+
 def imported_modules(
     source:str,                   # Python source
     package:tuple=(),             # package of the source, for relative imports
@@ -111,13 +117,13 @@ def imported_modules(
 ) -> dict[str, Path]:             # module name -> file
     "Find every module of the library that a source imports, directly or not."
     root, found, todo = Path(root or Path(sys.modules["fields"].__file__).parents[1]), {}, [(source, tuple(package))]
+    todo = [n for text, package in todo for n in _imports(text, package)]
     while todo:
-        text, package = todo.pop()
-        for name in _imports(text, package):
-            path = root.joinpath(*name.split(".")).with_suffix(".py")
-            if name.startswith("fields.") and name not in found and path.is_file():
-                found[name] = path
-                todo.append((path.read_text(encoding="utf-8"), tuple(name.split(".")[:-1])))
+        name = todo.pop()
+        path = root.joinpath(*name.split(".")).with_suffix(".py")
+        if name.startswith("fields.") and name not in found and path.is_file():
+            found[name] = path
+            todo.extend(_read_module(path, name, path.stat().st_mtime_ns)[0])
     return found
 
 def code_hash(
@@ -127,7 +133,7 @@ def code_hash(
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
     modules = imported_modules("\n".join(code))
-    return fingerprint([code, {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in sorted(modules.items())}])
+    return fingerprint([code, {n: _read_module(p, n, p.stat().st_mtime_ns)[1] for n, p in sorted(modules.items())}])
 
 # %% ../nbs/05_stage.ipynb #cb471a88
 class RunDir(type(Path())):
@@ -201,6 +207,7 @@ class Stage:
         (run/"steps"/f"{step.name}.json").unlink(missing_ok=True)
         with atomic(started) as temporary: temporary.write_text(key)
         write_json(run/"config.json", to_dict(config))
+        if step.method: config = dataclasses.replace(config, threads=method_threads(config))
         return cls(step, config, run, key, set_up(config))
 
     @property
@@ -226,7 +233,7 @@ class Stage:
         if now - self._told < .5 and done < total: return
         self._told = now
         (self.run/"logs").mkdir(exist_ok=True)
-        write_json(self.run/"logs"/"progress.json", {"step": self.step.name, "done": done, "total": total, "label": label})
+        write_json(self.run/"logs"/f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
 
     def finish(self) -> list[str]:
         "Record the step as done and return the names of its outputs."
@@ -245,3 +252,16 @@ def processes(
 ) -> int:                         # worker processes
     "Return how many worker processes the data stages use."
     return config.workers or os.cpu_count() or 1
+
+def jobs(
+    config:Config,                # the run's configuration
+) -> int:                         # steps at work at the same time
+    "Return how many steps of the chain run side by side."
+    import torch
+    return config.jobs or (1 if torch.cuda.is_available() and config.device != "cpu" else min(4, os.cpu_count() or 1))
+
+def method_threads(
+    config:Config,                # the run's configuration
+) -> int:                         # CPU threads of one training
+    "Return the threads of a method's training: its share of the cores, whether or not another method is at work, so that a resumed run computes the same bits."
+    return config.threads or max(1, (os.cpu_count() or 1)//min(jobs(config), len(config.train.methods) or 1))

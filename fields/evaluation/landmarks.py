@@ -13,7 +13,7 @@ from ..comparison import difference, mean_number, number, resample, write_metric
 from ..config import Config
 from ..types import HeadParams, Prediction
 from ..head.flame import Head
-from ..head.geometry import rodrigues
+from ..head.geometry import matrix_to_axis_angle, rodrigues
 from ..render.camera import normaliser, project
 from ..data.mixing import MixedData, open_sources
 from ..training.predict import SETS, prediction_file
@@ -44,21 +44,26 @@ def fit_pose(
     output = head(HeadParams(params.shape, params.expression, params.eyelids, params.jaw, params.rotation*0, params.camera))
     rest, root, target = head.landmarks(output, "mediapipe105").double(), output.joints[:, :1].double(), points.double()
 
-    def residual(x):
-        r = rodrigues(x[:, :3])
-        p = project((rest - root) @ r.mT + root, x[:, 3:])[..., :2]
-        return (p - target).flatten(1)
+    def place(x):
+        turned = (rest - root) @ rodrigues(x[:, :3]).mT
+        return turned, project(turned + root, x[:, 3:])[..., :2]
 
-    x = torch.cat([params.rotation.double(), params.camera.double()], 1)
+    x, count = torch.cat([params.rotation.double(), params.camera.double()], 1), points.shape[1]
     damping = torch.full((len(x), 1, 1), 1e-6, dtype=torch.float64)
+    turned, found = place(x)
     for _ in range(steps):
-        jacobian = torch.autograd.functional.jacobian(lambda y: residual(y).sum(0), x).permute(1, 0, 2)
-        r = residual(x)
+        r, scale, zero, one = (found - target).flatten(1), x[:, 3:4].expand(-1, count), torch.zeros_like(turned[..., 0]), torch.ones_like(turned[..., 0])
+        X, Y, Z = turned.unbind(-1)
+        u = torch.stack([zero, scale*Z, -scale*Y, found[..., 0]/scale, scale*one, zero], -1)       # d u by a small turn in front of the rotation, scale, translation
+        v = torch.stack([scale*Z, zero, -scale*X, found[..., 1]/scale, zero, -scale*one], -1)
+        jacobian = torch.stack([u, v], 2).flatten(1, 2)
         normal = jacobian.mT @ jacobian
         step = torch.linalg.solve(normal + damping*torch.diag_embed(normal.diagonal(dim1=1, dim2=2)), (jacobian.mT @ r[..., None])[..., 0])
-        trial = x - step
-        better = (residual(trial)**2).sum(1) < (r**2).sum(1)
+        trial = torch.cat([matrix_to_axis_angle(rodrigues(-step[:, :3]) @ rodrigues(x[:, :3])), x[:, 3:] - step[:, 3:]], 1)
+        moved = place(trial)
+        better = ((moved[1] - target)**2).sum((1, 2)) < (r**2).sum(1)
         x = torch.where(better[:, None], trial, x)
+        turned, found = (torch.where(better[:, None, None], new, old) for new, old in zip(moved, (turned, found)))
         damping = torch.where(better[:, None, None], damping/5, damping*10).clamp(1e-9, 1e3)
     x = x.to(params.shape.dtype)
     return HeadParams(params.shape, params.expression, params.eyelids, params.jaw, x[:, :3], x[:, 3:])
