@@ -48,7 +48,7 @@ def execute(
     if unknown: raise ChainError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; see its first code cell")
     try:
         papermill.execute_notebook(str(notebook), str(output), parameters=parameters, kernel_name="python3",
-                                   cwd=str(find_root()), progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
+                                   cwd=str(find_root()), progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"])
     except PapermillExecutionError as e:
         raise ChainError(f"{notebook.name}, cell {e.cell_index}: {e.ename}: {e.evalue} (the executed copy is {output})") from None
     except OSError as e:

@@ -232,7 +232,6 @@ class Stage:
         now = time.monotonic()
         if now - self._told < .5 and done < total: return
         self._told = now
-        (self.run/"logs").mkdir(exist_ok=True)
         write_json(self.run/"logs"/f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
 
     def finish(self) -> list[str]:
