@@ -89,6 +89,7 @@ class NetworkConfig:
 class StandinConfig:
     "Training of the stand-ins for networks that cannot be downloaded."
     train:bool = True             # False: random weights, only in `smoke`
+    trunk_steps:int = 800         # iterations that teach the small encoders' trunk where the parts of a face are
     identity_steps:int = 300
     perceptual_steps:int = 200
     emotion_steps:int = 300
@@ -102,6 +103,7 @@ class PretrainConfig:
     steps:int = 600
     batch:int = 32
     learning_rate:float = 1e-3
+    schedule:str = "constant"     # constant | cosine
     landmark:float = 100.0        # lambda_lmk
     identity:float = 10.0         # lambda_mica
     expression_reg:float = 1e-2   # SMIRK's regulariser, without which the expression explodes
@@ -244,13 +246,14 @@ PROFILES = {
         "world.affectnet_heldout": 20, "world.celeba_identities": 20, "world.celeba_images": 3, "world.ffhq_images": 60,
         "world.lrw_clips": 6, "world.lrw_frames": 8, "world.mead_clips": 6, "world.mead_frames": 8,
         "world.identity_identities": 10, "train.precision": "32", "scans.max_points": 1200, "scans.max_steps": 6, "scans.subject_frames": 2,
-        "prepare.cache_size": 92, "network.image_size": 64, "standins.train": False, "standins.correspondence_images": 60,
+        "prepare.cache_size": 92, "network.image_size": 64, "standins.train": False, "standins.trunk_steps": 20, "standins.correspondence_images": 60,
         "pretrain.steps": 30, "pretrain.batch": 16, "pretrain.validate_every": 15, "train.steps": 8,
         "train.teaser_steps": 6, "train.batch": 8, "evaluation.probe_width": 64, "evaluation.probe_epochs": 12,
         "evaluation.bootstrap": 200,
     },
     "demo": {
-        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 120, "train.teaser_steps": 90,
+        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
+        "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "train.schedule": "cosine",
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
     "study": {

@@ -1,37 +1,13 @@
 """The smoke chain, end to end: it runs, resumes, reuses, and says in one sentence what is wrong."""
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-MINI = [f"--set={s}" for s in (
-    "world.image_size=112", "world.bp4d_subjects=6", "world.affectnet_train=70", "world.affectnet_heldout=10", "world.celeba_identities=4",
-    "world.ffhq_images=8", "world.lrw_clips=2", "world.lrw_frames=4", "world.mead_clips=2", "world.mead_frames=4", "world.identity_identities=10",
-    "world.identity_images=1", "standins.correspondence_images=30", "pretrain.steps=4", "pretrain.validate_every=2", "train.steps=2", "train.teaser_steps=2",
-    "train.methods=F1,F4", "evaluation.probe_epochs=3", "evaluation.bootstrap=50", "evaluation.figure_points=60")]
-
-
-def chain(run, *arguments, **environment):
-    command = [sys.executable, "-c", "from fields.cli import main; main()", "chain", "--run", str(run), "--profile", "smoke", *arguments]
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **threads, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=1500)
-    return process.returncode, out, err
-
-
-def metrics(run):
-    return {p.name: p.read_bytes() for p in sorted((run / "metrics").glob("*.json"))}
+from chains import MINI, ROOT, chain, finish, metrics, one_sentence
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +76,6 @@ def test_plain_papermill_runs_one_notebook(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-1500:]
 
 
-def one_sentence(err):
-    lines = [l for l in err.strip().splitlines() if l.startswith("fields: ")]
-    return len(lines) == 1 and "Traceback" not in err
-
-
 @pytest.mark.parametrize("arguments, said", [
     (["--set", "train.stepz=4"], "unknown key"), (["--set", "train.steps=x"], "is not a int"), (["--to", "bake"], "unknown step"),
     (["--from", "emotion", *MINI], "which is not done"),
@@ -122,26 +93,6 @@ def test_a_failing_cell_is_named(smoke, tmp_path):
     code, out, err = finish(chain(run, "--from", "tables", "--to", "tables"))
     assert code == 1 and "11_tables.ipynb, cell" in err and one_sentence(err), err
     assert not (run / "steps" / "tables.json").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_chain_ends_with_the_same_metrics(tmp_path):
-    """Three kills of a miniature chain, against one that was never killed."""
-    whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    started = time.monotonic()
-    code, out, err = finish(chain(whole, *MINI))
-    assert code == 0, err[-2000:]
-    seconds = time.monotonic() - started
-    for k in range(3):
-        process = chain(killed, *MINI)
-        try:
-            process.wait(timeout=seconds * draw.uniform(.15, .4))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    code, out, err = finish(chain(killed, *MINI))
-    assert code == 0, err[-2000:]
-    assert metrics(killed) == metrics(whole)
 
 
 def test_two_chains_in_one_folder(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SameConv2d', 'round_channels', 'Depthwise', 'Inverted', 'Plain', 'MobileNetV3', 'Residual', 'Level',
-           'SmallTrunk']
+           'SmallTrunk', 'PointTrunk', 'expected_places']
 
 # %% ../../nbs/50_models.backbones.ipynb #547e7ff3
 import torch
@@ -200,3 +200,53 @@ class SmallTrunk(nn.Module):
     ) -> Tensor:                  # (B,pooled_channels)
         "Return the deepest map on a coarse grid."
         return F.adaptive_avg_pool2d(self.squeeze(self.forward(x)[-1]), self.grid).flatten(1)
+
+# %% ../../nbs/50_models.backbones.ipynb #45f01409
+class PointTrunk(SmallTrunk):
+    "A small trunk whose pooled features are places of points."
+    def __init__(
+        self,
+        widths:tuple=(24, 48, 96, 128), # channels at 1/2, 1/4, 1/8 and 1/16 of the image
+        blocks:tuple=(0, 1, 1, 1),      # residual blocks of each level
+        points:int=105,                 # points that are marked
+        squeeze:int=16,                 # channels of the coarse grid
+        grid:int=3,                     # side of the coarse grid
+        marking:int=64,                 # channels of the map the points are marked on
+    ):
+        super().__init__(widths, blocks, squeeze, grid)
+        self.lateral = nn.ModuleList(nn.Conv2d(w, marking, 1, bias=False) for w in widths[1:])
+        for m in self.lateral: nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+        self.norm, self.marks = _group_norm(marking), nn.Conv2d(marking, points, 1)
+        nn.init.normal_(self.marks.weight, std=.05)
+        self.pooled_channels = 3 * points + 3 + squeeze * grid * grid
+
+    def scores(
+        self,
+        maps:list,                # what `forward` returned
+    ) -> Tensor:                  # (B,K,H/4,W/4) scores before the softmax over cells, float32
+        "Score every cell of a map at a quarter of the image for each point."
+        y = 0
+        for lateral, m in zip(reversed(self.lateral), reversed(maps[1:])):
+            y = lateral(m) + (F.interpolate(y, m.shape[-2:]) if torch.is_tensor(y) else 0)
+        return self.marks(F.relu(self.norm(y))).float()
+
+    def pooled(
+        self,
+        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:                  # (B,pooled_channels)
+        "Return places, centre, size and sharpness of the points, and the deepest map on a coarse grid."
+        maps = self.forward(x)
+        places, sharp = expected_places(self.scores(maps))
+        centre = places.mean(1, keepdim=True)
+        size = (places - centre).square().mean((1, 2), keepdim=True).sqrt() + 1e-3
+        coarse = F.adaptive_avg_pool2d(self.squeeze(maps[-1]), self.grid).flatten(1).float()
+        return torch.cat([((places - centre) / size).flatten(1), 2 * centre[:, 0], 2 * size[:, 0], sharp, coarse], 1)
+
+def expected_places(
+    scores:Tensor,                # (B,K,H,W)
+) -> tuple[Tensor, Tensor]:       # places (B,K,2) in NDC, sharpness (B,K) in (0,1]
+    "Return the mean place of each point under the softmax of its scores."
+    chance = scores.flatten(2).softmax(2).view_as(scores)
+    along = lambda n: (torch.arange(n, dtype=scores.dtype, device=scores.device) + .5) * 2 / n - 1
+    x, y = (chance.sum(2) * along(scores.shape[3])).sum(2), (chance.sum(3) * along(scores.shape[2])).sum(2)
+    return torch.stack([x, y], -1), chance.square().sum((2, 3)).sqrt()

@@ -9,7 +9,7 @@ __all__ = ['limit', 'Branch', 'PoseEncoder', 'ShapeEncoder', 'ExpressionEncoder'
 import torch
 from torch import Tensor, nn
 from ..config import NetworkConfig
-from .backbones import MobileNetV3, SmallTrunk
+from .backbones import MobileNetV3, PointTrunk
 from ..types import HeadParams
 
 # %% ../../nbs/51_models.encoders.ipynb #903ecf8b
@@ -41,9 +41,7 @@ def limit(
 def _backbone(size, kind):
     if size == "paper": return MobileNetV3("small" if kind == "pose" else "large")
     if size != "small": raise ValueError(f"network.size is 'small' or 'paper', not {size!r}")
-    return {"pose": lambda: SmallTrunk((16, 32, 64, 96), (0, 1, 1, 1), 32),
-            "shape": lambda: SmallTrunk((16, 48, 96, 128), (0, 1, 1, 1), 32),
-            "expression": lambda: SmallTrunk((32, 64, 128, 192), (0, 1, 1, 2), 48)}[kind]()
+    return PointTrunk()
 
 def _layers(size, inputs, outputs, factor):
     "A linear layer (behind a hidden one in the small networks) whose start is scaled by `factor`."

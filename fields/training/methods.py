@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INITIAL_NAME', 'method_named', 'perceptual_network', 'emotion_network', 'weights_of', 'starting_model',
-           'official_teaser', 'cycle_templates', 'parameter_error', 'run_method', 'open_training', 'run_precision',
-           'main']
+           'official_teaser', 'cycle_templates', 'parameter_error', 'run_method', 'open_training', 'begin_encoders',
+           'run_precision', 'main']
 
 # %% ../../nbs/65_training.methods.ipynb #7f829d05
 import dataclasses, shutil
@@ -16,7 +16,7 @@ from ..assets import find_asset
 from ..config import Config, fingerprint, set_up, to_dict
 from ..data.mixing import MixedData, open_sources
 from ..head.flame import Head
-from ..models.checkpoints import import_emotion, import_teaser, import_vgg16
+from ..models.checkpoints import import_emotion, import_teaser, start_from_timm, import_vgg16
 from ..models.fields import FieldsModel, read_tensors, save_tensors
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
@@ -96,10 +96,12 @@ def starting_model(
     initial:bool=False,           # this is the TEASER initialisation itself
 ) -> tuple[FieldsModel, nn.Module]: # the model to train, and B's encoders
     "Build a method's model: B's encoders, and the TEASER initialisation where the synthesizer is the same."
-    base = weights_of(run, "F0", head, "pretrain").encoders
+    pretrained = weights_of(run, "F0", head, "pretrain")
+    base = pretrained.encoders
     model = FieldsModel(config.network, head, "teaser" if method.use_tokens else "smirk", method.use_emotion, method.name, seed=config.seed)
     model.encoders.load_state_dict(base.state_dict())
-    if method.use_tokens and not initial:
+    if initial: model.token_encoder.load_state_dict(pretrained.token_encoder.state_dict())
+    elif method.use_tokens:
         first = weights_of(run, INITIAL_NAME, head, "teaser")
         model.token_encoder.load_state_dict(first.token_encoder.state_dict())
         model.synthesizer.load_state_dict(first.synthesizer.state_dict())
@@ -160,6 +162,7 @@ def run_method(
     common = dict(key=fingerprint([parts, name, team.world]), events=run/"logs"/name, stop_at=stop_at, flush_every=10 if team.device.type == "cuda" else 1)
     if name == "F0":
         model = FieldsModel(config.network, head, "teaser", False, name, seed=config.seed).to(team.device)
+        notes.append(begin_encoders(model, run, config))
         precision = run_precision(run, config, model, team)
         outcome = pretrain(folder, model.encoders, head, data, config, team, precision, callbacks, **common)
     else: model, outcome, precision = _train_alternating(run, method, config, head, data, team, callbacks, initial, steps, folder, common, notes)
@@ -214,6 +217,23 @@ def open_training(
 ) -> dict:                        # dataset -> Source
     "Open the crops, derived targets and scan labels of a run."
     return open_sources(Path(run)/"crops", ExpressionLabels.load(Path(run)/"scans"/"labels.npz"), head_sha256=head.sha256)
+
+def begin_encoders(
+    model:FieldsModel,            # its encoders are changed
+    run:Path,                     # run folder
+    config:Config,
+) -> str:                         # a sentence for the log
+    "Give the encoders their start: timm's ImageNet weights for the paper's networks, the trunk of the `standins` step for the small ones."
+    trunk = Path(run)/"standins"/"trunk.safetensors"
+    if config.network.size == "small" and trunk.is_file():
+        state = read_tensors(trunk)[0]
+        for branch in model.encoders.children(): branch.encoder.load_state_dict(state)
+        return "encoders begin with the trunk of the stand-ins, in place of ImageNet weights"
+    small, large = find_asset("mobilenet_small"), find_asset("mobilenet_large")
+    if config.network.size == "paper" and small and large:
+        start_from_timm(model, small, large)
+        return f"encoders begin with ImageNet weights from {small.name} and {large.name}"
+    return "encoders begin with random weights: no pretrained backbone was found"
 
 def run_precision(
     run:Path,                     # run folder

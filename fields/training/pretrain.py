@@ -109,7 +109,7 @@ def pretrain(
     frames = validation_batches(data)
     if not any(b.has_identity.any() for b in frames): raise ValueError("no validation frame has an identity code; run the `standins` step or give the MICA checkpoint")
     outcome = train(encoders, [Pass("pretrain", [encoders], job.loss, [adam])], iterations(data, 1, team),
-                    Setting(c.steps, folder, "F0", validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
+                    Setting(c.steps, folder, "F0", schedule=c.schedule, validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
                     team, lambda: job.validate(frames), callbacks)
     if folder and outcome.best_step:
         from safetensors.torch import load_file

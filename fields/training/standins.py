@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OVAL', 'USED', 'Correspondence', 'fit_correspondence', 'random_head', 'calibration_pairs', 'make_correspondence',
            'load_correspondence', 'train_small', 'plain_crops', 'make_identity', 'make_perceptual', 'make_emotion',
-           'identity_codes', 'derive_targets', 'make_standins']
+           'make_trunk', 'identity_codes', 'derive_targets', 'make_standins']
 
 # %% ../../nbs/66_training.standins.ipynb #7e21d033
 from collections.abc import Callable
@@ -23,15 +23,17 @@ from ..data.mixing import Derived, read_columns
 from ..data.prepare import CropStore
 from ..head.appearance import paint, sample_appearance
 from ..head.flame import Head
+from ..models.backbones import PointTrunk
 from ..models.checkpoints import import_mica
 from ..models.fields import read_tensors, save_tensors
 from ..models.identity import SmallIdentity, align
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
 from ..stage import write_json
-from .loop import Moment, Pass, Setting, train
+from .loop import Moment, Pass, Setting, choose_precision, train
 from .losses import Terms
 from .pretrain import projected
+from .trunk import train_trunk
 from ..types import DATASETS, HeadParams
 
 # %% ../../nbs/66_training.standins.ipynb #26d9ec66
@@ -280,6 +282,24 @@ def make_emotion(
     write_json(folder/"emotion.json", score)
     return score
 
+# %% ../../nbs/66_training.standins.ipynb #2a8c398c
+def make_trunk(
+    folder:Path,                  # the run's `standins` folder
+    stores:dict,                  # dataset -> CropStore
+    head:Head,
+    config:Config,
+    callbacks:tuple=(),           # see `train`
+    device="cpu",
+) -> dict:                        # the score
+    "Train the trunk with which the small encoders begin, and write it with its score."
+    def probe(): trunk.scores(trunk(images)).mean().backward()
+    trunk, images = PointTrunk().to(device), torch.rand(config.standins.batch, 3, config.network.image_size, config.network.image_size, device=device)
+    precision = choose_precision(config.train.precision, folder.parent/"precision.json", probe, device)
+    trunk, score = train_trunk(stores, np.asarray(head.embeddings["mediapipe105"].indices), config, callbacks, device, precision)
+    save_tensors(folder/"trunk.safetensors", trunk.state_dict(), {})
+    write_json(folder/"trunk.json", score)
+    return score
+
 # %% ../../nbs/66_training.standins.ipynb #19412d31
 def identity_codes(
     standins:Path,                # the run's `standins` folder
@@ -348,5 +368,6 @@ def make_standins(
         scores["identity"] = make_identity(folder, people, ExpressionLabels.load(run/"scans"/"identity.npz"), c, callbacks, device)
         scores["perceptual"] = make_perceptual(folder, people, c, callbacks, device)
     scores["emotion"] = make_emotion(folder, CropStore(run/"crops"/"affectnet"), c, callbacks, device)
+    if c.network.size == "small": scores["trunk"] = make_trunk(folder, {n: CropStore(run/"crops"/n) for n in DATASETS}, head, c, callbacks, device)
     scores["notes"] = derive_targets(run/"crops", folder, head, c, device=device, progress=progress)
     return scores
