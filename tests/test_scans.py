@@ -464,9 +464,8 @@ def kill_once(pids, folder, count):
     def wait():
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            if len(list(folder.rglob("*.npz"))) >= count:
-                for pid in pids()[:1]: os.kill(pid, signal.SIGKILL)
-                return
+            found = pids() if len(list(folder.rglob("*.npz"))) >= count else []
+            if found: return os.kill(found[0], signal.SIGKILL)
             time.sleep(.02)
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -521,13 +520,38 @@ def test_batch_on_a_gpu(small):
     for b, c in zip(fits, single): assert abs(b.energy / c.energy - 1) < 1e-2
     write_evidence("scan_fit_gpu", {"device": torch.cuda.get_device_name(), "frames_a_second": rate, "batch": 64, "points": 2000})
 
-@pytest.mark.slow
-def test_killed_processes_lose_nothing(small, tmp_path):
+def mark(folder, name):
+    "Write a line that says who did this task; a task of `run_tasks`."
+    with open(folder/name, "a") as file: file.write(f"{os.getpid()}\n")
+    time.sleep(.05)
+    return name
+
+def test_killed_helpers_lose_nothing(tmp_path, monkeypatch):
+    "Helpers are killed twice while they work; every task and every follower is reported once, and each helper did some."
     import multiprocessing
-    items, _ = world(small, tmp_path/"data", subjects=("F001", "F002", "M001"))
-    fit_dataset(items, small, SETTINGS, tmp_path/"whole", workers=2)
-    kill_once(lambda: [p.pid for p in multiprocessing.active_children()], tmp_path/"killed"/"fits", 4)
-    labels = fit_dataset(items, small, SETTINGS, tmp_path/"killed", workers=2)
+    from fields.scans import workers
+    monkeypatch.setattr(workers, "ALONE", 0)
+    killed, seen, follow = [], [], lambda name: [] if "-" in name else [(mark, (f"{name}-next",))]
+    for name in workers.run_tasks(tmp_path, [(mark, (f"task{k}",)) for k in range(100)], follow, workers=2):
+        seen.append(name)
+        busy = {int(p) for f in tmp_path.iterdir() for p in f.read_text().split()} - {os.getpid(), *killed}
+        if busy and len(killed) < 2:
+            killed.extend(p.pid for p in multiprocessing.active_children() if p.pid in busy)
+            os.kill(killed[-1], signal.SIGKILL)
+    assert len(killed) == 2 and len(seen) == len(set(seen)) == 200
+    assert {f.name for f in tmp_path.iterdir()} == set(seen)
+
+@pytest.mark.slow
+def test_killed_processes_lose_nothing(small, tmp_path, monkeypatch):
+    "One process, or three of which one is killed: the same files, bit by bit."
+    import multiprocessing
+    from fields.scans import workers
+    items, _ = world(small, tmp_path/"data", subjects=("F001", "F002", "M001", "M002", "M003", "M004"), frames=6)
+    fit_dataset(items, small, SETTINGS, tmp_path/"whole", workers=1)
+    monkeypatch.setattr(workers, "ALONE", 0)
+    killer = kill_once(lambda: [p.pid for p in multiprocessing.active_children()], tmp_path/"killed"/"fits", 4)
+    labels = fit_dataset(items, small, SETTINGS, tmp_path/"killed", workers=3)
+    killer.join()
     assert labels.accepted.all()
     assert content(tmp_path/"killed") == content(tmp_path/"whole")
 
