@@ -173,6 +173,7 @@ class Config:
     seed:int = 0                  # training seed
     threads:int = 0               # CPU threads; 0: all cores
     workers:int = 0               # processes of the data stages; 0: one a core
+    scheduler:str = "processes"   # of the scan steps: processes | dask | address of a Dask scheduler
     device:str = "auto"           # auto | cpu | cuda
     head:str = "open"             # "open", or the path of a FLAME file
     data:str = "world"            # "world", or the root folder of the licensed datasets
