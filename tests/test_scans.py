@@ -542,6 +542,18 @@ def test_killed_helpers_lose_nothing(tmp_path, monkeypatch):
     assert {f.name for f in tmp_path.iterdir()} == set(seen)
 
 @pytest.mark.slow
+def test_the_only_dask_worker_is_killed(tmp_path):
+    "With it goes the common argument; a new worker gets that again, and every task is reported once."
+    distributed = pytest.importorskip("dask.distributed")
+    from fields.scans import workers
+    seen, follow = [], lambda name: [] if "-" in name else [(mark, (f"{name}-next",))]
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        for name in workers.run_tasks(tmp_path, [(mark, (f"task{k}",)) for k in range(20)], follow, scheduler=cluster.scheduler_address):
+            seen.append(name)
+            if len(seen) == 10: os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+    assert len(seen) == len(set(seen)) == 40 and {f.name for f in tmp_path.iterdir()} == set(seen)
+
+@pytest.mark.slow
 def test_killed_processes_lose_nothing(small, tmp_path, monkeypatch):
     "One process, or three of which one is killed: the same files, bit by bit."
     import multiprocessing

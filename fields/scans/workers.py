@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['run_tasks', 'slurm_cluster']
 
-# %% ../../nbs/45_scans.workers.ipynb #e6125c44
-import time
+# %% ../../nbs/45_scans.workers.ipynb #09940cae
+import time, warnings
 from contextlib import contextmanager
 from multiprocessing import get_context
 
@@ -90,7 +90,9 @@ def _dask(shared, tasks, follow, workers, address):
     cluster = None if address else LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
     try:
         with Client(address or cluster) as client:
-            common = client.scatter(shared, broadcast=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                              # that a head is large
+                common = client.submit(_keep, shared, pure=False)
             submit = lambda work: [client.submit(_on_dask, task, common, arguments, pure=False) for task, arguments in work]
             running = as_completed(submit(tasks))
             for future in running:
@@ -99,6 +101,10 @@ def _dask(shared, tasks, follow, workers, address):
                 for new in submit(follow(result)): running.add(new)
     finally:
         if cluster is not None: cluster.close()
+
+def _keep(shared):
+    "Hand the common argument to Dask as a result, which it can make again when every worker that held it is gone."
+    return shared
 
 def _on_dask(task, shared, arguments):
     "Run a task on a Dask worker with one thread."
