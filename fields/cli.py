@@ -45,11 +45,12 @@ def chain(
     first:Annotated[str, typer.Option("--from", help="begin with this step, even if it is done")]="",
     last:Annotated[str, typer.Option("--to", help="end with this step")]="",
     change:Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example train.steps=40")]=None,
+    scheduler:Annotated[str, typer.Option(help="address of a Dask scheduler that crops and fits the scans, or `dask` for workers on this machine")]="",
     notebooks:Annotated[bool, typer.Option(help="execute every component notebook too")]=False,
 ):
     "Execute the pipeline notebooks end to end; what is done is not done again."
     from fields.chain import run_chain, run_components
-    executed = run_chain(run, profile, change or [], first, last)
+    executed = run_chain(run, profile, [*(change or []), *([f"scheduler={scheduler}"] if scheduler else [])], first, last)
     if notebooks: executed += run_components(run)
     print(f"{len(executed)} notebooks executed" if executed else "nothing to do: every step is done")
     if (run/"report.html").is_file(): print(f"report: {(run/'report.html').resolve()}")

@@ -176,6 +176,7 @@ class Config:
     threads:int = 0               # CPU threads; 0: all cores
     workers:int = 0               # processes of the data stages; 0: one a core
     jobs:int = 0                  # steps of the chain at work at the same time; 0: one a core up to 4, one on a GPU
+    scheduler:str = "processes"   # of the scan steps: processes | dask | address of a Dask scheduler
     device:str = "auto"           # auto | cpu | cuda
     head:str = "open"             # "open", or the path of a FLAME file
     data:str = "world"            # "world", or the root folder of the licensed datasets

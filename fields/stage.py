@@ -79,7 +79,7 @@ def plan(
         Step("world", "00_world", (), ("world", "truth"), ("world", "head"), minutes=5),
         Step("crop_scans", "01_crop_scans", first, ("scans/cropped",), ("scans", "data"), minutes=.5),
         Step("fit_scans", "02_fit_scans", (*first, "crop_scans"), ("scans/fits", "scans/labels.npz", *(("scans/identity.npz",) if world else ())), ("scans", "head", "data"), minutes=4),
-        Step("prepare", "03_prepare", first, ("crops",), ("prepare", "data"), minutes=2),
+        Step("prepare", "03_prepare", first, ("crops", "metrics/data.json"), ("prepare", "data"), minutes=2),
         Step("standins", "04_standins", ("prepare", "fit_scans"), ("standins", *(f"crops/{d}/derived.npz" for d in DATASETS)), ("seed", "world", "standins", "network", "head", "prepare", "data"), minutes=3),
         Step("pretrain", "05_pretrain", ("prepare", "fit_scans", "standins"), ("checkpoints/F0",), (*TRAIN, "pretrain"), minutes=5),
         Step("teaser", "06_teaser", ("pretrain",), ("checkpoints/TEASER_init",), TRAIN, minutes=3),

@@ -180,9 +180,10 @@ needs_data = pytest.mark.skipif(not DATA, reason="FIELDS_TEST_DATA is not set")
 SCRIPT = """
 import sys
 from fields.config import PrepareConfig
-from fields.data.prepare import prepare
+from fields.data import prepare as module
 if __name__ == "__main__":
-    prepare("ffhq", sys.argv[1], sys.argv[2], PrepareConfig(cache_size=64), workers=int(sys.argv[3]), progress=False, shard_size=4)
+    module.ALONE = 0
+    module.prepare("ffhq", sys.argv[1], sys.argv[2], PrepareConfig(cache_size=64), workers=int(sys.argv[3]), progress=False, shard_size=4)
 """
 
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FACE', 'posed_surface', 'sample_light', 'sample_background', 'Scene', 'sample_scene', 'photograph', 'Studio',
-           'subdivide', 'RawScan', 'scanner_pose', 'scan']
+           'split_faces', 'RawScan', 'scanner_pose', 'scan']
 
 # %% ../../nbs/35_data.imaging.ipynb #88370d26
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np, torch
 from ..head.appearance import paint
 from ..head.geometry import rodrigues, skin
@@ -99,7 +100,8 @@ def photograph(
     import cv2
     sculpt = load_sculpt()
     picture, _ = render_textured(posed, sculpt.faces, sculpt.uv, texture, scene.camera, scene.light, scene.background)
-    picture = np.clip(picture, 0, 1)**scene.gamma
+    picture = np.clip(picture, 0, 1)
+    if scene.gamma != 1: picture = picture**scene.gamma
     if scene.blur > .25: picture = cv2.GaussianBlur(picture, (0, 0), scene.blur)
     picture = picture + scene.noise*rng.standard_normal(picture.shape, dtype=np.float32)
     return (255*np.clip(picture, 0, 1) + .5).astype(np.uint8)
@@ -126,19 +128,27 @@ class Studio:
         "Photograph a moment; (size,size,3) uint8."
         return photograph(self.surface(moment)[1], self.texture, scene, rng)
 
-# %% ../../nbs/35_data.imaging.ipynb #22be9e0e
-def subdivide(
-    vertices:np.ndarray,          # (V,3)
+# %% ../../nbs/35_data.imaging.ipynb #f7f9eeb4
+def split_faces(
     faces:np.ndarray,             # (F,3)
-) -> tuple[np.ndarray, np.ndarray]: # (V',3), (4F,3)
-    "Split every triangle into four."
+    count:int,                    # vertices there are
+) -> tuple[np.ndarray, np.ndarray]: # (E,2) ends of the edges whose middles become vertices, (4F,3) triangles
+    "Say how to split every triangle into four."
     edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), 1)
     unique, where = np.unique(edges, axis=0, return_inverse=True)
-    middle = len(vertices) + where.reshape(-1, 3)
+    middle = count + where.reshape(-1, 3)
     a, b, c = faces.T
     ab, bc, ca = middle.T
     parts = [np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
-    return np.concatenate([vertices, vertices[unique].mean(1)]), np.concatenate(parts)
+    return unique, np.concatenate(parts)
+
+@lru_cache(1)
+def _scanned():
+    "Edges and triangles of what a scanner sees of any head: everything but the eyeballs, split once."
+    sculpt = load_sculpt()
+    eyes = np.zeros(len(sculpt.template), bool)
+    for name in ("left_eyeball", "right_eyeball"): eyes[sculpt.masks[name]] = True
+    return split_faces(sculpt.faces[~eyes[sculpt.faces].all(1)], len(eyes))
 
 # %% ../../nbs/35_data.imaging.ipynb #421ff093
 @dataclass
@@ -168,13 +178,13 @@ def scan(
     V = len(posed)
     scalp = np.zeros(V)
     scalp[sculpt.masks["scalp"]] = 1
-    eyes = np.zeros(V, bool)
-    for name in ("left_eyeball", "right_eyeball"): eyes[sculpt.masks[name]] = True
-    v, f = subdivide(np.c_[posed, scalp], sculpt.faces[~eyes[sculpt.faces].all(1)])
+    edges, f = _scanned()
+    coarse = np.c_[posed, scalp]
+    v = np.concatenate([coarse, coarse[edges].mean(1)])
     v, scalp = v[:, :3], v[:, 3]
     across = np.cross(v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]])
-    normals = np.zeros_like(v)
-    for k in range(3): np.add.at(normals, f[:, k], across)
+    corner = f.T.ravel()
+    normals = np.stack([np.bincount(corner, np.tile(a, 3), len(v)) for a in across.T], 1)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     rough = hair*scalp*(.6 + .4*np.sin(v @ rng.normal(size=(3, 3))*400).mean(1)) + 2e-3*scalp*rng.normal(size=len(v))
     v = v + normals*(rough + noise_mm*1e-3*rng.normal(size=len(v)))[:, None]

@@ -332,6 +332,7 @@ def fit_dataset(
     progress=None,                # called with (done, total, label)
     neutral:bool=False,           # neutral scans: expressions stay zero, the first of each subject is fitted
     lids:bool|None=None,          # solve the lids too; None: if the head has any
+    timing=None,                  # file for the seconds this took; None: not written
 ) -> ExpressionLabels:            # one row a sample, rejected ones included
     "Fit all scans that are not fitted yet; raise `ValueError` if the folder holds fits of another head or other settings."
     from fields.scans.energy import check_config
@@ -359,5 +360,5 @@ def fit_dataset(
             if progress: progress(done, len(items), "scans fitted")
     labels = collect(items, model.sha256, out)
     write_json(out/"report.json", {**labels.summary(), "landmarks_in_order": job.order is None})
-    write_json(out/"timing.json", {"frames": len(seconds), "seconds_a_frame": float(np.median(seconds)) if seconds else None, "seconds": time.perf_counter() - begin})
+    if timing: write_json(timing, {"frames": len(seconds), "seconds_a_frame": float(np.median(seconds)) if seconds else None, "seconds": time.perf_counter() - begin})
     return labels

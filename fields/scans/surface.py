@@ -143,8 +143,8 @@ def head_model(
     if lids: parts.append(get(head.eyelids).transpose(1, 2, 0))
     shapes = np.concatenate(parts, -1)
     template, regressor = get(head.template), get(head.joint_regressor)[[0, 2]]
-    correctives = get(head.posedirs).reshape(-1, 3, 36)[:, :, 9:18]
-    joint_basis = np.einsum("jv,vcp->jcp", regressor, shapes)
+    correctives = np.ascontiguousarray(get(head.posedirs).reshape(-1, 3, 36)[:, :, 9:18])
+    joint_basis = np.ascontiguousarray(np.einsum("jv,vcp->jcp", regressor, shapes))
     if lids: joint_basis[..., -2:] = 0
     faces = get(head.faces).astype(np.int32)
     return HeadModel(template, faces, np.ascontiguousarray(shapes.reshape(-1, shapes.shape[-1]).astype(dtype)),

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['run_tasks', 'slurm_cluster']
 
-# %% ../../nbs/45_scans.workers.ipynb #dbe63707
+# %% ../../nbs/45_scans.workers.ipynb #09940cae
+import time, warnings
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 # %% ../../nbs/45_scans.workers.ipynb #1fece4a8
@@ -25,7 +27,20 @@ def _call(task, arguments):
     "Run a task in a worker process."
     return task(_OWN["shared"], *arguments)
 
-# %% ../../nbs/45_scans.workers.ipynb #953a862b
+# %% ../../nbs/45_scans.workers.ipynb #ff496608
+ALONE = 2.0                       # seconds of work before further processes are thought of
+
+@contextmanager
+def _one_thread():
+    "Use one thread in this process, as its helpers do."
+    import numba
+    from threadpoolctl import threadpool_limits
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        with threadpool_limits(1): yield
+    finally: numba.set_num_threads(threads)
+
 def _serial(shared, tasks, follow):
     "Run tasks one after the other in this process, with all its threads."
     todo = list(tasks)
@@ -36,37 +51,48 @@ def _serial(shared, tasks, follow):
         todo = [*follow(result), *todo]
 
 def _processes(shared, tasks, follow, workers, patience=5):
-    "Run tasks in processes; start them again if one is killed, and raise `RuntimeError` if that goes on."
+    "Run tasks here and in helpers; start these again if one is killed, and raise `RuntimeError` if that goes on."
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
-    todo = list(tasks)
-    while todo:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (shared,)) as pool:
-            running, lost = {}, []
-            def submit(work):
-                for task in work:
-                    try: running[pool.submit(_call, *task)] = task
-                    except BrokenProcessPool: lost.append(task)
-            submit(todo)
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    task = running.pop(future)
-                    try: result = future.result()
-                    except BrokenProcessPool: lost.append(task)
-                    else:
+    todo, running, pool, done, begin = list(tasks), {}, None, 0, time.process_time()
+    with _one_thread():
+        try:
+            while todo or running:
+                try:
+                    spent = time.process_time() - begin
+                    if pool is None and todo and spent >= ALONE and len(todo) * spent >= 2 * ALONE * done:
+                        pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), _begin, (shared,))
+                    while pool is not None and todo and len(running) < 2 * (workers - 1):
+                        running[pool.submit(_call, *todo[0])] = todo[0]
+                        todo.pop(0)
+                    for future in wait(running, 0 if todo else None, FIRST_COMPLETED).done:
+                        result = future.result()
+                        del running[future]
                         yield result
-                        submit(follow(result))
-        todo, patience = lost, patience - 1
-        if todo and patience < 0:
-            raise RuntimeError("worker processes were killed again and again, perhaps for want of memory; use fewer workers and start again: what is done is kept")
+                        todo = [*follow(result), *todo]
+                except BrokenProcessPool:
+                    pool.shutdown()
+                    todo, running, pool, patience = [*running.values(), *todo], {}, None, patience - 1
+                    if patience < 0:
+                        raise RuntimeError("worker processes were killed again and again, perhaps for want of memory; use fewer workers and start again: what is done is kept") from None
+                if todo:
+                    task, arguments = todo.pop(0)
+                    result, done = task(shared, *arguments), done + 1
+                    yield result
+                    todo = [*follow(result), *todo]
+        finally:
+            if pool is not None: pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/45_scans.workers.ipynb #bbff88d3
 def _dask(shared, tasks, follow, workers, address):
     "Run tasks on a Dask cluster: a local one, or the one at an address, whose workers see the same folders."
     from dask.distributed import Client, LocalCluster, as_completed
     cluster = None if address else LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
     try:
         with Client(address or cluster) as client:
-            common = client.scatter(shared, broadcast=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                              # that a head is large
+                common = client.submit(_keep, shared, pure=False)
             submit = lambda work: [client.submit(_on_dask, task, common, arguments, pure=False) for task, arguments in work]
             running = as_completed(submit(tasks))
             for future in running:
@@ -75,6 +101,10 @@ def _dask(shared, tasks, follow, workers, address):
                 for new in submit(follow(result)): running.add(new)
     finally:
         if cluster is not None: cluster.close()
+
+def _keep(shared):
+    "Hand the common argument to Dask as a result, which it can make again when every worker that held it is gone."
+    return shared
 
 def _on_dask(task, shared, arguments):
     "Run a task on a Dask worker with one thread."
