@@ -57,6 +57,7 @@ def nearest_on_faces(
             best[better], face[better], weights[better] = distance[better], candidate[better], w[better]
     return face, weights
 
+# %% ../../nbs/15_head.embeddings.ipynb #9da8f1fa
 def place(
     points:np.ndarray,            # (K,3) mm
     template,                     # `Template`
