@@ -94,58 +94,110 @@ def test_detail_is_outside_the_head(sculpt, head):
     assert (np.linalg.norm(left, axis=1) / np.linalg.norm(detail, axis=1)).min() > 0.6
 
 
-def test_triangles(sculpt, head):
+def turned_shares(sculpt, head, count, seed=1):
+    """Share of triangles turned by more than a right angle: random faces within two deviations, and each component alone at its ends."""
     neutral = sculpt.template.astype(float)
-    assert inverted(neutral, sculpt.faces).sum() == 0
     identities, expressions = head.real_components
     directions = torch.cat([head.shapedirs[..., :identities], head.exprdirs[..., :expressions]], -1).numpy()
-    coefficients = np.clip(np.random.default_rng(1).normal(size=(40, identities + expressions)), -2, 2)
-    shapes = neutral + np.einsum("bk,vck->bvc", coefficients, directions, optimize=True)
-    assert turned_over(shapes, neutral, sculpt.faces).mean() < 1e-3
+    width = identities + expressions
+    rows = np.concatenate([np.clip(np.random.default_rng(seed).normal(size=(count, width)), -2, 2), 2 * np.eye(width), -2 * np.eye(width)])
+    return np.concatenate([turned_over(neutral + np.einsum("bk,vck->bvc", part, directions, optimize=True), neutral, sculpt.faces) for part in np.array_split(rows, len(rows) // 20)])
+
+
+def test_triangles(sculpt, head):
+    assert inverted(sculpt.template.astype(float), sculpt.faces).sum() == 0
+    assert turned_shares(sculpt, head, 20).mean() < 1e-3
+
+
+def test_texture_is_not_folded(sculpt):
+    skin = sculpt.faces[(sculpt.faces < sculpt.structure.skin).all(1)]
+    a, b, c = (sculpt.uv[skin[:, k]] for k in range(3))
+    assert np.cross(b - a, c - a).min() > 0
+
+
+def mouth_and_lids(sculpt, people, few):
+    """What closes and what opens, millimetres: the worst of all people."""
+    template, draw = sculpt.structure, lambda **pose: np.stack([posed(sculpt, p, **pose) for p in people[:few]])
+    blink = {share: draw(lids=(share, share)) for share in (1.0, 0.5, 0.25)}
+    return {"widest_gap_of_closed_lips": float(lip_gap(people, template).max()),
+            "least_opening_of_the_lips_at_jaw_0.3": float(lip_gap(draw(jaw=0.3), template)[:, 0].min()),
+            "widest_gap_of_closed_lids": float(lid_gap(blink[1.0], template).max()),
+            "least_clearance_of_lids_over_eyeballs": float(min(lid_clearance(v, template).min() for v in blink.values()))}
 
 
 def test_mouth_and_lids(sculpt):
-    template = sculpt.structure
-    people = sculpt.identity(sample_identity(np.random.default_rng(2), 60, sculpt.identity_names)).astype(float)
-    assert lip_gap(people, template).max() < 0.5
-    assert lip_gap(np.stack([posed(sculpt, p, 0.3) for p in people[:20]]), template)[:, 0].min() >= 20
-    for share, bar in ((1.0, 1.0), (0.5, np.inf), (0.25, np.inf)):
-        lids = np.stack([posed(sculpt, p, lids=(share, share)) for p in people[:30]])
-        assert lid_gap(lids, template).max() < bar
-        assert lid_clearance(lids, template).min() > 0
+    found = mouth_and_lids(sculpt, sculpt.identity(sample_identity(np.random.default_rng(2), 60, sculpt.identity_names)).astype(float), 30)
+    assert found["widest_gap_of_closed_lips"] < 0.5 and found["least_opening_of_the_lips_at_jaw_0.3"] >= 20
+    assert found["widest_gap_of_closed_lids"] < 1 and found["least_clearance_of_lids_over_eyeballs"] > 0
 
 
-def test_no_eyeball_shows_through_closed_lids(sculpt):
+def eyeball_pixels(sculpt, people, yaws=(0.0, 0.5)):
+    """Pixels of eyeballs in pictures of 384: with closed and with open lids."""
     from fields.render.camera import project
     from fields.render.rasterize import rasterize
 
-    ball = np.isin(np.arange(len(sculpt.template)), sculpt.structure.balls)[sculpt.faces].all(1)
-    people = sculpt.identity(sample_identity(np.random.default_rng(3), 12, sculpt.identity_names)).astype(float)
-    shown, of = 0, 0
+    ball, seen = np.isin(np.arange(len(sculpt.template)), sculpt.structure.balls)[sculpt.faces].all(1), {0: 0, 1: 0}
     for person in people:
-        for yaw in (0.0, 0.5):
+        for yaw in yaws:
             turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-            for share in (1, 0):
+            for share in seen:
                 v = torch.as_tensor(posed(sculpt, person, lids=(share, share)) @ turn.T)[None]
-                seen = rasterize(project(v, torch.tensor([[9.0, 0, -0.02]], dtype=v.dtype)), torch.as_tensor(sculpt.faces), 384).face_index[0].numpy()
-                pixels = ball[seen[seen >= 0]].sum()
-                shown, of = shown + share * pixels, of + (1 - share) * pixels
-    assert shown <= 0.005 * of
+                index = rasterize(project(v, torch.tensor([[9.0, 0, -0.02]], dtype=v.dtype)), torch.as_tensor(sculpt.faces), 384).face_index[0].numpy()
+                seen[share] += int(ball[index[index >= 0]].sum())
+    return seen[1], seen[0]
+
+
+def test_no_eyeball_shows_through_closed_lids(sculpt):
+    people = sculpt.identity(sample_identity(np.random.default_rng(3), 12, sculpt.identity_names)).astype(float)
+    closed, opened = eyeball_pixels(sculpt, people)
+    assert opened > 10_000 and closed <= 0.005 * opened
+
+
+def correlations_with_jaw(sculpt, head):
+    opening = posed(sculpt, sculpt.template.astype(float), 0.3) - sculpt.template
+    return jaw_correlation(head.exprdirs[..., : head.real_components[1]].numpy(), opening)
 
 
 def test_jaw_and_expression_are_apart(sculpt, head):
-    opening = posed(sculpt, sculpt.template.astype(float), 0.3) - sculpt.template
-    assert jaw_correlation(head.exprdirs[..., : head.real_components[1]].numpy(), opening).max() < 0.05
+    assert correlations_with_jaw(sculpt, head).max() < 0.05
+
+
+WIDEST_MEAN = {"nose width al-al": 44}  # mm, men of the widest-nosed populations; the other figures are of North American adults
+
+
+def sizes_of(sculpt, count=1000):
+    return measure(sculpt.identity(sample_identity(np.random.default_rng(4), count, sculpt.identity_names)), sculpt)
 
 
 def test_sizes_are_those_of_people(sculpt):
-    sizes = measure(sculpt.identity(sample_identity(np.random.default_rng(4), 1000, sculpt.identity_names)), sculpt)
+    sizes = sizes_of(sculpt)
+    assert len(MEASURES) >= 10
     for m, mean, spread in zip(MEASURES, sizes.mean(0), sizes.std(0)):
-        low, high = m.women - 2.5 * m.spread, m.men + 2.5 * m.spread  # the eye is 2.7 mm short, as on the measured head
-        if m.name.startswith("nose width"):
-            high = 44  # means of African groups
-        assert low < mean < high, m.name
-        assert spread < 2.2 * m.spread, m.name
+        assert m.women - 2 * m.spread < mean < WIDEST_MEAN.get(m.name, m.men) + 2 * m.spread, m.name
+        assert 0.5 * m.spread < spread < 2.2 * m.spread, m.name
+
+
+@pytest.mark.slow
+def test_health_in_figures(sculpt, head):
+    """The same measures on more people, kept as evidence."""
+    people = sculpt.identity(sample_identity(np.random.default_rng(6), 1000, sculpt.identity_names)).astype(float)
+    turned, (closed, opened), sizes = turned_shares(sculpt, head, 400, 7), eyeball_pixels(sculpt, people[:40]), sizes_of(sculpt)
+    with np.load(ASSET, allow_pickle=False) as z:
+        spectrum = {"identity": z["shape_rms_mm"].round(3).tolist(), "expression": z["expression_rms_mm"].round(3).tolist()}
+    found = {
+        "triangles": {"inverted_in_neutral": int(inverted(sculpt.template.astype(float), sculpt.faces).sum()), "faces": len(turned), "mean_share_turned": float(turned.mean()), "largest_share_turned": float(turned.max())},
+        "mouth_and_lids_mm": mouth_and_lids(sculpt, people, 200) | {"people": 1000, "people_posed": 200},
+        "eyeball_pixels": {"heads": 40, "lids_closed": closed, "lids_open": opened},
+        "largest_correlation_with_jaw": float(correlations_with_jaw(sculpt, head).max()),
+        "real_components": dict(zip(("identity", "expression"), head.real_components)), "rms_mm": spectrum,
+        "sizes_mm": {m.name: {"mean": round(float(a), 1), "spread": round(float(s), 1), "published_women": m.women, "published_men": m.men, "published_spread": m.spread,
+                              "spreads_outside": round(float(max(m.women - a, a - m.men, 0) / m.spread), 2)} for m, a, s in zip(MEASURES, sizes.mean(0), sizes.std(0))}}
+    (ROOT / "evidence" / "head_health.json").write_text(json.dumps(found, indent=1) + "\n")
+    assert found["triangles"]["inverted_in_neutral"] == 0 and turned.mean() < 1e-3
+    lids = found["mouth_and_lids_mm"]
+    assert lids["widest_gap_of_closed_lips"] < 0.5 and lids["least_opening_of_the_lips_at_jaw_0.3"] >= 20
+    assert lids["widest_gap_of_closed_lids"] < 1 and lids["least_clearance_of_lids_over_eyeballs"] > 0 and closed <= 0.005 * opened
+    assert found["largest_correlation_with_jaw"] < 0.05 and head.real_components[0] >= 60 and head.real_components[1] >= 50
 
 
 def test_landmarks_are_symmetric(head):
@@ -308,23 +360,43 @@ def test_the_scan_derived_head_beside_it():
     assert result["found"] > 0.8
 
 
+def differences(new):
+    """Largest differences of a head from the packaged one, metres."""
+    worst, real = {}, None
+    with np.load(ASSET, allow_pickle=False) as z:
+        assert set(z.files) == set(new)
+        assert np.array_equal(z["faces"], new["faces"])
+        for name, scale in (("template", "1"), ("eyelids", "1"), ("posedirs", "posedirs_scale")):
+            worst[name] = float(np.abs(z[name] * z.get(scale, 1) - new[name] * new.get(scale, 1)).max())
+        real = np.r_[0 : int(z["shape_components"]), 300 : 300 + int(z["expression_components"])]
+        a, b = ((d["shapedirs"][:, :, real] * d["shapedirs_scale"][real]).astype(float) for d in (z, new))
+        worst["components"] = float(np.abs(a - b).max())
+        joints = [d["joint_regressor"] @ d["template"].astype(float) for d in (z, new)]
+        worst["joints"] = float(np.abs(joints[0] - joints[1]).max())
+        points = lambda d, s: np.einsum("...j,...jc->...c", d[f"{s}_bary"].astype(float), d["template"].astype(float)[d["faces"][d[f"{s}_faces"]]])
+        worst["landmarks"] = max(float(np.abs(points(z, s) - points(new, s)).max()) for s in ("full68", "mediapipe105", "points203", "bp4d83", "dynamic"))
+        assert worst["components"] < 1e-5, real[np.abs(a - b).max((0, 1)) > 1e-5]
+    return worst
+
+
 @pytest.mark.slow
 def test_rebuild_gives_the_asset():
     """The notebooks make the packaged head again: within 1e-5 m, and in under a minute of processor time."""
     start, used = time.perf_counter(), time.process_time()
     new = make_head(make_sculpt())
     seconds, used = time.perf_counter() - start, time.process_time() - used
-    worst = {}
-    with np.load(ASSET, allow_pickle=False) as z:
-        assert set(z.files) == set(new)
-        assert np.array_equal(z["faces"], new["faces"])
-        for name, scale in (("template", 1), ("eyelids", 1), ("posedirs", z["posedirs_scale"])):
-            worst[name] = float(np.abs(z[name] * scale - new[name] * (new["posedirs_scale"] if name == "posedirs" else 1)).max())
-        real = np.r_[0 : int(z["shape_components"]), 300 : 300 + int(z["expression_components"])]
-        a, b = ((d["shapedirs"][:, :, real] * d["shapedirs_scale"][real]).astype(float) for d in (z, new))
-        worst["components"] = float(np.abs(a - b).max())
-        worst["landmarks"] = max(float(np.abs(z[f"{s}_bary"] - new[f"{s}_bary"]).max()) for s in ("full68", "mediapipe105", "points203", "bp4d83", "dynamic"))
+    worst = differences(new)
     write_evidence(rebuild={"largest_difference_metres": worst, "processor_seconds": round(used, 1), "seconds": round(seconds, 1)})
-    assert max(worst[k] for k in ("template", "eyelids", "posedirs", "components")) < 1e-5
-    assert worst["landmarks"] < 1e-3
-    assert min(seconds, used) < 60
+    assert max(worst.values()) <= 1e-5, worst
+    assert used < 60
+
+
+@pytest.mark.slow
+def test_rebuild_elsewhere_gives_the_asset():
+    """Another machine rounds differently: noise of 1e-13 m flips no sign and moves no landmark to another triangle's far side."""
+    sculpt, rng = make_sculpt(), np.random.default_rng(8)
+    for array, size in ((sculpt.structure.vertices, 1e-10), (sculpt.template, 1e-13), (sculpt._identity, 1e-13), (sculpt._actions, 1e-13)):
+        array += size * rng.normal(size=array.shape)
+    worst = differences(make_head(sculpt))
+    write_evidence(rebuild_with_noise_of_1e_minus_13={"largest_difference_metres": worst})
+    assert max(worst.values()) <= 1e-5, worst

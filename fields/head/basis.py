@@ -56,7 +56,8 @@ def principal_components(
     u = u[:, ::-1][:, :most]
     components = (u.T @ samples)/np.sqrt(len(samples))
     rms = np.linalg.norm(components, axis=1)/np.sqrt(samples.shape[1]/3)*1e3
-    components *= np.sign(components[np.arange(len(components)), np.abs(components).argmax(1)])[:, None]
+    large = (np.abs(components) > .999*np.abs(components).max(1, keepdims=True)).argmax(1)   # of mirrored entries, the first: rounding must not choose the sign
+    components *= np.sign(components[np.arange(len(components)), large])[:, None]
     return components[rms >= least_mm], rms[rms >= least_mm]
 
 # %% ../../nbs/18_head.basis.ipynb #4fa63bc8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOINTS', 'PARENTS', 'LID_SHARES', 'LID_MEETING', 'LID_OVERLAP', 'below_lips', 'skin_weights', 'joint_regressor',
-           'eyelids', 'turn_about_x', 'jaw_field', 'pose_correctives', 'texture_coordinates', 'regions',
+           'eyelids', 'turn_about_x', 'jaw_field', 'pose_correctives', 'unfold', 'texture_coordinates', 'regions',
            'paint_attributes', 'Rig', 'make_rig']
 
 # %% ../../nbs/15_head.rig.ipynb #88370d26
@@ -141,7 +141,25 @@ def pose_correctives(
     out[:, :, 9 + 7] = push/np.sin(.3)                                      # jaw, row 2, column 1: sin of the opening
     return out
 
-# %% ../../nbs/15_head.rig.ipynb #49ae69d9
+# %% ../../nbs/15_head.rig.ipynb #1e0eecbd
+def unfold(
+    uv:np.ndarray,                # (V,2)
+    faces:np.ndarray,             # (F,3) triangles that should all have the same side up
+    least:float=5e-7,             # twice the area that is enough
+    most:int=100,                 # steps
+) -> np.ndarray:                  # (V,2)
+    "Move corners of turned triangles by as little as turns them back; raise `ValueError` if some stay."
+    uv = uv.copy()
+    for _ in range(most):
+        p, q, r = (uv[faces[:, k]] for k in range(3))
+        area = np.cross(q - p, r - p)
+        small = np.flatnonzero(area < least)
+        if not len(small): return uv
+        slope = np.stack([q - r, r - p, p - q], 1)[small][..., ::-1]*[1, -1]          # of the area with each corner's place
+        step = .6*(2*least - area[small])/(slope**2).sum((1, 2))
+        np.add.at(uv, faces[small], step[:, None, None]*slope)
+    raise ValueError("triangles stay turned in the texture; give the layout more room there")
+
 def texture_coordinates(
     template,                     # `Template`
     zoom:float=.11,               # smaller values give the face more room
@@ -159,6 +177,7 @@ def texture_coordinates(
     uv[template.mirror] = half*[-1, 1]
     uv[:len(half)] = half
     uv += .5
+    uv = unfold(uv, template.faces[(template.faces < template.skin).all(1)])
     r = .074*np.sqrt(template.ball_angle/np.pi)
     circle = np.stack([np.cos(template.ball_turn), np.sin(template.ball_turn)], 1)*r[:, None]
     uv[template.balls[0]], uv[template.balls[1]] = (.925, .925) + circle, (.075, .925) + circle*[-1, 1]

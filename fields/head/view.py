@@ -62,7 +62,12 @@ def vertex_colors(
         colors = np.asarray(texture)[np.clip(np.round(y), 0, H - 1).astype(int), np.clip(np.round(x), 0, W - 1).astype(int)]
     return np.round(np.clip(colors, 0, 1) * 255).astype(np.uint8)
 
-# %% ../../nbs/19_head.view.ipynb #69e95f6c
+# %% ../../nbs/19_head.view.ipynb #1da54ef3
+def _need(*packages):
+    "Raise `ImportError` with one sentence where packages of the view are not installed."
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing: raise ImportError(f"the interactive view needs {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}")
+
 def mesh_figure(
     vertices,                     # (V,3) metres
     faces,                        # (F,3)
@@ -70,7 +75,8 @@ def mesh_figure(
     turn:float=0.3,               # radians the camera stands to the side
     height:int=520,               # pixels
 ):                                # plotly Figure
-    "Return a figure of a mesh that can be turned with the mouse."
+    "Return a figure of a mesh that can be turned with the mouse; raise `ImportError` without plotly."
+    _need("plotly")
     import plotly.graph_objects as go
     (x, y, z), (i, j, k) = np.asarray(vertices).T, np.asarray(faces).T
     paint = {"color": "rgb(219,199,186)"} if colors is None else {"vertexcolor": [f"rgb({r},{g},{b})" for r, g, b in np.asarray(colors).tolist()]}
@@ -88,7 +94,8 @@ def view(
     identities:int=8,             # identity sliders
     expressions:int=10,           # expression sliders
 ):                                # ipywidgets widget
-    "Return a head with sliders, to be shown as the last value of a cell in JupyterLab."
+    "Return a head with sliders, to be shown as the last value of a cell in JupyterLab; raise `ImportError` without ipywidgets or plotly."
+    _need("ipywidgets", "plotly")
     import ipywidgets as widgets
     if head is None: head, texture = Head.load("open"), paint(Appearance(), 512) if texture is None else texture
     faces, colors = head.faces.cpu().numpy(), vertex_colors(head, texture)

@@ -36,7 +36,20 @@ def ambient_light(
     "Return the spherical harmonics of light that comes equally from everywhere."
     return np.eye(9)[:, :1] * (2 * math.sqrt(math.pi)) * np.asarray(colour, np.float64)
 
-# %% ../../nbs/24_render.textured.ipynb #3b18948d
+# %% ../../nbs/24_render.textured.ipynb #03910950
+def _array(value, dtype): return np.ascontiguousarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value, dtype)
+
+@compiled(fastmath=True)
+def _matt(normals, light, received):
+    "Write what matt vertices receive, `harmonics(normals) @ light` where it is positive, to the first three of `received` (V,4)."
+    a, b, c, scale = math.sqrt(3), math.sqrt(15), math.sqrt(5) / 2, 0.5 / math.sqrt(math.pi)
+    for v in range(normals.shape[0]):
+        x, y, z = normals[v, 0], normals[v, 1], normals[v, 2]
+        for k in range(3):
+            first = light[0, k] + a * (y * light[1, k] + z * light[2, k] + x * light[3, k])
+            second = b * (x * y * light[4, k] + y * z * light[5, k] + x * z * light[7, k] + 0.5 * (x * x - y * y) * light[8, k]) + c * (3 * z * z - 1) * light[6, k]
+            received[v, k] = max(scale * (first + second), 0.0)
+
 def light_vertices(
     normals:np.ndarray,           # (V,3) unit normals
     light:np.ndarray,             # (9,3) spherical harmonics
@@ -44,9 +57,8 @@ def light_vertices(
     shininess:float|None = 32.0,  # exponent of the highlight; None: none
 ) -> np.ndarray:                  # (V,4) red, green, blue light, and the highlight's share of its peak
     "Return the light that vertices receive."
-    matt = np.maximum(harmonics(normals) @ light, 0)
-    received = np.zeros((len(normals), 4))
-    received[:, :3] = matt
+    normals, light, received = _array(normals, np.float64), _array(light, np.float64), np.zeros((len(normals), 4))
+    _matt(normals, light, received)
     if shininess is not None:
         toward = light[[3, 1, 2]] @ np.array([0.3, 0.6, 0.1])
         half = toward / max(np.linalg.norm(toward), 1e-9) + np.array([0.0, 0.0, 1.0])
@@ -56,26 +68,25 @@ def light_vertices(
 # %% ../../nbs/24_render.textured.ipynb #0dc215ed
 @compiled(fastmath=True)
 def _planes(screen, faces, uv, uv_faces, received, planes):
-    "Write corner x, y, then value and slopes along x and y of u, v and received light, to `planes` (F,20)."
+    "Write value, slope along x and slope along y of u, v and received light to `planes` (F,3,8), and corner x, y behind the values."
     for t in range(faces.shape[0]):
         i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
         p, q, r = uv_faces[t, 0], uv_faces[t, 1], uv_faces[t, 2]
         ax, ay, bx, by = screen[j, 0] - screen[i, 0], screen[j, 1] - screen[i, 1], screen[k, 0] - screen[i, 0], screen[k, 1] - screen[i, 1]
         scale = 1.0 / (ax * by - ay * bx)
-        planes[t, 0], planes[t, 1] = screen[i, 0], screen[i, 1]
+        planes[t, 0, 6], planes[t, 0, 7] = screen[i, 0], screen[i, 1]
+        planes[t, 1:, 6:] = 0.0
         for c in range(6):
             if c < 2: first, second, third = np.float64(uv[p, c]), np.float64(uv[q, c]), np.float64(uv[r, c])
             else: first, second, third = received[i, c - 2], received[j, c - 2], received[k, c - 2]
             second, third = (second - first) * scale, (third - first) * scale
-            planes[t, 2 + c], planes[t, 8 + c], planes[t, 14 + c] = first, second * by - third * ay, third * ax - second * bx
+            planes[t, 0, c], planes[t, 1, c], planes[t, 2, c] = first, second * by - third * ay, third * ax - second * bx
 
 @compiled(fastmath=True, inline="always")
-def _point(planes, t, column, row):
-    "Return u, v, received light and highlight of the point (column, row) in triangle t."
-    x, y = column - planes[t, 0], row - planes[t, 1]
-    return (planes[t, 2] + planes[t, 8] * x + planes[t, 14] * y, planes[t, 3] + planes[t, 9] * x + planes[t, 15] * y,
-            planes[t, 4] + planes[t, 10] * x + planes[t, 16] * y, planes[t, 5] + planes[t, 11] * x + planes[t, 17] * y,
-            planes[t, 6] + planes[t, 12] * x + planes[t, 18] * y, planes[t, 7] + planes[t, 13] * x + planes[t, 19] * y)
+def _point(planes, t, column, row, point):
+    "Write u, v, received light and highlight of the point (column, row) in triangle t to the first six of `point` (8,)."
+    x, y = np.float32(column) - planes[t, 0, 6], np.float32(row) - planes[t, 0, 7]
+    for c in range(8): point[c] = planes[t, 0, c] + planes[t, 1, c] * x + planes[t, 2, c] * y
 
 # %% ../../nbs/24_render.textured.ipynb #16025dda
 @compiled(fastmath=True, inline="always")
@@ -97,7 +108,7 @@ def _texel(texture, u, v):
 @compiled(fastmath=True)
 def _paint(buffer, samples, planes, texture, highlight, image, mask):
     "Blend the head into `image` (H,W,3), which holds the background, and write its coverage to `mask` (H,W)."
-    near = 4.0 / max(texture.shape[0], texture.shape[1])
+    near, point, mean = 4.0 / max(texture.shape[0], texture.shape[1]), np.empty(8, np.float32), np.empty(8, np.float32)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
             top, left = y * samples, x * samples
@@ -106,38 +117,35 @@ def _paint(buffer, samples, planes, texture, highlight, image, mask):
                 for column in range(left, left + samples): same = same & (((buffer[row, column] ^ first) & 0xffffffff) == 0)
             if same:
                 if first == FAR: continue
-                u, v, a, b, c, s = _point(planes, first & 0xffffffff, left + 0.5 * (samples - 1), top + 0.5 * (samples - 1))
+                _point(planes, first & 0xffffffff, left + 0.5 * (samples - 1), top + 0.5 * (samples - 1), mean)
             else:
-                count = 0
-                u0 = v0 = b0 = u = v = a = b = c = s = 0.0
+                count, u0, v0, b0 = 0, np.float32(0), np.float32(0), np.float32(0)
+                mean[:] = 0
                 for row in range(top, top + samples):
                     for column in range(left, left + samples):
                         if buffer[row, column] == FAR: continue
-                        u1, v1, a1, b1, c1, s1 = _point(planes, buffer[row, column] & 0xffffffff, float(column), float(row))
-                        if count == 0: u0, v0, b0 = u1, v1, b1
-                        alike = alike & (abs(u1 - u0) + abs(v1 - v0) < near) & (abs(b1 - b0) < 0.1)
-                        u, v, a, b, c, s = u + u1, v + v1, a + a1, b + b1, c + c1, s + s1
+                        _point(planes, buffer[row, column] & 0xffffffff, column, row, point)
+                        if count == 0: u0, v0, b0 = point[0], point[1], point[3]
+                        alike = alike & (abs(point[0] - u0) + abs(point[1] - v0) < near) & (abs(point[3] - b0) < 0.1)
+                        for c in range(8): mean[c] += point[c]
                         count += 1
-                share = 1.0 / count
-                u, v, a, b, c, s = u * share, v * share, a * share, b * share, c * share, s * share
+                for c in range(8): mean[c] /= np.float32(count)
             red = green = blue = 0.0
             for n in range(1 if alike else samples * samples):
                 if not alike:
                     row, column = top + n // samples, left + n % samples
                     if buffer[row, column] == FAR: continue
-                    u, v, a, b, c, s = _point(planes, buffer[row, column] & 0xffffffff, float(column), float(row))
-                d, e, f, gloss = _texel(texture, u, v)
-                s *= gloss
-                red, green, blue = red + d * a + s * highlight[0], green + e * b + s * highlight[1], blue + f * c + s * highlight[2]
+                    _point(planes, buffer[row, column] & 0xffffffff, column, row, mean)
+                d, e, f, gloss = _texel(texture, mean[0], mean[1])
+                s = mean[5] * gloss
+                red, green, blue = red + d * mean[2] + s * highlight[0], green + e * mean[3] + s * highlight[1], blue + f * mean[4] + s * highlight[2]
             cover, share = count / (samples * samples), 1.0 if alike else 1.0 / count
             mask[y, x] = cover
             image[y, x, 0] = min(max(image[y, x, 0] * (1 - cover) + red * share * cover, 0.0), 1.0)
             image[y, x, 1] = min(max(image[y, x, 1] * (1 - cover) + green * share * cover, 0.0), 1.0)
             image[y, x, 2] = min(max(image[y, x, 2] * (1 - cover) + blue * share * cover, 0.0), 1.0)
 
-# %% ../../nbs/24_render.textured.ipynb #03910950
-def _array(value, dtype): return np.ascontiguousarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value, dtype)
-
+# %% ../../nbs/24_render.textured.ipynb #23e8d83f
 def _find(vertices, faces, camera, height, width):
     "Return screen coordinates and the buffer of nearest triangles for points on a grid of the given size."
     screen, buffer = np.empty((len(vertices), 3)), np.empty((height, width + 8), np.int64)
@@ -175,7 +183,7 @@ def render_textured(
     if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices) or uv_faces.min() < 0 or uv_faces.max() >= len(uv)):
         raise ValueError(f"faces refer to vertices that are not there: there are {len(vertices)} vertices and {len(uv)} texture positions")
     image = _array(background, np.float32).copy()
-    mask, planes = np.zeros(image.shape[:2], np.float32), np.empty((len(faces), 20), np.float32)
+    mask, planes = np.zeros(image.shape[:2], np.float32), np.empty((len(faces), 3, 8), np.float32)
     screen, buffer = _find(vertices, faces, camera, image.shape[0] * samples, image.shape[1] * samples)
     if normals is None:
         normals, inverse = np.empty((1, *vertices.shape)), np.empty((1, len(vertices)))
