@@ -277,7 +277,10 @@ class Saver:
 
     def mesh(self, path, vertices):
         "Write one mesh."
-        if path.suffix != ".obj": return write_mesh(path, vertices, self.faces)
+        if path.suffix != ".obj":
+            part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") # its ending chooses the writer
+            os.replace(write_mesh(part, vertices, self.faces), path)
+            return
         with atomic(path) as temporary: temporary.write_text(self.line % tuple(vertices.ravel().tolist()) + self.triangles)
 
     @torch.no_grad()

@@ -19,9 +19,9 @@ from .render.camera import fit_camera, normaliser, project
 @dataclass(frozen=True)
 class RefineConfig:
     "Trust in the detected points and in the network, in standard deviations."
-    noise:float = .02             # of a detected point, in normalisers (62 mm x camera scale)
-    shape:float = .6              # of identity around `keep_shape` times the network's
-    keep_shape:float = 1.         # share of the network's identity the prior is centred on
+    noise:float = .015            # of a detected point, in normalisers (62 mm x camera scale)
+    shape:float = .8              # of identity around `keep_shape` times the network's
+    keep_shape:float = .7         # share of the network's identity the prior is centred on
     expression:float = .8         # of expression around `keep` times the network's
     keep:float = .5               # share of the network's expression the prior is centred on
     eyelids:float = .4            # of each lid around the network's
