@@ -32,7 +32,7 @@ class RefineConfig:
     lid_range:tuple = (-.1, 1.05) # closing
     shapes:int = 40               # identity components that move
     robust:float = 3.             # residual, in `noise`, from which a point counts less; 0: all count alike
-    steps:int = 8                 # Levenberg steps after those of the pose
+    steps:int = 5                 # Levenberg steps after those of the pose
 
 # %% ../nbs/83_refine.ipynb #8248bd1e
 class LandmarkHead:
@@ -51,7 +51,9 @@ class LandmarkHead:
         rows = head.joint_basis.double().unflatten(1, (-1, 3))[:, [0, 2]]
         self.joints = head.joint_template.double()[[0, 2]], torch.cat([rows.new_zeros(11, 2, 3), rows]).permute(1, 2, 0)
         self.free = [0, 1, *range(11, 11 + shapes), *range(311, 361)]         # lids, identity, expression
-        self.moving = [t[..., self.free].contiguous() for t in (self.tables[0][1], self.tables[1][1], self.joints[1])]
+        A, W, J = (t[..., self.free].contiguous() for t in (self.tables[0][1], self.tables[1][1], self.joints[1]))
+        wide = lambda table: table.movedim(1, 0).flatten(1).contiguous()      # (3,L*K), so that one product turns all
+        self.moving, self.root, self.turned = (A, W, J), J[0], (wide(A - J[0]), wide(W - self.jaw_weight[:, None, None]*J[1]))
         self.posing = [self.tables[k][1][..., 2:11].contiguous() for k in (0, 1)]
 
     def start(self, params):
@@ -69,18 +71,15 @@ class LandmarkHead:
         whole, wholes = derivatives(rotation)
         feature = (turn - torch.eye(3).to(turn)).flatten(1)                   # R - I, also the jaw's pose feature
         bend = feature.unflatten(1, (3, 3))
-        (A, W, J), pose = self.moving, self.posing
-        a, w, j = (s + torch.einsum("...xk,bk->b...x", t, free) for s, t in zip(still, self.moving))
-        a, w = a + torch.einsum("lxk,bk->blx", pose[0], feature), w + torch.einsum("lxk,bk->blx", pose[1], feature)
+        product = lambda table, by: torch.nn.functional.linear(by, table.flatten(0, 1)).unflatten(1, table.shape[:2])
+        a, w, j = (s + product(t, free) for s, t in zip(still, self.moving))
+        a, w = a + product(self.posing[0], feature), w + product(self.posing[1], feature)
         lever = w - self.jaw_weight[:, None]*j[:, None, 1]
         arm = a + lever@bend.mT - j[:, None, 0]
-        linear = A + torch.einsum("bxy,lyk->blxk", bend, W - self.jaw_weight[:, None, None]*J[1]) - J[0]
-        opened = torch.einsum("bxyn,bly->blxn", turns, lever)
-        for table, through in ((pose[0], None), (pose[1], bend)):
-            moved = torch.einsum("lxk,bkn->blxn", table, turns.flatten(1, 2))
-            opened = opened + (moved if through is None else torch.einsum("bxy,blyn->blxn", through, moved))
-        rotate = lambda d: torch.einsum("bxy,blyn->blxn", whole, d)
-        return arm@whole.mT + j[:, None, 0], rotate(linear) + J[0], rotate(opened), torch.einsum("bxyn,bly->blxn", wholes, arm)
+        linear = (whole@self.turned[0] + whole@bend@self.turned[1]).unflatten(2, (len(lever[0]), -1)).movedim(1, 2) + self.root
+        moved = [product(table, turns.flatten(1, 2).mT.flatten(0, 1)).unflatten(0, (-1, 3)).movedim(1, -1) for table in self.posing]
+        opened = torch.einsum("bxyn,bly->blxn", turns, lever) + moved[0] + torch.einsum("bxy,blyn->blxn", bend, moved[1])
+        return arm@whole.mT + j[:, None, 0], linear, torch.einsum("bxy,blyn->blxn", whole, opened), torch.einsum("bxyn,bly->blxn", wholes, arm)
 
 def derivatives(
     axis_angle:Tensor,            # (B,3) radians, float64
@@ -184,7 +183,7 @@ def refine(
     known = weights.sum(1) > 8                                                # too few points say nothing: the network stands
     start = _placed(small, params, points, torch.where(known[:, None], weights, torch.ones_like(weights)))
     posterior = Posterior(small, start, points, weights*known[:, None], config)
-    x = levenberg(posterior, posterior.start(start), 4, slice(-6, None))
+    x = levenberg(posterior, posterior.start(start), 3, slice(-6, None))
     x = levenberg(posterior, x, config.steps)
     K = posterior.free.shape[1]
     shape = params.shape.clone()
