@@ -6,8 +6,8 @@
 __all__ = ['app', 'sentence', 'main', 'doctor', 'chain', 'reconstruct', 'transfer', 'inspect', 'fit_scan', 'world', 'prepare',
            'bench']
 
-# %% ../nbs/95_cli.ipynb #a9d69c17
-import os, sys
+# %% ../nbs/95_cli.ipynb #0bbb1778
+import os, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -25,6 +25,7 @@ def sentence(
 
 def main():
     "Entry point of the `fields` command."
+    warnings.filterwarnings("ignore", module="PIL")                       # a damaged picture gets one sentence of ours
     try: app()
     except KeyboardInterrupt:
         print("fields: stopped", file=sys.stderr)

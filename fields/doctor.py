@@ -34,7 +34,7 @@ def machine() -> list[Finding]:   # findings about the machine
     if importlib.util.find_spec("torch"):
         import torch
         gpu = torch.cuda.is_available()
-        findings.append(Finding("machine", "GPU", gpu, torch.cuda.get_device_name() if gpu else "none found by torch; everything runs on the CPU, a GPU trains 10 to 50 times as fast (install a CUDA build of torch)"))
+        findings.append(Finding("machine", "GPU", gpu, torch.cuda.get_device_name() if gpu else "none found by torch; everything runs on the CPU; a GPU and a CUDA build of torch enable the paper profile"))
     return findings
 
 # %% ../nbs/82_doctor.ipynb #d8ae088a
@@ -76,7 +76,7 @@ def assets() -> list[Finding]:    # findings about licensed files
     for a in ASSETS:
         path = find_asset(a.name)
         how = f"enables {a.enables}; licence: {a.licence}"
-        findings.append(Finding("assets", a.name, path is not None, f"{path}; {how}" if path else f"{' or '.join(a.files)} is not in {folder or 'any folder (set FIELDS_ASSETS to one)'}; {how}; from {a.source}"))
+        findings.append(Finding("assets", a.name, path is not None, f"{path}; {how}" if path else f"{' or '.join(a.files)} is not in {folder or 'any folder (set FIELDS_ASSETS to one)'}; {how}; source: {a.source}"))
     return findings
 
 USES = {"bp4d": "expression labels from scans (Eq. 6) and Tables 3 and 6", "affectnet": "the emotion loss (Eq. 7) and Tables 1 and 2",
@@ -86,12 +86,12 @@ def datasets(
     root:Path|str|None=None,      # folder that holds the licensed datasets; None: FIELDS_DATA, else data/ of the repository
 ) -> list[Finding]:               # findings about the six datasets
     "Look for the six datasets and say how to ask for each."
-    from fields.manifests import load_manifests
+    from fields.manifests import load_manifest, manifest_names
     root = Path(root or os.environ.get("FIELDS_DATA", (find_root() or Path.cwd())/"data"))
     findings = []
-    for m in load_manifests().values():
+    for m in map(load_manifest, manifest_names()):
         place, how = root/m.layout.folder, f"enables {USES.get(m.name, 'training')}; licence: {m.licence}"
-        findings.append(Finding("datasets", m.name, place.is_dir(), f"{place}; {how}" if place.is_dir() else f"not in {place}; {how}; {m.ask} ({m.source})"))
+        findings.append(Finding("datasets", m.name, place.is_dir(), f"{place}; {how}" if place.is_dir() else f"not in {place}; {how}; to get it: {m.ask} ({m.source})"))
     return findings
 
 # %% ../nbs/82_doctor.ipynb #8fcd29b7

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SURE', 'SMALL', 'SCALE', 'IMAGES', 'VIDEOS', 'VIEW', 'find_checkpoint', 'find_faces', 'Reconstructor', 'panel',
-           'list_files', 'Found', 'frames', 'look', 'ahead', 'Summary', 'Saver', 'save_picture', 'emotion_columns',
-           'write_table', 'reconstruct_files']
+           'tidy', 'list_files', 'Found', 'frames', 'look', 'ahead', 'Summary', 'Saver', 'save_picture',
+           'emotion_columns', 'write_table', 'reconstruct_files']
 
 # %% ../nbs/80_reconstruct.ipynb #192b29de
 import csv, dataclasses, io, os, queue, threading
@@ -149,9 +149,16 @@ def panel(
     if synthesis.shape != view.shape: synthesis = torch.nn.functional.interpolate(synthesis, view.shape[-1], mode="bicubic", antialias=True)
     return to_uint8(torch.cat([view, overlay, torch.where(mesh_mask > .5, mesh, torch.ones_like(mesh)), synthesis.clamp(0, 1)], 3))
 
-# %% ../nbs/80_reconstruct.ipynb #d81c3943
+# %% ../nbs/80_reconstruct.ipynb #a78fb138
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+def tidy(
+    name:str,                     # of a file
+) -> str:                         # a name that any file system takes, with room for endings
+    "Return a name without control characters, cut to 120 bytes."
+    name = "".join(c if c.isprintable() else "_" for c in name.encode("utf-8", "replace").decode())
+    return name.encode()[:120].decode(errors="ignore") or "picture"
 
 def list_files(
     inputs:list[str|Path],        # images, videos or folders
@@ -168,7 +175,7 @@ def list_files(
             found += [(p, "_".join(p.relative_to(given).with_suffix("").parts)) for p in inside]
         else: found.append((given, given.stem))
     taken, names = set(), []
-    for path, name in found:
+    for path, name in ((p, tidy(n)) for p, n in found):
         unique = next(n for n in (name if k == 1 else f"{name}_{k}" for k in range(1, len(found) + 2)) if n.lower() not in taken)
         taken.add(unique.lower())
         names.append((path, unique))
@@ -192,6 +199,7 @@ def frames(
     path:Path,                    # a video
 ):                                # yields (H,W,3) uint8 RGB
     "Decode a video frame by frame; raise `ValueError` if nothing can be read."
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")                 # what is wrong is said below, once
     import cv2
     cv2.setLogLevel(0)
     if not path.stat().st_size: raise ValueError(f"{path} is empty; copy or download it again")

@@ -16,7 +16,7 @@ from .head.geometry import matrix_to_axis_angle, rodrigues
 
 # %% ../nbs/84_tracks.ipynb #efc73717
 LIGHT, HEAVY = .3, 1e4            # range of the weight, for speech at its fastest and for a still face
-CAUTION = 1.4                     # plain cross-validation (1) is prone to follow the noise
+CAUTION = 1.2                     # plain cross-validation (1) is prone to follow the noise
 
 def smooth_curves(
     values:np.ndarray,            # (T,C) one curve a column, evenly sampled
