@@ -96,6 +96,7 @@ def _film(path, clip):
     from fields.tracks import Film
     return Film(path, clip)
 
+# %% ../nbs/95_cli.ipynb #34420cf5
 @app.command()
 def transfer(
     first:Annotated[Path, typer.Argument(help="a picture")],

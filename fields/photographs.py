@@ -17,7 +17,8 @@ from .head.geometry import rodrigues
 from .render.camera import normaliser
 from .data.detect import read_image
 from .evaluation.landmarks import fit_pose, mean_head, projected
-from .reconstruct import IMAGES, VIDEOS, Reconstructor, frames, panel
+from .inputs import IMAGES, VIDEOS, frames
+from .reconstruct import Reconstructor, panel
 from .refine import LandmarkHead, RefineConfig, Refiner, refine
 
 # %% ../nbs/86_photographs.ipynb #e38a6506
