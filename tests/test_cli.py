@@ -61,6 +61,7 @@ def test_doctor_never_fails(tmp_path, monkeypatch):
 ], ids=["profile", "set", "key", "dataset", "root", "checkpoint", "device", "head", "scan"])
 def test_mistakes(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").touch()
     code, text = say(*arguments)
     assert code != 0 and said in text and "Traceback" not in text, text
 
