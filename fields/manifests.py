@@ -175,6 +175,7 @@ def parse_manifest(
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try: values = Strict(text).get_single_data()
+    except RecursionError: raise ValueError(f"{where} is nested too deeply to be a manifest") from None
     except yaml.YAMLError as e: raise ValueError(f"{where} is not YAML: {' '.join(str(e).split())[:160]}") from None
     manifest = _build(Manifest, values, where)
     problem = next(iter(_rules(manifest)), None)

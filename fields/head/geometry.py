@@ -162,8 +162,8 @@ def apply_maps(
     maps:Tensor,                  # (B,J,3,4) map of each joint
     plain:bool=False,             # never use the numba loops
 ) -> Tensor:                      # (B,V,3) posed vertices
-    "Move every vertex by the weighted mean of the joints' maps."
-    if not plain and not weights.requires_grad and not _plain_only(points, weights, maps): return _Skin.apply(points, weights, maps)
+    "Move every vertex by the weighted mean of the joints' maps; a single head is not worth loading numba for."
+    if not plain and len(points) > 1 and not weights.requires_grad and not _plain_only(points, weights, maps): return _Skin.apply(points, weights, maps)
     m = (maps.flatten(2).transpose(1, 2) @ weights.T).unflatten(1, (3, 4))
     x, y, z = points[:, None].unbind(-1)
     return (m[:, :, 0] * x + m[:, :, 1] * y + m[:, :, 2] * z + m[:, :, 3]).transpose(1, 2)

@@ -197,7 +197,7 @@ def load_model(
                          "coefficients of two heads are not interchangeable, so load that head or train again")
     try: config = NetworkConfig(**json.loads(header["config"]))
     except (TypeError, KeyError, ValueError) as error: raise ValueError(f"{path} describes networks that this version does not know ({error}); install the version that wrote it") from None
-    with torch.device("meta"): model = FieldsModel(config, head, header["kind"], json.loads(header["emotion"]), header["method"])
+    with torch.device("meta" if config.size == "paper" else "cpu"): model = FieldsModel(config, head, header["kind"], json.loads(header["emotion"]), header["method"])
     return load_strict(model.to_empty(device="cpu"), state, path, "a complete checkpoint of FIELDS").to(device).eval()
 
 FieldsModel.save, FieldsModel.load = save_model, staticmethod(load_model)
