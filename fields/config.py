@@ -254,7 +254,7 @@ PROFILES = {
     },
     "demo": {
         "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
-        "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "train.schedule": "cosine",
+        "pretrain.steps": 1100, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "train.schedule": "cosine", "train.encoder_lr_scale": 0.1,
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
     "study": {
@@ -262,14 +262,14 @@ PROFILES = {
         "world.celeba_identities": 300, "world.celeba_images": 6, "world.ffhq_images": 1200, "world.lrw_clips": 60, "world.lrw_frames": 20,
         "world.mead_clips": 60, "world.mead_frames": 20, "world.identity_identities": 200, "standins.trunk_steps": 2000, "standins.identity_steps": 800,
         "standins.perceptual_steps": 400, "standins.emotion_steps": 800, "pretrain.steps": 2000, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine",
-        "train.steps": 900, "train.teaser_steps": 300, "train.schedule": "cosine", "evaluation.figure_points": 4000,
+        "train.steps": 900, "train.teaser_steps": 300, "train.schedule": "cosine", "train.encoder_lr_scale": 0.25, "evaluation.figure_points": 4000,
     },
     "release": {
         "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_frames": 24, "world.bp4d_extra_subjects": 159, "world.affectnet_train": 8000,
         "world.affectnet_heldout": 300, "world.celeba_identities": 500, "world.celeba_images": 8, "world.ffhq_images": 2000,
         "world.lrw_clips": 100, "world.lrw_frames": 20, "world.mead_clips": 100, "world.mead_frames": 20, "world.identity_identities": 300,
         "standins.trunk_steps": 4000, "standins.identity_steps": 1500, "pretrain.steps": 6000, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine",
-        "train.steps": 6000, "train.teaser_steps": 600, "train.schedule": "cosine", "train.methods": ["F4"], "train.select": "best",
+        "train.steps": 6000, "train.teaser_steps": 600, "train.schedule": "cosine", "train.encoder_lr_scale": 0.25, "train.methods": ["F4"], "train.select": "best",
     },
     "paper": {
         "data": "data", "head": "FLAME2020/generic_model.pkl", "network.size": "paper", "network.image_size": 224, "prepare.cache_size": 374,
