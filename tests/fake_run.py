@@ -58,7 +58,7 @@ def write_crops(folder, ids, splits, subjects, classes, affect, images):
     np.save(folder/"images.npy", images)
     angle = np.linspace(0, 2*np.pi, 478)
     np.save(folder/"points.npy", np.broadcast_to(np.stack([.4*np.cos(angle), .5*np.sin(angle)], 1), (len(ids), 478, 2)).astype(np.float32))
-    (folder/"report.json").write_text(json.dumps({"images": len(ids), "found": len(ids)}))
+    (folder/"report.json").write_text(json.dumps({"items": len(ids), "images": len(ids), "found": len(ids)}))
 
 
 def render(head, params, size=48):

@@ -69,7 +69,7 @@ def _claim_value(row): return record_value(row.get("record"), row["trail"], scal
 
 def _beside_html(row, before=""):
     "The numbers that stand beside a check, each with its link."
-    said = [f'{html.escape(b["label"])} {value_html(record_value(b["record"], b["trail"], scale=b["scale"], places=b["places"])).replace("<br>", " ")}' for b in row.get("beside", [])]
+    said = [f'<i>{html.escape(b["label"])}</i> {value_html(record_value(b["record"], b["trail"], scale=b["scale"], places=b["places"])).replace("<br>", " ")}' for b in row.get("beside", [])]
     return before + "; ".join(said) if said else ""
 
 # %% ../../nbs/79_evaluation.report.ipynb #83f6e2ed
