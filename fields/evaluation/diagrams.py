@@ -109,6 +109,7 @@ def read_pieces(
         pieces.lab = read_pictures(run, "bp4d", here.ids, part)[0, ..., :3]
     return pieces
 
+# %% ../../nbs/77_evaluation.diagrams.ipynb #42b28e64
 @torch.no_grad()
 def synthesise(
     run:Path,                     # run folder
