@@ -179,7 +179,7 @@ def figure3(
     d.ax.text(4.9, tokens.side("r")[1] + .06, "tokens T", ha="center", va="bottom", fontsize=7.5)
     o = d.image(8.75, 3.15, 1.2, pieces.synthesis, "synthesis", "not\nstored")
     d.arrow(s, o)
-    d.arrow(Block(o.x, o.y - .25, o.w, o.h), d.block(8.65, 1.5, 1.4, .8, "2D consistency\nwith I", "loss", 7.5), "bt")
+    d.arrow(Block(o.x, o.y - .25, o.w, o.h), d.block(8.6, 1.5, 1.38, .8, "2D consistency\nwith I", "loss", 7.5), "bt")
     scan = d.image(.15, .35, 1.2, pieces.fitted, "fit to a BP4D scan")
     three = d.block(2.1, .5, 1.5, .75, "L_3D-GT", "ours")
     d.arrow(scan, three, color="#7D3C98"); d.arrow(three, expression, "tb", color="#7D3C98")

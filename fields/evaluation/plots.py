@@ -243,9 +243,11 @@ def figure_curves(
             steps, values = logged[term]
             ax.plot(steps, values, c=method_color(m), lw=.4, alpha=.35)
             seen[m] = ax.plot(steps, smooth(values), c=method_color(m), lw=1.4, ls=LINES.get(m, "-"))[0]
-        ax.set_title(term, fontsize=8)
+        ax.set_title(term, fontsize=7.5)
         every = [v for logged in curves.values() if term in logged for v in logged[term][1]]
-        if every and min(every) > 0 and max(every) > 30*min(every): ax.set_yscale("log")
+        if every and min(every) > 0 and max(every) > 30*min(every):
+            ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter("")          # few decades: labels of minor ticks would lie on one another
         ax.tick_params(labelsize=7)
     for ax in axes.flat[len(terms):]: ax.set_axis_off()
     for ax in axes.flat[max(0, len(terms) - columns):len(terms)]: ax.set_xlabel("step", fontsize=8)
