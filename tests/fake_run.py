@@ -58,7 +58,7 @@ def write_crops(folder, ids, splits, subjects, classes, affect, images):
     np.save(folder/"images.npy", images)
     angle = np.linspace(0, 2*np.pi, 478)
     np.save(folder/"points.npy", np.broadcast_to(np.stack([.4*np.cos(angle), .5*np.sin(angle)], 1), (len(ids), 478, 2)).astype(np.float32))
-    (folder/"report.json").write_text(json.dumps({"images": len(ids), "found": len(ids)}))
+    (folder/"report.json").write_text(json.dumps({"items": len(ids), "images": len(ids), "found": len(ids)}))
 
 
 def render(head, params, size=48):
@@ -118,8 +118,8 @@ def fake_run(path, seed=0, heldout=12, train=140, frames=2, methods=tuple(METHOD
         (run/"checkpoints"/method).mkdir(parents=True, exist_ok=True)
         with open(run/"checkpoints"/method/"log.csv", "w", newline="") as file:
             w = csv.writer(file)
-            w.writerow(["step", "encoder.photometric", "encoder.landmark", "synthesizer.cycle"])
-            for step in range(30): w.writerow([step, 1/(1 + step/9) + .05*rng.random(), .3/(1 + step/5), .2/(1 + step/20)])
+            w.writerow(["step", "encoder.photometric", "encoder.landmark", "synthesizer.cycle", "encoder.objective"])
+            for step in range(30): w.writerow([step, 1/(1 + step/9) + .05*rng.random(), .3/(1 + step/5), .2/(1 + step/20), 9/(1 + step/9)])
     return run, head
 
 

@@ -1,6 +1,6 @@
 "Parameter and geometry errors against independent implementations and cases known by hand."
 import json
-import numpy as np, pytest, torch
+import numpy as np, pandas, pytest, torch
 from scipy.spatial.transform import Rotation
 from sklearn.metrics import mean_squared_error, r2_score
 from fake_run import fake_run, smoke_config
@@ -134,6 +134,29 @@ def test_frame_errors_agree_with_sklearn(small):
     assert explained(said, truth) == pytest.approx(r2_score(truth, said, multioutput="raw_values") if (truth.var(0) > 0).all() else explained(said, truth), nan_ok=True)
     by_subject = [mean_squared_error(truth[rows], said[rows]) for s in sorted(set(here.subjects)) for rows in [[n for n, x in enumerate(here.subjects) if x == s]]]
     assert parameters["methods"]["F1"]["subjects"]["expression_jaw"]["mean"] == pytest.approx(np.mean(by_subject), rel=1e-5)
+
+
+def test_external_csv_enters_tables_3_and_6(small, tmp_path):
+    "Parameters that another system saved as csv stand in the same tables; those of another head are an error."
+    from fields.evaluation.tables import all_tables
+    run, head, _, _ = small
+    for name in ("predictions", "crops", "scans", "config.json"): (tmp_path/name).symlink_to(run/name)
+    for name in ("external", "metrics"): (tmp_path/name).mkdir()
+    p = Prediction.load(run/"predictions"/"F1_bp4d_test.npz")
+    table = pandas.DataFrame({"id": p.ids, "head_sha256": head.sha256} | {f"{n}_{k}": v for n, values in (("shape", p.params.shape), ("expression", p.params.expression), ("jaw", p.params.jaw)) for k, v in enumerate(values.T.numpy())})
+    table.to_csv(tmp_path/"external"/"SMIRK_bp4d_test.csv", index=False)
+    config = smoke_config()
+    evaluate_parameters(tmp_path, config, ["F1", "F2"], head)
+    evaluate_geometry(tmp_path, config, ["F1", "F2"], head)
+    tables = all_tables(tmp_path)
+    for key, label in (("table3", "{ψ, jaw} MSE, 53 numbers ↓"), ("table6", "vertices, canonical (mm) ↓")):
+        cells = dict(tables[key].rows)[label]
+        shown = cells[tables[key].columns.index(("SMIRK", "this run"))]
+        assert shown.mean is not None and shown.low is not None
+    stored = json.loads((tmp_path/"metrics"/"parameters.json").read_text())["methods"]
+    assert stored["SMIRK"]["errors"]["expression_jaw"]["mean"] == pytest.approx(stored["F1"]["errors"]["expression_jaw"]["mean"], rel=1e-5)
+    table.assign(head_sha256="0"*64).to_csv(tmp_path/"external"/"SMIRK_bp4d_test.csv", index=False)
+    with pytest.raises(ValueError, match="not interchangeable"): evaluate_parameters(tmp_path, config, ["F1", "F2"], head)
 
 
 def test_fillers_never_count(small):

@@ -198,7 +198,7 @@ def figure11(
     ids = (ids[1:] + ids[:1])[:count]
     drawn = [draw_heads(head, select(p, ids).params) for p in found.values()]
     pictures = read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3]
-    return face_grid([[pictures[k], *(d[k] for d in drawn)] for k in range(len(ids))], [""]*len(ids), ["input", *(f"λ = {w:g}" for w in swept)], 1.15)
+    return face_grid([[pictures[k], *(d[k] for d in drawn)] for k in range(len(ids))], [EMOTIONS[c] for c in labels.take(ids).classes], ["input", *(f"λ = {w:g}" for w in swept)], 1.15)
 
 # %% ../../nbs/76_evaluation.panels.ipynb #7d18e714
 def frames_of(

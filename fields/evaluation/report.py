@@ -30,7 +30,7 @@ TABLES = (
     TableEntry("table4", "Table 4", "ablation", "tables"), TableEntry("differences", "", "ablation", "tables"),
     TableEntry("table5", "Table 5", "sweep", "tables"), TableEntry("table8", "Table 8", "sweep", "errors"),
     TableEntry("table6", "Table 6", "geometry", "errors"), TableEntry("table7", "Table 7", "geometry", "errors"), TableEntry("landmarks", "", "geometry", "errors"),
-    TableEntry("data", "", "data", "prepare"), TableEntry("split", "Section 7, split", "data", "prepare"))
+    TableEntry("losses", "", "training", "tables"), TableEntry("data", "", "data", "prepare"), TableEntry("split", "Section 7, split", "data", "prepare"))
 
 SECTIONS = (("claims", "What this run confirms"), ("data", "Data"), ("method", "Method"), ("training", "Training"), ("emotion", "Emotion"),
             ("parameters", "Parameters and naturalness"), ("ablation", "Ablation"), ("sweep", "Weight of the emotion loss"),
@@ -50,34 +50,40 @@ def statement(
     else: words = "<b>Licensed data.</b> The numbers of this report were measured on the datasets that the run was given."
     return f'<div class="note"><p>{words}</p><p>Profile <b>{profile}</b>, seed {seed}, head <b>{head}</b>.</p></div>'
 
-VERDICTS = {"confirmed": ("yes", "good"), "contradicted": ("NO, the opposite", "bad"), "not resolved": ("not resolved", "open"), "not measured": ("not measured", "none")}
+VERDICTS = {"confirmed": ("yes", "good"), "contradicted": ("NO", "bad"), "not resolved": ("not resolved", "open"), "not measured": ("not measured", "none")}
 
 def banners(
     ablation:dict,                # contents of metrics/ablation.json
 ) -> str:                         # HTML
     "Return what has to be said loudly: central claims and sanity checks that do not hold."
     out = []
-    for row in ablation.get("claims", []):
+    for fails, row in [("It does not hold", r) for r in ablation.get("training", [])] + [("The opposite was measured", r) for r in ablation.get("claims", [])]:
         if row["loud"] and row["verdict"] in ("contradicted", "not resolved"):
-            kind, word = ("bad", "The opposite was measured") if row["verdict"] == "contradicted" else ("open", "Not resolved")
-            out.append(f'<div class="banner {kind}"><b>{word}:</b> {html.escape(row["sentence"])}: {value_html(_claim_value(row))}</div>')
+            kind, word = ("bad", fails) if row["verdict"] == "contradicted" else ("open", "Not resolved")
+            out.append(f'<div class="banner {kind}"><b>{word}:</b> {html.escape(row["sentence"])}: {value_html(_claim_value(row))}{_beside_html(row, "; beside it: ")}</div>')
     for row in ablation.get("sanity", []):
         if row["verdict"] == "contradicted": out.append(f'<div class="banner bad"><b>Something is wrong:</b> it does not hold that {html.escape(row["sentence"])}: {value_html(_claim_value(row))}</div>')
     return "\n".join(out)
 
-def _claim_value(row): return record_value(row.get("record"), row["trail"], places=4)
+def _claim_value(row): return record_value(row.get("record"), row["trail"], scale=row.get("scale", 1), places=row.get("places", 4))
+
+def _beside_html(row, before=""):
+    "The numbers that stand beside a check, each with its link."
+    said = [f'<i>{html.escape(b["label"])}</i> {value_html(record_value(b["record"], b["trail"], scale=b["scale"], places=b["places"])).replace("<br>", " ")}' for b in row.get("beside", [])]
+    return before + "; ".join(said) if said else ""
 
 # %% ../../nbs/79_evaluation.report.ipynb #83f6e2ed
 def claims_html(
     ablation:dict,                # contents of metrics/ablation.json
 ) -> str:                         # HTML table
-    "Return claims and sanity checks with difference and verdict."
-    lines = ["<tr><th>claim</th><th>measured difference (first minus second)</th><th>in this run</th></tr>"]
-    for heading, rows in (("claims of the paper", ablation.get("claims", [])), ("sanity", ablation.get("sanity", []))):
-        if rows: lines.append(f'<tr><th class="section" colspan="3">{heading}</th></tr>')
+    "Return the checks of the training, the claims and the sanity checks, each with what was measured and its verdict."
+    lines = ["<tr><th>claim</th><th>measured (a difference is first minus second)</th><th>in this run</th><th>beside it</th></tr>"]
+    for heading, rows in (("training is training", ablation.get("training", [])), ("claims of the paper", ablation.get("claims", [])), ("sanity", ablation.get("sanity", []))):
+        if rows: lines.append(f'<tr><th class="section" colspan="4">{heading}</th></tr>')
         for row in rows:
             word, kind = VERDICTS[row["verdict"]]
-            lines.append(f'<tr><th>{html.escape(row["sentence"])}</th><td>{value_html(_claim_value(row))}</td><td class="{kind}">{word}</td></tr>')
+            beside = _beside_html(row).replace("; ", "<br>")
+            lines.append(f'<tr><th>{html.escape(row["sentence"])}</th><td>{value_html(_claim_value(row))}</td><td class="{kind}">{word}</td><td class="side">{beside}</td></tr>')
     return f'<div class="wide"><table>{"".join(lines)}</table></div>' if len(lines) > 1 else "<p>The step <code>tables</code> has not written <code>metrics/ablation.json</code>.</p>"
 
 # %% ../../nbs/79_evaluation.report.ipynb #296b7f6f
@@ -130,7 +136,7 @@ def _flat(values, trail=""):
         for k, v in values.items(): yield from _flat(v, f"{trail}/{k}" if trail else str(k))
     elif not isinstance(values, list): yield trail, values
 
-SHOWN = ("emotion", "parameters", "geometry", "ablation", "data", "landmarks")
+SHOWN = ("emotion", "parameters", "geometry", "ablation", "data", "landmarks", "training")
 
 def other_html(
     metrics:dict,                 # name -> contents of metrics/NAME.json
@@ -178,7 +184,7 @@ SAYS = {"data": "What was rendered or read, what was lost on the way, and how su
         "ablation": "F0 pre-training, F1 2D baseline, F2 with 3D supervision, F3 with the emotion loss, F4 both.",
         "sweep": "Needs the methods lambda0.5, lambda1 and lambda10; profiles that do not train them leave the run's columns empty.",
         "geometry": "The paper's Table 6 cannot be millimetres: keypoint and vertex errors differ by a factor near 980, and its AUC@0.1 contradicts its own standard deviation. The computation is in the notebook of geometry; here are true millimetres.",
-        "training": "Every loss term of every training."}
+        "training": "Every loss term of every training, and how far each objective fell."}
 
 def make_report(
     run:Path,                     # run folder

@@ -6,7 +6,7 @@
 __all__ = ['ACCURACY', 'AFFECT', 'ABLATION', 'ERRORS', 'APART', 'GEOMETRY', 'PRINTED', 'NATURAL', 'PROTOCOLS', 'NOTE', 'Value',
            'record_value', 'paper_value', 'Table', 'to_csv', 'to_latex', 'value_html', 'to_html', 'Measure', 'is_swept',
            'sweep', 'methods_of', 'build', 'paper_like', 'differences_table', 'leakage_table', 'naturalness_table',
-           'data_table', 'split_table', 'landmark_table', 'read_all', 'all_tables', 'make_tables']
+           'data_table', 'split_table', 'landmark_table', 'losses_table', 'read_all', 'all_tables', 'make_tables']
 
 # %% ../../nbs/74_evaluation.tables.ipynb #7e9b2c3f
 import csv, html, io, re
@@ -360,6 +360,14 @@ def landmark_table(
         rows += [(m, [record_value(find(r, k), f"landmarks.json:{which}/{m}/{k}", scale=1 if "ratio" in k else 100, places=2) for _, k in names]) for m, r in methods.items() if isinstance(r, dict)]
     return Table("landmarks", "Landmark error: 105 points against the detector", [(n, "") for n, _ in names], rows, "medians, in percent of 62 mm at the fitted scale; the last column is a ratio")
 
+def losses_table(
+    metrics:dict,                 # name -> contents of metrics/NAME.json
+) -> Table:                       # one row a training and objective
+    "Build the table of losses: how far each objective fell."
+    cell = lambda r, at, part: record_value(r[part], f"training.json:losses/{at}/{part}", scale=100 if part == "change" else 1, places=1 if part == "change" else 3)
+    rows = [(f"{m}, {t}", [cell(r, f"{m}/{t}", part) for part in ("first", "last", "change")]) for m, terms in (find(metrics.get("training", {}), "losses") or {}).items() for t, r in terms.items()]
+    return Table("losses", "Losses at the beginning and the end of each training", [(n, "") for n in ("first tenth", "last tenth", "change (%)")], rows, "means over steps; intervals from a bootstrap over steps")
+
 # %% ../../nbs/74_evaluation.tables.ipynb #9ce0e9ad
 def read_all(
     run:Path,                     # run folder
@@ -373,7 +381,7 @@ def all_tables(
     "Build every table of a run."
     metrics, config = read_all(run), read_metrics(Path(run)/"config.json")
     own = find(config, "loss/emotion") or 5.0
-    tables = paper_like(metrics, own) + [f(metrics) for f in (differences_table, leakage_table, naturalness_table, split_table, data_table, landmark_table)]
+    tables = paper_like(metrics, own) + [f(metrics) for f in (differences_table, leakage_table, naturalness_table, split_table, data_table, landmark_table, losses_table)]
     return {t.key: t for t in tables}
 
 def make_tables(
