@@ -87,7 +87,7 @@ def plan(
         Step("predict", "08_predict", (*first, "pretrain", *trained), ("predictions",), ("head", "train", "prepare", "data"), minutes=1),
         Step("emotion", "09_emotion", ("predict",), ("metrics/emotion.json",), ("seed", "evaluation", "train"), minutes=2),
         Step("errors", "10_errors", ("predict", "fit_scans"), ("metrics/parameters.json", "metrics/geometry.json", "metrics/landmarks.json"), ("head", "evaluation", "train"), minutes=1),
-        Step("tables", "11_tables", ("emotion", "errors"), ("tables", "metrics/ablation.json"), ("evaluation", "train"), minutes=.3),
+        Step("tables", "11_tables", ("emotion", "errors"), ("tables", "metrics/ablation.json", "metrics/training.json"), ("evaluation", "train"), minutes=.3),
         Step("figures", "12_figures", ("emotion", "errors", "tables"), ("figures",), ("evaluation", "train", "head"), minutes=2),
         Step("photograph", "13_photograph", trained or ("pretrain",), ("photograph",), ("head", "train", "prepare"), minutes=.3),
         Step("report", "14_report", ("tables", "figures", "photograph"), ("report.html",), ("evaluation", "train"), minutes=.3),
