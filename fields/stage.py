@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TRAIN', 'atomic', 'write_json', 'read_json', 'Step', 'plan', 'imported_modules', 'code_hash', 'RunDir',
-           'Stage', 'die_with_parent', 'processes', 'jobs', 'method_threads']
+           'Stage', 'progress', 'finish', 'die_with_parent', 'processes', 'jobs', 'method_threads']
 
 # %% ../nbs/05_stage.ipynb #5b48b364
 import ast, dataclasses, functools, hashlib, json, os, shutil, signal, sys, time
@@ -116,14 +116,13 @@ def imported_modules(
     root:Path|None=None,          # folder that holds `fields`
 ) -> dict[str, Path]:             # module name -> file
     "Find every module of the library that a source imports, directly or not."
-    root, found, todo = Path(root or Path(sys.modules["fields"].__file__).parents[1]), {}, [(source, tuple(package))]
-    todo = [n for text, package in todo for n in _imports(text, package)]
-    while todo:
-        name = todo.pop()
+    root, found, waiting = Path(root or Path(sys.modules["fields"].__file__).parents[1]), {}, list(_imports(source, tuple(package)))
+    while waiting:
+        name = waiting.pop()
         path = root.joinpath(*name.split(".")).with_suffix(".py")
         if name.startswith("fields.") and name not in found and path.is_file():
             found[name] = path
-            todo.extend(_read_module(path, name, path.stat().st_mtime_ns)[0])
+            waiting.extend(_read_module(path, name, path.stat().st_mtime_ns)[0])
     return found
 
 def code_hash(
@@ -227,17 +226,20 @@ class Stage:
             if not p.exists(): raise ValueError(f"{p} is missing; run the step that writes it")
         return paths
 
-    def progress(self, done:int, total:int, label:str=""):
-        "Tell the chain how far this step is; cheap enough to be called at every item."
-        now = time.monotonic()
-        if now - self._told < .5 and done < total: return
-        self._told = now
-        write_json(self.run/"logs"/f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
+# %% ../nbs/05_stage.ipynb #5aaf8905
+def progress(self, done:int, total:int, label:str=""):
+    "Tell the chain how far this step is; cheap enough to be called at every item."
+    now = time.monotonic()
+    if now - self._told < .5 and done < total: return
+    self._told = now
+    write_json(self.run/"logs"/f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
 
-    def finish(self) -> list[str]:
-        "Record the step as done and return the names of its outputs."
-        self.run.record(self.step, self.key, time.monotonic() - self.start)
-        return [f"{n}: {len(list((self.run/n).rglob('*'))) or 1} files" for n in self.step.outputs]
+def finish(self) -> list[str]:
+    "Record the step as done and return the names of its outputs."
+    self.run.record(self.step, self.key, time.monotonic() - self.start)
+    return [f"{n}: {len(list((self.run/n).rglob('*'))) or 1} files" for n in self.step.outputs]
+
+Stage.progress, Stage.finish = progress, finish
 
 # %% ../nbs/05_stage.ipynb #f606a455
 def die_with_parent():

@@ -43,43 +43,43 @@ def _one_thread():
 
 def _serial(shared, tasks, follow):
     "Run tasks one after the other in this process, with all its threads."
-    todo = list(tasks)
-    while todo:
-        task, arguments = todo.pop(0)
+    waiting = list(tasks)
+    while waiting:
+        task, arguments = waiting.pop(0)
         result = task(shared, *arguments)
         yield result
-        todo = [*follow(result), *todo]
+        waiting = [*follow(result), *waiting]
 
 def _processes(shared, tasks, follow, workers, patience=5):
     "Run tasks here and in helpers; start these again if one is killed, and raise `RuntimeError` if that goes on."
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
-    todo, running, pool, done, begin = list(tasks), {}, None, 0, time.process_time()
+    waiting, running, pool, done, begin = list(tasks), {}, None, 0, time.process_time()
     with _one_thread():
         try:
-            while todo or running:
+            while waiting or running:
                 try:
                     spent = time.process_time() - begin
-                    if pool is None and todo and spent >= ALONE and len(todo) * spent >= 2 * ALONE * done:
+                    if pool is None and waiting and spent >= ALONE and len(waiting) * spent >= 2 * ALONE * done:
                         pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), _begin, (shared,))
-                    while pool is not None and todo and len(running) < 2 * (workers - 1):
-                        running[pool.submit(_call, *todo[0])] = todo[0]
-                        todo.pop(0)
-                    for future in wait(running, 0 if todo else None, FIRST_COMPLETED).done:
+                    while pool is not None and waiting and len(running) < 2 * (workers - 1):
+                        running[pool.submit(_call, *waiting[0])] = waiting[0]
+                        waiting.pop(0)
+                    for future in wait(running, 0 if waiting else None, FIRST_COMPLETED).done:
                         result = future.result()
                         del running[future]
                         yield result
-                        todo = [*follow(result), *todo]
+                        waiting = [*follow(result), *waiting]
                 except BrokenProcessPool:
                     pool.shutdown()
-                    todo, running, pool, patience = [*running.values(), *todo], {}, None, patience - 1
+                    waiting, running, pool, patience = [*running.values(), *waiting], {}, None, patience - 1
                     if patience < 0:
                         raise RuntimeError("worker processes were killed again and again, perhaps for want of memory; use fewer workers and start again: what is done is kept") from None
-                if todo:
-                    task, arguments = todo.pop(0)
+                if waiting:
+                    task, arguments = waiting.pop(0)
                     result, done = task(shared, *arguments), done + 1
                     yield result
-                    todo = [*follow(result), *todo]
+                    waiting = [*follow(result), *waiting]
         finally:
             if pool is not None: pool.shutdown(cancel_futures=True)
 
