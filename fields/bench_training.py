@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['noise_batch', 'training_job', 'bench_training', 'peak_of', 'bench_memory', 'split_of_iteration']
 
-# %% ../nbs/89_bench_training.ipynb #bba1d37e
-import copy, json, os, subprocess, sys, time
+# %% ../nbs/89_bench_training.ipynb #3be76804
+import copy, json, os, subprocess, sys
 from pathlib import Path
-import numpy as np, torch
+import torch
 from .config import load_profile
 from .head.flame import Head
 from .models.fields import FieldsModel
 from .models.perceptual import SmallPerceptual, Vgg16
 from .training.alternate import Alternating
-from .training.loop import Moment
+from .training.loop import Moment, Team, run_pass
 from .training.methods import METHODS
 from .training.pretrain import projected
+from .timing import compare, measure
 from .types import DATASETS, Batch, HeadParams
 
 # %% ../nbs/89_bench_training.ipynb #8702373c
@@ -53,16 +54,10 @@ def training_job(
     eyes = (Vgg16() if config.network.size == "paper" else SmallPerceptual(config.network.classes, 19)).to(device)
     templates = torch.randn(8, 50, generator=torch.Generator().manual_seed(1)).to(device)
     job = Alternating(model, loaded, copy.deepcopy(model.encoders), METHODS["F4"], config, eyes, templates, precision=precision)
-    item, moment, passes = noise_batch(Head.load(head), config.network.image_size, batch).to(device), Moment(0), job.passes()
-    model.train()
+    item, passes = noise_batch(Head.load(head), config.network.image_size, batch).to(device), job.passes()
     def iteration():
         sample = job.prepare(item)
-        for p in passes:
-            for q in model.parameters(): q.requires_grad_(False)
-            for m in p.trained:
-                for q in m.parameters(): q.requires_grad_(True)
-            p.loss(sample, moment)[0].backward()
-            for o in p.optimizers: o.step(); o.zero_grad()
+        for p in passes: run_pass(model, p, [sample], Moment(0), Team(device))
     return iteration, job
 
 # %% ../nbs/89_bench_training.ipynb #18768489
@@ -74,18 +69,10 @@ def bench_training(
     device:str="cpu",
 ) -> dict:                        # seconds of an iteration, and the ratio
     "Time iterations in bf16 and in plain float32, one after the other."
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     torch.utils.deterministic.fill_uninitialized_memory = False
-    jobs, times = {p: training_job(profile, p, batch, head, device)[0] for p in ("bf16", "32")}, {"bf16": [], "32": []}
-    for _ in range(rounds + 1):
-        for name, iteration in jobs.items():
-            wait(); start, used = time.perf_counter(), time.process_time()
-            iteration(); wait()
-            times[name].append((time.perf_counter() - start, time.process_time() - used))
-    median = {n: np.median(t[1:], axis=0) for n, t in times.items()}
-    return {"profile": profile, "batch": batch, "threads": torch.get_num_threads(), "device": device,
-            "seconds_an_iteration": {n: {"wall": round(float(m[0]), 3), "processor": round(float(m[1]), 3)} for n, m in median.items()},
-            "images_a_second": round(batch/float(median["bf16"][0]), 2), "float32_over_bf16": {"wall": round(float(median["32"][0]/median["bf16"][0]), 2), "processor": round(float(median["32"][1]/median["bf16"][1]), 2)}}
+    times = measure({p: training_job(profile, p, batch, head, device)[0] for p in ("bf16", "32")}, 1, rounds, torch.get_num_threads(), device)
+    return {"profile": profile, "batch": batch, "threads": torch.get_num_threads(), "device": device, "times_of_an_iteration": times,
+            "images_a_second": round(1000*batch/times["bf16"]["wall_ms"], 2), "float32_over_bf16": compare(times, "bf16", "wall_ms")["32"]}
 
 # %% ../nbs/89_bench_training.ipynb #8defaf92
 def peak_of(
@@ -118,7 +105,7 @@ def split_of_iteration(
     precision:str="bf16",
     rounds:int=3,
     device:str="cpu",
-) -> dict:                        # part -> seconds, forward only but for the passes
+) -> dict:                        # part -> milliseconds, forward only but for the passes
     "Time the parts of an iteration."
     iteration, job = training_job(profile, precision, batch, device=device)
     item, moment, model = noise_batch(Head.load("open"), job.config.network.image_size, batch).to(device), Moment(0), job.model
@@ -126,26 +113,9 @@ def split_of_iteration(
         params, tokens = job.encode(item.image)
         painted = job.paint(item, params, tokens, moment)
     sample = job.prepare(item)
-    def whole(p):
-        for q in model.parameters(): q.requires_grad_(False)
-        for m in p.trained:
-            for q in m.parameters(): q.requires_grad_(True)
-        p.loss(sample, moment)[0].backward()
-        model.zero_grad()
     calls = {"encoders": lambda: job._net(model.encoders, item.image), "tokens": lambda: job._net(model.token_encoder, item.image), "head and rendering": lambda: job.paint(item, params, tokens, moment),
              "synthesizer": lambda: job._net(model.synthesizer, painted.geometry, painted.masked, tokens), "perceptual network": lambda: job._net(job.perceptual, item.image)}
-    found = {}
-    for name, call in calls.items():
-        with torch.no_grad(): found[name] = _median(call, rounds, device)
-    found["head and rendering"] -= found["synthesizer"]
-    for p in job.passes(): found[f"{p.name} pass, forward and backward"] = _median(lambda: whole(p), rounds, device)
-    return {k: round(v, 4) for k, v in found.items()}
-
-def _median(call, rounds, device):
-    "Median wall seconds of a call, after one to warm up."
-    wait, times = torch.cuda.synchronize if device == "cuda" else lambda: None, []
-    for _ in range(rounds + 1):
-        wait(); start = time.perf_counter()
-        call(); wait()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+    calls = {name: torch.no_grad()(call) for name, call in calls.items()}
+    calls |= {f"{p.name} pass, forward and backward": lambda p=p: run_pass(model, p, [sample], moment, job.team) for p in job.passes()}
+    found = {name: t["wall_ms"] for name, t in measure(calls, 1, rounds, torch.get_num_threads(), device).items()}
+    return found | {"head and rendering": round(found["head and rendering"] - found["synthesizer"], 4)}

@@ -197,6 +197,21 @@ def test_the_exaggerating_method_is_seen(small):
     assert set(small[2]["class_ratios"]["F1"]) and all(r["mean"] > 1 for r in small[2]["class_ratios"]["F1"].values())
 
 
+def test_recovery_is_explained_variance(small):
+    "scikit-learn's R2 of the same predictions; a method that says more of the truth explains more of it."
+    from sklearn.metrics import r2_score
+    from fields.comparison import common_ids, read_predictions, select
+    run, _, parameters, _ = small
+    found = read_predictions(run, ["F1", "oracle"], "affectnet_val", None)
+    ids = common_ids(found, found["oracle"].ids)
+    said, true = (select(found[m], ids).params for m in ("F1", "oracle"))
+    record = parameters["recovery"]["F1"]
+    each = r2_score(true.expression[:, :15].numpy(), said.expression[:, :15].numpy(), multioutput="raw_values")
+    assert record["expression"]["mean"] == pytest.approx(np.median(each), abs=1e-5) and record["expression"]["n"] == len(ids)
+    assert record["expression"]["ci_low"] <= record["expression"]["mean"] <= record["expression"]["ci_high"]
+    assert "oracle" not in parameters["recovery"]
+
+
 def test_geometry_file(small):
     run, head, _, geometry = small
     assert geometry["scans"] == geometry["frames"] == 12 and geometry["subjects"] == 6

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fits', 'component_size', 'frame_errors', 'line', 'norms', 'explained', 'read_fits', 'constant_prediction', 'describe',
-           'class_ratios', 'evaluate_parameters']
+           'class_ratios', 'variance_shares', 'evaluate_recovery', 'evaluate_parameters']
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #88370d26
 from dataclasses import dataclass
@@ -159,6 +159,40 @@ def class_ratios(
             result[method][name] = number(ratio[0], ratio[1:], None, int(at.sum()))
     return result
 
+# %% ../../nbs/72_evaluation.parameters.ipynb #a0aa99bf
+def variance_shares(
+    predicted:HeadParams,         # N images
+    true:HeadParams,              # of the same images
+    weights:np.ndarray,           # (D,N) bootstrap weights
+    first:int=15,                 # expression components of the median
+) -> dict[str, np.ndarray]:       # jaw, eyelids, expression, each (D,)
+    "Return the explained variance of jaw, lids and expression for every resample."
+    w, result = weights/weights.sum(1, keepdims=True), {}
+    for name in ("jaw", "eyelids", "expression"):
+        p, r = (getattr(x, name).detach().cpu().double().numpy() for x in (predicted, true))
+        r, p = r - r.mean(0), p - r.mean(0)
+        lost, total = w @ (p - r)**2, w @ r**2 - (w @ r)**2
+        result[name] = np.median(1 - lost[:, :first]/total[:, :first], axis=1) if name == "expression" else 1 - lost.sum(1)/total.sum(1)
+    return result
+
+def evaluate_recovery(
+    run:Path,                     # run folder
+    methods:list[str],            # methods to measure
+    head=None,                    # the run's head
+    draws:int=1000,               # bootstrap resamples
+    seed:int=0,                   # of the bootstrap
+) -> dict:                        # method -> jaw, eyelids, expression -> record; empty where the truth is not known
+    "Measure how much of the true variance on held-out AffectNet images each method explains."
+    found, result = read_predictions(run, methods, "affectnet_val", head), {}
+    if "oracle" not in found: return {}
+    ids = common_ids(found, found["oracle"].ids)
+    true, n = select(found["oracle"], ids).params, len(ids)
+    weights = np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 6]))])
+    for method in (m for m in found if m != "oracle"):
+        shares = variance_shares(select(found[method], ids).params, true, weights)
+        result[method] = {k: number(v[0], v[1:], None, n) for k, v in shares.items()}
+    return result
+
 # %% ../../nbs/72_evaluation.parameters.ipynb #ac651230
 def evaluate_parameters(
     run:Path,                     # run folder
@@ -186,6 +220,7 @@ def evaluate_parameters(
         "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
         "controls": {"constant": describe(constant_prediction(fits, len(ids)), here, real, size, weights)},
         "differences": pairs, "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
+        "recovery": evaluate_recovery(run, names, head, config.evaluation.bootstrap, config.seed),
         "frames": len(ids), "subjects": len(set(here.subjects)), "rejected_fits": rejected,
         "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found],
         "identity_components": int(real.sum()), "expression_components": int((size >= .05).sum())})
