@@ -104,6 +104,7 @@ class PretrainConfig:
     batch:int = 32
     learning_rate:float = 1e-3
     schedule:str = "constant"     # constant | cosine
+    backbone_lr_scale:float = 1.0 # learning rate of the encoders' backbones, as a share
     landmark:float = 100.0        # lambda_lmk
     identity:float = 10.0         # lambda_mica
     expression_reg:float = 1e-2   # SMIRK's regulariser, without which the expression explodes
@@ -139,6 +140,7 @@ class TrainConfig:
     batch:int = 16
     learning_rate:float = 1e-3
     encoder_lr_scale:float = 1.0  # SMIRK uses 0.25
+    backbone_lr_scale:float = 1.0 # of the geometry encoders' backbones, besides
     schedule:str = "constant"     # constant | cosine
     train_parts:str = "fig3"      # fig3: all but pose; sec33: the expression encoder only
     passes:str = "paper"          # paper: Eqs. 10 and 11; smirk: joint step plus alternating cycle
@@ -254,7 +256,8 @@ PROFILES = {
     },
     "demo": {
         "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
-        "pretrain.steps": 1100, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "train.schedule": "cosine", "train.encoder_lr_scale": 0.1,
+        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
+        "train.schedule": "cosine", "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0,
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
     "study": {

@@ -73,8 +73,8 @@ def test_width_does_not_change_the_ranking():
         accuracy[width] = []
         for noise in (.6, 1.2, 2.4):
             x = params_of(np.random.default_rng(1), shape, expression, jaw, 1., noise).features
-            r = probe(x, classes, *affect.T, EvaluationConfig(probe_width=width))
+            r = probe(x, classes, *affect.T, EvaluationConfig(probe_width=width, probe_epochs=20, folds=3))
             at = r.fold >= 0
             accuracy[width].append(round(float((r.classes == classes)[at].mean()), 4))
-    keep(width={"samples": 2100, "noise_of_the_methods": [.6, 1.2, 2.4], "accuracy": {str(w): a for w, a in accuracy.items()}})
+    keep(width={"samples": 2100, "folds": 3, "epochs": 20, "noise_of_the_methods": [.6, 1.2, 2.4], "accuracy": {str(w): a for w, a in accuracy.items()}})
     assert np.argsort(accuracy[512]).tolist() == np.argsort(accuracy[2048]).tolist()

@@ -26,7 +26,7 @@ class TableEntry:
 
 TABLES = (
     TableEntry("table1", "Table 1", "emotion", "emotion"), TableEntry("table2", "Table 2", "emotion", "emotion"), TableEntry("leakage", "", "emotion", "emotion"),
-    TableEntry("table3", "Table 3", "parameters", "errors"), TableEntry("naturalness", "", "parameters", "errors"), TableEntry("recovery", "", "parameters", "errors"),
+    TableEntry("table3", "Table 3", "parameters", "errors"), TableEntry("naturalness", "", "parameters", "errors"),
     TableEntry("table4", "Table 4", "ablation", "tables"), TableEntry("differences", "", "ablation", "tables"),
     TableEntry("table5", "Table 5", "sweep", "tables"), TableEntry("table8", "Table 8", "sweep", "errors"),
     TableEntry("table6", "Table 6", "geometry", "errors"), TableEntry("table7", "Table 7", "geometry", "errors"), TableEntry("landmarks", "", "geometry", "errors"),

@@ -6,8 +6,7 @@
 __all__ = ['ACCURACY', 'AFFECT', 'ABLATION', 'ERRORS', 'APART', 'GEOMETRY', 'PRINTED', 'NATURAL', 'PROTOCOLS', 'NOTE', 'Value',
            'record_value', 'paper_value', 'Table', 'to_csv', 'to_latex', 'value_html', 'to_html', 'Measure', 'is_swept',
            'sweep', 'methods_of', 'build', 'paper_like', 'differences_table', 'leakage_table', 'naturalness_table',
-           'recovery_table', 'data_table', 'split_table', 'landmark_table', 'losses_table', 'read_all', 'all_tables',
-           'make_tables']
+           'data_table', 'split_table', 'landmark_table', 'losses_table', 'read_all', 'all_tables', 'make_tables']
 
 # %% ../../nbs/74_evaluation.tables.ipynb #7e9b2c3f
 import csv, html, io, re
@@ -303,26 +302,19 @@ def leakage_table(
 def naturalness_table(
     metrics:dict,                 # name -> contents of metrics/NAME.json
 ) -> Table:                       # one row a measure
-    "Build the table of exaggeration: slope, intercept, ratio, and the ratio of each emotion."
+    "Build the table of exaggeration and recovery: slope, intercept, ratio, the ratio of each emotion, explained variance."
     methods = [m for m in methods_of(metrics) if find(metrics.get("parameters", {}), f"methods/{m}")]
-    table = build("naturalness", "Naturalness: is the expression exaggerated?", [(m, m, None) for m in methods], [("BP4D test frames, against the scan fit", "", NATURAL)], metrics,
+    table = build("naturalness", "Naturalness: is the expression exaggerated, and how much of it is recovered?", [(m, m, None) for m in methods], [("BP4D test frames, against the scan fit", "", NATURAL)], metrics,
                   "above 1: exaggerated; below 1: muted. The paper shows this only in pictures")
-    ratios = find(metrics.get("parameters", {}), "class_ratios") or {}
-    if ratios:
-        table.rows.append(("ratio of norms on held-out AffectNet images, against the oracle", []))
-        for name in EMOTIONS:
-            cells = [record_value(find(ratios, f"{m}/{name}"), f"parameters.json:class_ratios/{m}/{name}") for m in methods]
-            table.rows.append((name, cells + ["" for _ in table.columns[len(cells):]]))
+    for title, key, rows in (("ratio of norms on held-out AffectNet images, against the oracle", "class_ratios", [(n, n) for n in EMOTIONS]),
+                             ("explained variance (R²) of the true motion on held-out AffectNet images; 0: no more than one answer for every image", "recovery",
+                              [("jaw", "jaw"), ("lids", "eyelids"), ("expression, median of 15 components", "expression")])):
+        known = find(metrics.get("parameters", {}), key) or {}
+        if known: table.rows.append((title, []))
+        for label, name in rows if known else ():
+            cells = [record_value(find(known, f"{m}/{name}"), f"parameters.json:{key}/{m}/{name}") for m in methods]
+            table.rows.append((label, cells + ["" for _ in table.columns[len(cells):]]))
     return table
-
-def recovery_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a method
-    "Build the table of explained variance on held-out images."
-    names = (("jaw", "jaw"), ("lids", "eyelids"), ("expression, median of 15", "expression"))
-    rows = [(m, [record_value(r[k], f"parameters.json:recovery/{m}/{k}", places=2) for _, k in names]) for m, r in (find(metrics.get("parameters", {}), "recovery") or {}).items()]
-    return Table("recovery", "Recovery: how much of the true motion is explained (R²)", [(n, "") for n, _ in names], rows,
-                 "held-out AffectNet images against the true surface projected on the head; 1: all of it, 0: no more than one answer for every image")
 
 def _count(value, trail): return Value(value, n=0, trail=trail, places=0)
 
@@ -391,7 +383,7 @@ def all_tables(
     "Build every table of a run."
     metrics, config = read_all(run), read_metrics(Path(run)/"config.json")
     own = find(config, "loss/emotion") or 5.0
-    tables = paper_like(metrics, own) + [f(metrics) for f in (differences_table, leakage_table, naturalness_table, recovery_table, split_table, data_table, landmark_table, losses_table)]
+    tables = paper_like(metrics, own) + [f(metrics) for f in (differences_table, leakage_table, naturalness_table, split_table, data_table, landmark_table, losses_table)]
     return {t.key: t for t in tables}
 
 def make_tables(

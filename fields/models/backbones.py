@@ -209,16 +209,16 @@ class PointTrunk(SmallTrunk):
         widths:tuple=(24, 48, 96, 128), # channels at 1/2, 1/4, 1/8 and 1/16 of the image
         blocks:tuple=(0, 1, 1, 1),      # residual blocks of each level
         points:int=105,                 # points that are marked
-        squeeze:int=16,                 # channels of the coarse grid
-        grid:int=3,                     # side of the coarse grid
         marking:int=64,                 # channels of the map the points are marked on
     ):
-        super().__init__(widths, blocks, squeeze, grid)
+        super().__init__(widths, blocks, squeeze=0)
         self.lateral = nn.ModuleList(nn.Conv2d(w, marking, 1, bias=False) for w in widths[1:])
         for m in self.lateral: nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
         self.norm, self.marks = _group_norm(marking), nn.Conv2d(marking, points, 1)
         nn.init.normal_(self.marks.weight, std=.05)
-        self.pooled_channels = 3 * points + 3 + squeeze * grid * grid
+        self.pooled_channels = 2 * points + 3
+        self.register_buffer("mean", torch.zeros(self.pooled_channels))
+        self.register_buffer("spread", torch.ones(self.pooled_channels))
 
     def scores(
         self,
@@ -234,19 +234,27 @@ class PointTrunk(SmallTrunk):
         self,
         x:Tensor,                 # (B,3,H,W) RGB in [0,1]
     ) -> Tensor:                  # (B,pooled_channels)
-        "Return places, centre, size and sharpness of the points, and the deepest map on a coarse grid."
-        maps = self.forward(x)
-        places, sharp = expected_places(self.scores(maps))
+        "Return places, centre and size of the points, standardised."
+        places = expected_places(self.scores(self.forward(x)))
         centre = places.mean(1, keepdim=True)
         size = (places - centre).square().mean((1, 2), keepdim=True).sqrt() + 1e-3
-        coarse = F.adaptive_avg_pool2d(self.squeeze(maps[-1]), self.grid).flatten(1).float()
-        return torch.cat([((places - centre) / size).flatten(1), 2 * centre[:, 0], 2 * size[:, 0], sharp, coarse], 1)
+        features = torch.cat([((places - centre) / size).flatten(1), centre[:, 0], size[:, 0]], 1)
+        return (features - self.mean) / self.spread
+
+    def standardise(
+        self,
+        batches:list,             # tensors (B,3,H,W), RGB in [0,1]
+    ):
+        "Measure mean and spread of the features, by which `pooled` divides from now on."
+        self.mean.zero_(); self.spread.fill_(1)
+        with torch.no_grad(): found = torch.cat([self.pooled(x) for x in batches])
+        self.mean.copy_(found.mean(0)); self.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
 
 def expected_places(
     scores:Tensor,                # (B,K,H,W)
-) -> tuple[Tensor, Tensor]:       # places (B,K,2) in NDC, sharpness (B,K) in (0,1]
+) -> Tensor:                      # (B,K,2) NDC
     "Return the mean place of each point under the softmax of its scores."
     chance = scores.flatten(2).softmax(2).view_as(scores)
     along = lambda n: (torch.arange(n, dtype=scores.dtype, device=scores.device) + .5) * 2 / n - 1
     x, y = (chance.sum(2) * along(scores.shape[3])).sum(2), (chance.sum(3) * along(scores.shape[2])).sum(2)
-    return torch.stack([x, y], -1), chance.square().sum((2, 3)).sqrt()
+    return torch.stack([x, y], -1)

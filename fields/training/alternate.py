@@ -22,7 +22,7 @@ from .cycle import draw_cycle, edit_params
 from .loop import Moment, Pass, Team, half
 from .losses import (Terms, cycle, emotion, encoder_objective, expression_3d, expression_reg, feature_consistency, group_weights,
     landmark, perceptual, photometric, pose_landmark, region, region_masks, shape_reg, synthesizer_objective, token_cycle, yaw)
-from .pretrain import projected
+from .pretrain import learning_parts, projected, rate_groups
 from ..types import Batch, HeadOutput, HeadParams
 
 # %% ../../nbs/64_training.alternate.ipynb #88306943
@@ -228,11 +228,11 @@ def passes(self) -> list[Pass]:
     m, c = self.model, self.config.train
     e, rate = m.encoders, c.learning_rate
     encoders = [e.expression_encoder] if c.train_parts == "sec33" else [e.shape_encoder, e.expression_encoder] + [m.token_encoder]*self.method.use_tokens
-    group = lambda modules, scale: {"params": [p for x in modules for p in x.parameters()], "lr": rate*scale, "base": rate*scale}
-    groups = [group(encoders, c.encoder_lr_scale)] + ([group([m.emotion_head], 1)] if self.method.use_emotion else [])
+    encoders = learning_parts(encoders, c.backbone_lr_scale)
+    groups = rate_groups(encoders, rate*c.encoder_lr_scale, c.backbone_lr_scale) + (rate_groups([m.emotion_head], rate) if self.method.use_emotion else [])
     learning = encoders + [m.emotion_head]*self.method.use_emotion
     one = torch.optim.Adam(groups, fused=True)
-    two = torch.optim.Adam([group([m.synthesizer], 1)], betas=(.5, .999), fused=True)
+    two = torch.optim.Adam(rate_groups([m.synthesizer], rate), betas=(.5, .999), fused=True)
     clip = dict(clip=[m.synthesizer], clip_norm=c.gradient_clip)
     if c.passes == "paper":
         return [Pass("encoder", learning, self.encoder_loss, [one]), Pass("synthesizer", [m.synthesizer], self.synthesizer_loss, [two], **clip)]

@@ -30,7 +30,7 @@ def marking(
         for dy in (0, 1):
             weight = (part[..., 0] if dx else 1 - part[..., 0])*(part[..., 1] if dy else 1 - part[..., 1])
             cross = cross - weight*chance.gather(2, ((corner[..., 1] + dy)*side + corner[..., 0] + dx)[..., None])[..., 0]
-    return (expected_places(scores)[0] - points).abs().mean() + .1*cross.mean()
+    return (expected_places(scores) - points).abs().mean() + .1*cross.mean()
 
 # %% ../../nbs/63_training.trunk.ipynb #fc42b4b0
 def crops_of(
@@ -71,7 +71,10 @@ def train_trunk(
         value = marking(scores, item.points)*min(1, (moment.step + 1)/20)      # the first steps are short
         return value, Terms(landmark=value)
     if steps: train(trunk, [Pass("trunk", [trunk], evaluate, [adam])], inputs, Setting(steps, schedule="cosine"), callbacks=callbacks)
-    return trunk.eval(), {"trained": bool(steps), "crops": len(rows), "steps": steps} | judge(trunk, stores, parts, indices, config, device)
+    r = stream(config.seed + 14, steps, SAMPLING)
+    picks = [rows[i] for i in r.integers(0, len(rows), 512)]
+    trunk.eval().standardise(crops_of(stores, picks, indices, draw_plan(r.integers(0, 2**62, len(picks))), config, device).image.split(64))
+    return trunk, {"trained": bool(steps), "crops": len(rows), "steps": steps} | judge(trunk, stores, parts, indices, config, device)
 
 def judge(
     trunk:PointTrunk,
@@ -87,5 +90,5 @@ def judge(
     rows = np.flatnonzero((parts["bp4d"] == "val") & np.asarray(stores["bp4d"].found, bool))[:most]
     if not len(rows): return {}
     item = crops_of(stores, [("bp4d", r) for r in rows], indices, fixed_plan(len(rows), config.prepare.evaluation_scale), config, device)
-    with torch.no_grad(): made = torch.cat([expected_places(trunk.scores(trunk(i)))[0] for i in item.image.split(64)])
+    with torch.no_grad(): made = torch.cat([expected_places(trunk.scores(trunk(i))) for i in item.image.split(64)])
     return {"heldout": len(rows), "error_percent_of_side": float((made - item.points).norm(dim=-1).mean(1).median()*50)}
