@@ -51,3 +51,13 @@ def write_standins(folder, seed=0):
         torch.manual_seed(seed)
         save_tensors(folder/"perceptual.safetensors", SmallPerceptual(identities=5).state_dict(), {})
         save_tensors(folder/"emotion.safetensors", SmallEmotion().state_dict(), {})
+
+
+def prepared(tmp_path, head, sources, **changes):
+    "A run with stand-ins, F0 and the TEASER initialisation."
+    from fields.training.methods import INITIAL_NAME, run_method
+    config = small_config(**changes)
+    write_standins(tmp_path/"standins")
+    run_method(tmp_path, "F0", config, head, sources)
+    run_method(tmp_path, INITIAL_NAME, config, head, sources)
+    return config

@@ -2,7 +2,7 @@
 import copy, dataclasses, json, os, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from pathlib import Path
-from fake_data import fake_sources, small_config, write_standins
+from fake_data import fake_sources, prepared, small_config
 from fields.config import Config
 from fields.data.mixing import MixedData
 from fields.head.flame import Head
@@ -136,15 +136,6 @@ def test_accumulated_batches_make_one_step(head, sources):
     moment, both = iterations(data, 2, Team(), job.prepare)(5)
     assert len(both) == 2 and both[0].batch.ids == data.batch(10).ids and both[1].batch.ids == data.batch(11).ids
     assert moment.counts.expression == sum(int(s.batch.has_expression.sum()) for s in both)/2
-
-
-def prepared(tmp_path, head, sources, **changes):
-    "A run with stand-ins, F0 and the TEASER initialisation."
-    config = small_config(**changes)
-    write_standins(tmp_path/"standins")
-    run_method(tmp_path, "F0", config, head, sources)
-    run_method(tmp_path, INITIAL_NAME, config, head, sources)
-    return config
 
 
 @pytest.fixture(scope="module")
