@@ -65,8 +65,8 @@ class LandmarkHead:
         still = [rest + torch.einsum("lxk,bk->blx", table, fixed) for rest, table in self.tables]
         return free, (*still, self.joints[0] + torch.einsum("jxk,bk->bjx", self.joints[1], fixed))
 
-    def __call__(self, free, jaw, rotation, still):
-        "Return points (B,L,3) and their derivatives by coefficients (B,L,3,K), jaw and rotation (B,L,3,3)."
+    def __call__(self, free, jaw, rotation, still, by=("free", "jaw", "rotation")):
+        "Return points (B,L,3) and those of their derivatives that `by` names: by coefficients (B,L,3,K), jaw and rotation (B,L,3,3)."
         turn, turns = derivatives(jaw)
         whole, wholes = derivatives(rotation)
         feature = (turn - torch.eye(3).to(turn)).flatten(1)                   # R - I, also the jaw's pose feature
@@ -76,10 +76,17 @@ class LandmarkHead:
         a, w = a + product(self.posing[0], feature), w + product(self.posing[1], feature)
         lever = w - self.jaw_weight[:, None]*j[:, None, 1]
         arm = a + lever@bend.mT - j[:, None, 0]
-        linear = (whole@self.turned[0] + whole@bend@self.turned[1]).unflatten(2, (len(lever[0]), -1)).movedim(1, 2) + self.root
+        points, found = arm@whole.mT + j[:, None, 0], []
+        if "free" in by: found.append((whole@self.turned[0] + whole@bend@self.turned[1]).unflatten(2, (len(lever[0]), -1)).movedim(1, 2) + self.root)
+        if "jaw" in by: found.append(torch.einsum("bxy,blyn->blxn", whole, self._opened(turns, lever, bend)))
+        if "rotation" in by: found.append(torch.einsum("bxyn,bly->blxn", wholes, arm))
+        return points, *found
+
+    def _opened(self, turns, lever, bend):
+        "How points move with the jaw (B,L,3,3), before the head turns."
+        product = lambda table, by: torch.nn.functional.linear(by, table.flatten(0, 1)).unflatten(1, table.shape[:2])
         moved = [product(table, turns.flatten(1, 2).mT.flatten(0, 1)).unflatten(0, (-1, 3)).movedim(1, -1) for table in self.posing]
-        opened = torch.einsum("bxyn,bly->blxn", turns, lever) + moved[0] + torch.einsum("bxy,blyn->blxn", bend, moved[1])
-        return arm@whole.mT + j[:, None, 0], linear, torch.einsum("bxy,blyn->blxn", whole, opened), torch.einsum("bxyn,bly->blxn", wholes, arm)
+        return torch.einsum("bxyn,bly->blxn", turns, lever) + moved[0] + torch.einsum("bxy,blyn->blxn", bend, moved[1])
 
 def derivatives(
     axis_angle:Tensor,            # (B,3) radians, float64
@@ -115,28 +122,31 @@ class Posterior:
 
     def camera(self, x): return torch.cat([x[:, -3:-2].exp(), x[:, -2:]], 1)
 
-    def __call__(self, x):
-        "Return residuals (B,R), their Jacobian (B,R,K+9) and the points' share of the residuals, unweighted (B,L)."
+    def __call__(self, x, pose=False, slope=True):
+        "Return residuals (B,R), their Jacobian (B,R,K+9) if wanted and the points' share of the residuals, unweighted (B,L); for the pose the points alone and six columns."
         K = self.free.shape[1]
-        points, *by = self.small(x[:, :K], x[:, K:K + 3], x[:, K + 3:K + 6], self.still)
+        points, *by = self.small(x[:, :K], x[:, K:K + 3], x[:, K + 3:K + 6], self.still, () if not slope else ("rotation",) if pose else ("free", "jaw", "rotation"))
         camera, scale = self.camera(x), 1/(self.config.noise*self.unit)
         seen = project(points, camera)[..., :2]
         flip = torch.tensor([1., -1.]).to(x)
         zoom = camera[:, :1, None]*flip
-        moved = torch.cat(by, -1)[..., :2, :]*zoom[..., None]
-        shift = torch.diag_embed(zoom.expand(-1, seen.shape[1], -1))
-        jacobian = torch.cat([moved, seen[..., None], shift], -1)
         off = (seen - self.target)*scale[:, None, None]
         far = off.norm(dim=-1)
         k = self.config.robust
         root = (self.weights*(1/(1 + (far/k)**2) if k else 1)).sqrt()[..., None]
-        prior = torch.cat([torch.diag(1/self.sd), self.sd.new_zeros(K + 3, 6)], 1).expand(len(x), -1, -1)
+        residual, jacobian = (off*root).flatten(1), None
+        if slope:
+            moved, shift = torch.cat(by, -1)[..., :2, :]*zoom[..., None], torch.diag_embed(zoom.expand(-1, seen.shape[1], -1))
+            jacobian = (torch.cat([moved, seen[..., None], shift], -1)*(root*scale[:, None, None])[..., None]).flatten(1, 2)
+        if pose: return residual, jacobian, far
         value = x[:, self.bounded]
         past = ((value - self.high).clamp_min(0) - (self.low - value).clamp_min(0))/self.config.limit
+        residual = torch.cat([residual, (x[:, :K + 3] - self.centre)/self.sd, past], 1)
+        if not slope: return residual, None, far
+        prior = torch.cat([torch.diag(1/self.sd), self.sd.new_zeros(K + 3, 6)], 1).expand(len(x), -1, -1)
         fence = x.new_zeros(len(x), 3, x.shape[1])
         fence[:, range(3), self.bounded] = (past != 0).to(x)/self.config.limit
-        residual = torch.cat([(off*root).flatten(1), (x[:, :K + 3] - self.centre)/self.sd, past], 1)
-        return residual, torch.cat([(jacobian*(root*scale[:, None, None])[..., None]).flatten(1, 2), prior, fence], 1), far
+        return residual, torch.cat([jacobian, prior, fence], 1), far
 
     def cost(self, residual, far):
         "Return the posterior's value (B,), with the robust loss in place of squares."
@@ -145,23 +155,24 @@ class Posterior:
         return (self.weights*data).sum(1) + (residual[:, count:]**2).sum(1)
 
 # %% ../nbs/83_refine.ipynb #c05995a2
-def levenberg(posterior, x, steps, free=slice(None)):
-    "Lower the posterior of each face by damped Gauss-Newton steps over some of the unknowns."
-    residual, jacobian, far = posterior(x)
+def levenberg(posterior, x, steps, pose=False):
+    "Lower the posterior of each face by damped Gauss-Newton steps over all unknowns, or over rotation and camera alone."
+    free = slice(-6, None) if pose else slice(None)
+    residual, j, far = posterior(x, pose)
     cost, damping = posterior.cost(residual, far), x.new_full((len(x), 1), 1e-3)
-    for _ in range(steps):
-        j = jacobian[..., free]
+    for left in reversed(range(steps)):
         normal = j.mT@j
         diagonal = normal.diagonal(dim1=1, dim2=2)
         factor = torch.linalg.cholesky(normal + torch.diag_embed(damping*diagonal + 1e-9))
         move = torch.cholesky_solve((j.mT@residual[..., None]), factor)[..., 0]
         trial = x.clone()
         trial[:, free] -= move
-        new = posterior(trial)
+        new = posterior(trial, pose, slope=left > 0)
         value = posterior.cost(new[0], new[2])
         better = value < cost                                                 # False for NaN as well
         pick = lambda a, b: torch.where(better.view(-1, *[1]*(a.dim() - 1)), a, b)
-        x, cost, residual, jacobian = pick(trial, x), pick(value, cost), pick(new[0], residual), pick(new[1], jacobian)
+        x, cost, residual = pick(trial, x), pick(value, cost), pick(new[0], residual)
+        if left: j = pick(new[1], j)
         damping = pick(damping/10, damping*10).clamp(1e-8, 1e4)
     return x
 
@@ -183,7 +194,7 @@ def refine(
     known = weights.sum(1) > 8                                                # too few points say nothing: the network stands
     start = _placed(small, params, points, torch.where(known[:, None], weights, torch.ones_like(weights)))
     posterior = Posterior(small, start, points, weights*known[:, None], config)
-    x = levenberg(posterior, posterior.start(start), 3, slice(-6, None))
+    x = levenberg(posterior, posterior.start(start), 3, pose=True)
     x = levenberg(posterior, x, config.steps)
     K = posterior.free.shape[1]
     shape = params.shape.clone()
@@ -196,7 +207,7 @@ def refine(
 def _placed(small, params, points, weights):
     "Return the parameters with the camera that suits the points, so that a poor first camera does no harm."
     free, still = small.start(params)
-    camera = fit_camera(small(free, params.jaw.double(), params.rotation.double(), still)[0], points.double(), weights.double())
+    camera = fit_camera(small(free, params.jaw.double(), params.rotation.double(), still, ())[0], points.double(), weights.double())
     good = camera[:, :1] > .25*params.camera[:, :1]                           # a pose that looks away gives a senseless scale
     return dataclasses.replace(params, camera=torch.where(good, camera.to(params.camera.dtype), params.camera))
 
