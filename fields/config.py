@@ -108,7 +108,8 @@ class PretrainConfig:
     landmark:float = 100.0        # lambda_lmk
     identity:float = 10.0         # lambda_mica
     expression_reg:float = 1e-2   # SMIRK's regulariser, without which the expression explodes
-    validate_every:int = 100      # model selection on the validation MICA loss
+    validate_every:int = 100      # steps between validations of the MICA loss
+    select:str = "best"           # best: the lowest validation MICA loss, as the paper; last: where a schedule ends
 
 # %% ../nbs/00_config.ipynb #3a1857a5
 @dataclass
@@ -256,7 +257,7 @@ PROFILES = {
     },
     "demo": {
         "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
-        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
+        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
         "train.schedule": "cosine", "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0,
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
@@ -265,14 +266,14 @@ PROFILES = {
         "world.celeba_identities": 300, "world.celeba_images": 6, "world.ffhq_images": 1200, "world.lrw_clips": 60, "world.lrw_frames": 20,
         "world.mead_clips": 60, "world.mead_frames": 20, "world.identity_identities": 200, "standins.trunk_steps": 4000, "standins.identity_steps": 400,
         "standins.perceptual_steps": 300, "standins.emotion_steps": 300, "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine",
-        "pretrain.backbone_lr_scale": 0.0, "mixing.first_stage": 0.4, "train.steps": 500, "train.teaser_steps": 200, "train.schedule": "cosine",
+        "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last", "mixing.first_stage": 0.4, "train.steps": 500, "train.teaser_steps": 200, "train.schedule": "cosine",
         "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "evaluation.figure_points": 4000,
     },
     "release": {
         "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
         "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.4,
         "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
-        "pretrain.steps": 2000, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
+        "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
         "loss.landmark": 1000.0, "train.supervise_jaw": True, "train.steps": 500, "train.teaser_steps": 120, "train.schedule": "cosine",
         "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "train.methods": ["F4"],
     },

@@ -321,3 +321,21 @@ def test_paper_profile_runs_two_iterations(tmp_path):
     from fields.stage import write_json
     write_json(ROOT/"evidence/paper_profile.json", {"iterations": 2, "batch": 4, "image_size": config.network.image_size, "terms": {k: v for k, (_, v) in log.items()},
                                                     "how": "pytest -m slow tests/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights"})
+
+
+def test_pretraining_may_end_where_its_schedule_ends(tmp_path, head, sources):
+    "`pretrain.select=last` keeps the last weights, whatever validation said; another word is refused."
+    from fields.training.pretrain import pretrain
+    from fields.models.encoders import GeometryEncoders
+    def ended(select, steps=4):
+        torch.manual_seed(0)
+        config = small_config(**{"pretrain.select": select, "pretrain.steps": steps})
+        encoders = GeometryEncoders(config.network)
+        outcome = pretrain(tmp_path/f"{select}{steps}", encoders, head, MixedData(sources, None, config, config.pretrain.batch, 4), config)
+        return encoders.state_dict(), outcome.best_step
+    last, step = ended("last")
+    best, chosen = ended("best")
+    assert step == 0 and chosen in (2, 4)
+    same = all(torch.equal(last[k], best[k]) for k in last)
+    assert same == (chosen == 4)
+    with pytest.raises(ValueError, match="pretrain.select='first' is unknown"): ended("first")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['projected', 'Pretraining', 'validation_batches', 'Ahead', 'learning_parts', 'rate_groups', 'iterations', 'pretrain']
 
-# %% ../../nbs/63_training.pretrain.ipynb #7e21d033
+# %% ../../nbs/63_training.pretrain.ipynb #2aeb64b6
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 import torch
@@ -125,7 +126,8 @@ def pretrain(
     callbacks:tuple=(),           # see `train`
     **setting,                    # further fields of Setting
 ) -> Outcome:                     # what happened
-    "Pre-train the encoders and leave them at their best validation."
+    "Pre-train the encoders and leave them at their best validation, or where the schedule ends; raise `ValueError` for another selection."
+    if config.pretrain.select not in ("best", "last"): raise ValueError(f"pretrain.select={config.pretrain.select!r} is unknown; use best or last")
     team, c, job = team or Team(), config.pretrain, Pretraining(encoders, head, config, precision)
     parts = learning_parts([encoders], c.backbone_lr_scale)
     adam = torch.optim.Adam(rate_groups(parts, c.learning_rate, c.backbone_lr_scale), fused=True)
@@ -134,6 +136,7 @@ def pretrain(
     outcome = train(encoders, [Pass("pretrain", parts, job.loss, [adam])], iterations(data, 1, team),
                     Setting(c.steps, folder, "F0", schedule=c.schedule, validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
                     team, lambda: job.validate(frames), callbacks)
+    if c.select == "last": return dataclasses.replace(outcome, best_step=0)
     if folder and outcome.best_step:
         from safetensors.torch import load_file
         encoders.load_state_dict(load_file(folder/"best.safetensors"))
