@@ -257,7 +257,7 @@ PROFILES = {
     },
     "demo": {
         "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
-        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
+        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
         "train.schedule": "cosine", "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0,
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
