@@ -256,3 +256,23 @@ def test_fits_of_another_head_are_an_error(small, tmp_path):
     labels.head_sha256 = "0"*64
     labels.save(tmp_path/"scans"/"labels.npz")
     with pytest.raises(ValueError, match="head 000000000000"): read_fits(tmp_path, head)
+
+
+def test_limits_of_reading(tmp_path):
+    """Shares agree with scikit-learn; what cannot be known is absent; a run without an oracle writes nothing."""
+    from sklearn.metrics import r2_score
+    from fields.evaluation.limits import evaluate_limits, read_linearly, shares
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(80, 55))*rng.uniform(.1, 2, 55)
+    said = true + rng.normal(size=true.shape)
+    found = shares(said, true)
+    assert found["jaw"]["mean"] == pytest.approx(1 - np.square(said - true)[:, 52:].sum()/np.square(true - true.mean(0))[:, 52:].sum(), rel=1e-5)
+    assert found["expression"]["mean"] == pytest.approx(np.median(r2_score(true, said, multioutput="raw_values")[:15]), rel=1e-5)
+    x = rng.normal(size=(60, 6))
+    assert np.allclose(read_linearly(x, x @ np.ones((6, 2)), x[:5]), x[:5] @ np.ones((6, 2)), atol=1e-2)
+    run, head = fake_run(tmp_path / "a", methods=("F4",))
+    written = evaluate_limits(run, smoke_config(), head)
+    assert "eyelids" not in written["labels"] and "eyelids" in written["points"] and written["labels"]["jaw"]["mean"] > .9
+    assert [c["frames"] for c in written["curve"]] == [11] and written["curve"][0]["expression"]["mean"] < .2  # all invented faces have the same points
+    run, head = fake_run(tmp_path / "b", methods=("F4",), oracle=False)
+    assert evaluate_limits(run, smoke_config(), head) == {} and not (run / "metrics" / "limits.json").exists()

@@ -9,6 +9,7 @@ from fields.evaluation.claims import BAR, ablation, below, count_data, judge, me
 from fields.evaluation.emotion import evaluate_emotion
 from fields.evaluation.figures import FIGURES, make_figures
 from fields.evaluation.geometry import evaluate_geometry, paper_tables
+from fields.evaluation.limits import evaluate_limits
 from fields.evaluation.parameters import evaluate_parameters
 from fields.evaluation.report import SECTIONS, TABLES, banners, make_report
 from fields.evaluation.tables import all_tables, make_tables
@@ -34,6 +35,7 @@ def done(tmp_path_factory):
     evaluate_emotion(run, config, methods, head)
     evaluate_parameters(run, config, methods, head)
     evaluate_geometry(run, config, ["F1", "F4"], head)
+    evaluate_limits(run, config, head)
     (run/"metrics"/"landmarks.json").write_text(json.dumps({"affectnet_val": {"F4": {k: dict(mean=.05, std=None, ci_low=.04, ci_high=.06, n=9) for k in ("network", "mean_head_network_pose", "mean_head_fitted_pose", "ratio_to_mean_head")}}}))
     (run/"metrics"/"standins.json").write_text(json.dumps({"identity": {"error": .25}}))
     ablation(run)

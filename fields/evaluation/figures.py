@@ -15,7 +15,7 @@ from ..stage import write_json
 from ..viz import save_figure
 from .diagrams import figure1, figure3, figure8, figure9, read_pieces
 from .panels import figure4, figure10, figure11, figure_bp4d, read_raw
-from .plots import (figure2, figure5, figure6, figure_curves, figure_maps, figure_naturalness, maps,
+from .plots import (figure2, figure5, figure6, figure_curves, figure_limits, figure_maps, figure_naturalness, maps,
                                      shown_methods)
 from .tables import read_all
 
@@ -80,6 +80,7 @@ FIGURES = (
     Entry("figure15", "Figure 15", "UMAP of the expression features of all methods", "emotion", "predict", lambda s: figure_maps(s.map_of("umap"), s.methods, "umap")),
     Entry("curves", "", "Training curves", "training", "train_F4", lambda s: figure_curves(s.run)),
     Entry("naturalness", "", "Exaggeration of each method, and against the weight of the emotion loss", "parameters", "errors", lambda s: figure_naturalness(s.metrics, s.config.loss.emotion)),
+    Entry("limits", "", "Explained variance against the number of labelled frames, and its bounds", "parameters", "errors", lambda s: figure_limits(s.metrics)),
 )
 
 # %% ../../nbs/78_evaluation.figures.ipynb #d40769cf
