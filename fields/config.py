@@ -121,6 +121,7 @@ class LossConfig:
     landmark:float = 10.0
     pose_landmark:float = 100.0
     region:float = 500.0
+    jaw:float = 1.0               # of the jaw within L_3D-GT, where train.supervise_jaw is set
     expression_first:float = 5.0  # lambda_3D in the first stage
     expression_second:float = 1.0 # lambda_3D in the second stage
     emotion:float = 5.0           # lambda_emo
@@ -139,6 +140,8 @@ class TrainConfig:
     steps:int = 300               # iterations of each method
     teaser_steps:int = 120        # iterations of the TEASER initialisation
     batch:int = 16
+    synthesized:int = 0           # images of a batch that are painted; 0: all
+    emotion_warmup:int = 0        # times the emotion head alone sees AffectNet before all learn
     learning_rate:float = 1e-3
     encoder_lr_scale:float = 1.0  # SMIRK uses 0.25
     backbone_lr_scale:float = 1.0 # of the geometry encoders' backbones, besides
@@ -256,17 +259,18 @@ PROFILES = {
         "evaluation.bootstrap": 200,
     },
     "demo": {
-        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4, "train.steps": 160, "train.teaser_steps": 90,
+        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4,
+        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 5, "train.steps": 120, "train.teaser_steps": 60,
         "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
         "train.schedule": "cosine", "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0,
         "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
     },
     "study": {
-        "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_frames": 24, "world.affectnet_train": 8000, "world.affectnet_heldout": 300,
-        "world.celeba_identities": 300, "world.celeba_images": 6, "world.ffhq_images": 1200, "world.lrw_clips": 60, "world.lrw_frames": 20,
-        "world.mead_clips": 60, "world.mead_frames": 20, "world.identity_identities": 200, "standins.trunk_steps": 4000, "standins.identity_steps": 400,
-        "standins.perceptual_steps": 300, "standins.emotion_steps": 300, "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine",
-        "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last", "mixing.first_stage": 0.4, "train.steps": 500, "train.teaser_steps": 200, "train.schedule": "cosine",
+        "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
+        "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.4,
+        "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
+        "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
+        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 5, "train.steps": 300, "train.teaser_steps": 120, "train.schedule": "cosine",
         "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "evaluation.figure_points": 4000,
     },
     "release": {

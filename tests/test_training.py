@@ -339,3 +339,62 @@ def test_pretraining_may_end_where_its_schedule_ends(tmp_path, head, sources):
     same = all(torch.equal(last[k], best[k]) for k in last)
     assert same == (chosen == 4)
     with pytest.raises(ValueError, match="pretrain.select='first' is unknown"): ended("first")
+
+
+def test_reading_once_changes_nothing_but_rounding(head, sources):
+    """Frozen backbones that are the same read each image once; the gradients of an iteration agree up to the order of two sums."""
+    from fields.models.encoders import branches, reading_once
+    found, calls = [], []
+    for shared in (False, True):
+        model, job, passes, moment, _ = build(head, sources, "F4", **{"train.backbone_lr_scale": 0.0})
+        every, seen, gradients = branches(model, job.base), [], {}
+        for b in every:
+            b.encoder.load_state_dict(every[0].encoder.state_dict())
+            b.encoder.pooled = lambda image, pooled=b.encoder.pooled, seen=seen: (seen.append(1), pooled(image))[1]
+        with reading_once(every if shared else []):
+            moment, samples = iterations(MixedData(sources, None, job.config, job.config.train.batch, 90), 1, Team(), job.prepare)(0)
+            for one in passes:
+                with training_only(model, one.trained): one.loss(samples[0], moment)[0].backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        calls.append(len(seen))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 50
+    for n, g in found[0].items(): torch.testing.assert_close(found[1][n], g, rtol=1e-3, atol=1e-4*g.abs().max().item())
+    assert calls == [11, 2]  # base 3, encoder pass 3, synthesizer pass 3 and its cycle 2; or the image and the edit, once each
+
+
+def test_painting_some_images_estimates_the_same_means(head, sources):
+    """Over the steps in which every image has had its turn, the image terms average to those of the whole batch; the other terms are the whole batch's."""
+    model, job, passes, moment, samples = build(head, sources, "F2")
+    n = len(samples[0].batch)
+    few = copy.copy(job)
+    few.config = dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, synthesized=n // 4))
+    with torch.no_grad(), training_only(model, []):
+        whole = dict(job.encoder_loss(samples[0], Moment(0))[1].present())
+        turns = [dict(few.encoder_loss(few.prepare(samples[0].batch, k), Moment(k))[1].present()) for k in range(4)]
+        cycled = few.synthesizer_loss(few.prepare(samples[0].batch, 0), Moment(0))[1]
+    for name in ("photometric", "perceptual", "region"):
+        assert torch.stack([t[name] for t in turns]).mean().item() == pytest.approx(whole[name].item(), rel=1e-4), name
+        assert len({round(t[name].item(), 6) for t in turns}) > 1
+    for name in ("landmark", "pose_landmark", "expression_3d", "shape_reg", "expression_reg"):
+        assert all(t[name].item() == pytest.approx(whole[name].item(), rel=1e-4, abs=1e-9) for t in turns), name
+    assert cycled.cycle.isfinite()
+
+
+def test_the_emotion_head_may_begin_alone(head, sources):
+    """Only the emotion head changes, it reads emotion better than before, and it comes out the same twice."""
+    from fields.training.methods import warm_up_emotion
+    from fields.training.losses import emotion
+    results = []
+    for _ in range(2):
+        model, job, passes, moment, samples = build(head, sources, "F4", **{"train.emotion_warmup": 6, "train.learning_rate": 1e-3})
+        data, before = MixedData(sources, None, job.config, 8, 10), snapshot(model)
+        crops = next(data.evaluation("affectnet", "train", 64))
+        def loss():
+            model.eval()
+            with torch.no_grad(): said = model.emotion(model.encode(crops.image))
+            return emotion(said.logits, said.valence, said.arousal, crops).item()
+        start = loss()
+        assert "6 times" in warm_up_emotion(model, data, job.config)
+        assert changed(model, before) == {"emotion"} and loss() < start
+        results.append(model.emotion_head.state_dict())
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])

@@ -36,7 +36,7 @@ def main(out, world):
     for one in passes:
         one.optimizers = [torch.optim.SGD([{"params": g["params"]} for o in one.optimizers for g in o.param_groups], lr=1e-4)]
         one.clip_norm = 0
-    feed, grads = iterations(data, 1, team, lambda b: job.prepare(b.to(torch.float64))), {}
+    feed, grads = iterations(data, 1, team, lambda b, step: job.prepare(b.to(torch.float64), step)), {}
     for step in range(3):
         moment, samples = feed(step)
         for one in passes:

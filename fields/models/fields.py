@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from ..config import NetworkConfig
 from .emotion import EmotionHead, EmotionOutput
-from .encoders import GeometryEncoders
+from .encoders import GeometryEncoders, branches, reading_once
 from .synthesizer import SmirkSynthesizer, Synthesizer
 from .tokens import TokenEncoder
 from ..types import HeadParams, Prediction, concatenate
@@ -159,7 +159,7 @@ def predict(
     model.eval()
     try:
         device = next(model.parameters()).device
-        params = concatenate([model.encode(images[i:i + batch].to(device)) for i in range(0, len(images), batch)])
+        with reading_once(branches(model)): params = concatenate([model.encode(images[i:i + batch].to(device)) for i in range(0, len(images), batch)])
         emotion = model.emotion(params)
     finally:
         for m, training in modes: m.training = training

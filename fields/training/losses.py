@@ -53,12 +53,12 @@ def _squares(prediction, target, mask):
 def expression_3d(
     params:HeadParams,            # predicted
     batch:Batch,                  # holds the fitted labels and their flag
-    jaw:bool=False,               # supervise the jaw too
+    jaw:float=0.0,                # weight of the jaw (radians) beside the expression; 0: not supervised
     count:float|None=None,        # divisor
 ) -> Tensor:                      # scalar
     "Compare expressions with those fitted to scans (Eq. 6)."
     square = _squares(params.expression, batch.expression, batch.has_expression)
-    if jaw: square = square + _squares(params.jaw, batch.jaw, batch.has_expression)
+    if jaw: square = square + jaw*_squares(params.jaw, batch.jaw, batch.has_expression)
     return masked_mean(square, batch.has_expression, count)
 
 # %% ../../nbs/60_training.losses.ipynb #a1faba8b

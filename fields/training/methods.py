@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INITIAL_NAME', 'method_named', 'perceptual_network', 'emotion_network', 'weights_of', 'starting_model',
-           'official_teaser', 'cycle_templates', 'parameter_error', 'run_method', 'open_training', 'begin_encoders',
-           'run_precision', 'main']
+           'official_teaser', 'cycle_templates', 'parameter_error', 'warm_up_emotion', 'run_method', 'open_training',
+           'begin_encoders', 'run_precision', 'main']
 
 # %% ../../nbs/65_training.methods.ipynb #7f829d05
 import dataclasses, shutil
@@ -17,16 +17,17 @@ from ..config import Config, fingerprint, set_up, to_dict
 from ..data.mixing import MixedData, open_sources
 from ..head.flame import Head
 from ..models.checkpoints import import_emotion, import_teaser, start_from_timm, import_vgg16
+from ..models.encoders import branches, reading_once
 from ..models.fields import FieldsModel, read_tensors, save_tensors
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
 from ..stage import write_json
 from .alternate import Alternating, Method
 from .cycle import famos_templates, templates_of
-from .loop import Outcome, Setting, Team, choose_precision, launch, train
-from .losses import expression_3d
+from .loop import Outcome, Setting, Team, choose_precision, launch, train, training_only
+from .losses import emotion
 from .pretrain import iterations, pretrain
-from ..types import Batch
+from ..types import Batch, empty_batch
 
 # %% ../../nbs/65_training.methods.ipynb #b80414f0
 _SMIRK = {"landmark": 100.0, "expression_reg": 1e-3}
@@ -136,6 +137,30 @@ def parameter_error(
     square = [torch.cat([(p.expression - b.expression).square(), (p.jaw - b.jaw).square()], 1).mean(1)[b.has_expression] for p, b in pairs]
     return float(torch.cat(square).mean())
 
+# %% ../../nbs/65_training.methods.ipynb #223fda47
+def warm_up_emotion(
+    model:FieldsModel,            # its emotion head learns in place
+    data:MixedData,               # opened datasets
+    config:Config,                # `train` part and seed
+    batch:int=64,                 # samples a step
+) -> str:                         # a sentence for the log
+    "Train the emotion head alone on AffectNet's training crops, the encoders frozen."
+    c, head, g, seen = config.train, model.emotion_head, torch.Generator().manual_seed(config.seed), []
+    with torch.no_grad(), reading_once(branches(model.eval())):
+        for b in data.evaluation("affectnet", "train", 128): seen.append((model.encode(b.image).features[b.has_emotion], b.emotion[b.has_emotion], b.valence[b.has_emotion], b.arousal[b.has_emotion]))
+    features, labels = (x := [torch.cat(v) for v in zip(*seen)])[0], empty_batch(x[0].new_zeros(len(x[0]), 3, 1, 1))
+    labels.emotion, labels.valence, labels.arousal, labels.has_emotion = *x[1:], torch.ones_like(labels.has_emotion)
+    adam = torch.optim.Adam(head.parameters(), c.learning_rate)
+    with training_only(model, [head]):
+        for _ in range(c.emotion_warmup):
+            for rows in torch.randperm(len(features), generator=g).split(batch):
+                if len(rows) < 2: continue
+                said = head(features[rows])
+                adam.zero_grad()
+                emotion(said.logits, said.valence, said.arousal, labels[rows], config.loss.emotion_regression, config.loss.emotion_class).backward()
+                adam.step()
+    return f"emotion head: {c.emotion_warmup} times alone over {len(features)} crops of AffectNet"
+
 # %% ../../nbs/65_training.methods.ipynb #ecdbf9ba
 def run_method(
     run:Path|str,                 # run folder
@@ -195,7 +220,9 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
     frames = list(data.evaluation("bp4d", "val", 64)) if best else []
     if best and not any(b.has_expression.any() for b in frames): raise ValueError("train.select=best needs scan labels of BP4D's validation subjects; run `fit_scans`, or use train.select=last")
     setting = Setting(steps, folder, INITIAL_NAME if initial else method.name, c.checkpoint_every, c.schedule, c.checkpoint_every if best else 0, best, **common)
-    outcome = train(model, job.passes(), iterations(data, c.accumulate, team, job.prepare), setting, team, lambda: parameter_error(model, frames), callbacks)
+    if method.use_emotion and c.emotion_warmup: notes.append(warm_up_emotion(model, data, config))
+    with reading_once(branches(model, base, kind="pose" if c.backbone_lr_scale else "")):
+        outcome = train(model, job.passes(), iterations(data, c.accumulate, team, job.prepare), setting, team, lambda: parameter_error(model, frames), callbacks)
     if best and outcome.best_step: model.load_state_dict(read_tensors(folder/"best.safetensors")[0])
     return model, outcome, precision
 

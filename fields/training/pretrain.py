@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from ..config import Config
 from ..data.mixing import MixedData
-from ..models.encoders import Branch
+from ..models.encoders import Branch, branches, reading_once
 from ..render.camera import project
 from .loop import Moment, Outcome, Pass, Setting, Team, half, train
 from .losses import Counts, Terms, expression_reg, identity, landmark, masked_mean, pretrain_objective
@@ -85,7 +85,6 @@ def learning_parts(
     backbone:float=1.0,           # share of the learning rate for the backbones of geometry encoders
 ) -> list[nn.Module]:             # the same, or with 0 the layers behind the backbones
     "Leave out backbones that do not learn."
-    branches = lambda m: [b for b in m.modules() if isinstance(b, Branch)]
     behind = lambda m: [c for b in branches(m) for name, c in b.named_children() if name != "encoder"] or [m]
     return list(modules) if backbone else [c for m in modules for c in behind(m)]
 
@@ -95,7 +94,7 @@ def rate_groups(
     backbone:float=1.0,           # share of it for the backbones of geometry encoders
 ) -> list[dict]:                  # parameter groups of an optimiser; `base` is what a schedule starts from
     "Split parameters into backbones and all else."
-    seeing = {id(p) for m in modules for b in m.modules() if isinstance(b, Branch) for p in b.encoder.parameters()}
+    seeing = {id(p) for b in branches(*modules) for p in b.encoder.parameters()}
     every = [p for m in modules for p in m.parameters()]
     split = ([p for p in every if id(p) not in seeing], 1), ([p for p in every if id(p) in seeing], backbone)
     return [{"params": params, "lr": rate*share, "base": rate*share} for params, share in split if params]
@@ -105,14 +104,14 @@ def iterations(
     data:MixedData,               # gives batches
     accumulate:int,               # batches a step
     team:Team,                    # processes
-    prepare=lambda batch: batch,  # what to make of a batch, once for all passes
+    prepare=lambda batch, step: batch, # what to make of a batch, once for all passes
 ):                                # step -> (Moment, inputs), for the loop
     "Return the function that feeds the loop: batches of a step, and the global counts of their labels."
     fetch = Ahead(lambda step: [data.batch(step*accumulate + i, data.stage(step*accumulate + i)) for i in range(accumulate)], 10**9) if team.device.type == "cuda" \
         else lambda step: [data.batch(step*accumulate + i) for i in range(accumulate)]
     def inputs(step):
         batches = fetch(step)
-        return Moment(step, data.stage(step*accumulate), Counts.of(batches, team.average)), [prepare(b) for b in batches]
+        return Moment(step, data.stage(step*accumulate), Counts.of(batches, team.average)), [prepare(b, step) for b in batches]
     return inputs
 
 def pretrain(
@@ -133,9 +132,10 @@ def pretrain(
     adam = torch.optim.Adam(rate_groups(parts, c.learning_rate, c.backbone_lr_scale), fused=True)
     frames = validation_batches(data)
     if not any(b.has_identity.any() for b in frames): raise ValueError("no validation frame has an identity code; run the `standins` step or give the MICA checkpoint")
-    outcome = train(encoders, [Pass("pretrain", parts, job.loss, [adam])], iterations(data, 1, team),
-                    Setting(c.steps, folder, "F0", schedule=c.schedule, validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
-                    team, lambda: job.validate(frames), callbacks)
+    with reading_once([] if c.backbone_lr_scale else branches(encoders)):
+        outcome = train(encoders, [Pass("pretrain", parts, job.loss, [adam])], iterations(data, 1, team),
+                        Setting(c.steps, folder, "F0", schedule=c.schedule, validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
+                        team, lambda: job.validate(frames), callbacks)
     if c.select == "last": return dataclasses.replace(outcome, best_step=0)
     if folder and outcome.best_step:
         from safetensors.torch import load_file
