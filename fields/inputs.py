@@ -25,16 +25,18 @@ def tidy(
 def list_files(
     inputs:list[str|Path],        # images, videos or folders
 ) -> list[tuple[Path, str]]:      # each file with the name of its results
-    "List the files of the inputs with a unique name each; raise `FileNotFoundError` if an input does not exist."
+    "List the files of the inputs with a unique name each; raise `FileNotFoundError` if an input does not exist. A folder that may not be read is listed itself, so that who reads it says so."
     found = []
     for given in map(Path, inputs):
-        try: next(given.iterdir(), None) if given.is_dir() else given.stat()
-        except PermissionError: raise FileNotFoundError(f"{given} may not be read; change its permissions") from None
+        try: given.stat()
+        except PermissionError: pass
         except OSError: raise FileNotFoundError(f"there is no file or folder {str(given)[:200]}; check the path") from None
-        if given.is_dir():
-            inside = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGES + VIDEOS and not p.name.startswith("."))
+        if os.path.isdir(given):
+            shut = []
+            every = [Path(folder)/name for folder, folders, files in os.walk(given, onerror=lambda e: shut.append(Path(e.filename))) for name in folders + files]
+            inside = sorted({p for p in every if p.suffix.lower() in IMAGES + VIDEOS and not p.name.startswith(".")}.union(shut))
             if not inside: raise FileNotFoundError(f"the folder {given} holds no image and no video; supported are {', '.join(IMAGES + VIDEOS)}")
-            found += [(p, "_".join(p.relative_to(given).with_suffix("").parts)) for p in inside]
+            found += [(p, given.name if p == given else "_".join(p.relative_to(given).with_suffix("").parts)) for p in inside]
         else: found.append((given, given.stem))
     taken, names = set(), []
     for path, name in ((p, tidy(n)) for p, n in found):

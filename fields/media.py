@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_image', 'check_image', 'check_clip', 'read_frames']
 
-# %% ../nbs/07_media.ipynb #d695fd83
-import struct
+# %% ../nbs/07_media.ipynb #88837ed7
+import os, struct
 from pathlib import Path
 import numpy as np
 
@@ -32,7 +32,7 @@ def read_image(
     from PIL import Image, ImageOps
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"there is no file {path}; check the path")
-    if path.is_dir(): raise ValueError(f"{path} is a folder, not a picture; give one of the files in it")
+    if path.is_dir(): raise ValueError(f"{path} is a folder, not a picture; give one of the files in it" if os.access(path, os.R_OK | os.X_OK) else f"{path} may not be read; change its permissions")
     if path.stat().st_size == 0: raise ValueError(f"{path} is empty; copy or download it again")
     try:
         with Image.open(path) as image:

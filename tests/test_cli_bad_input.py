@@ -302,3 +302,28 @@ def test_interrupt_and_debug(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_folder_without_rights_is_one_sentence(tmp_path):
+    """A folder that may not be entered is named and the good picture beside it is done; an output folder that may not be written is one sentence."""
+    import shutil, subprocess, sys
+    obey = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []  # root who obeys rights
+    shut, opened, out = tmp_path / "shut", tmp_path / "opened", tmp_path / "out"
+    for folder in (shut, opened):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(jpeg())
+    shut.chmod(0)
+    if obey and (not shutil.which("setpriv") or not subprocess.run([*obey, "ls", shut], capture_output=True).returncode):
+        pytest.skip("root obeys no rights here")
+
+    def run(*arguments):
+        code = "from fields.cli import main; main()"
+        return subprocess.run([*obey, sys.executable, "-c", code, *map(str, arguments)], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+
+    try:
+        done = run("reconstruct", shut, opened, "--no-panel", "--out", out)
+        assert done.returncode == 2 and done.stdout.count("not done") == 1 and "shut" in done.stdout and "may not be read" in done.stdout, done.stdout
+        assert "Traceback" not in done.stderr and list(out.glob("a*.obj")), done.stderr
+        done = run("reconstruct", opened, "--no-panel", "--out", shut / "out")
+        assert done.returncode == 1 and "shut" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    finally: shut.chmod(0o700)
