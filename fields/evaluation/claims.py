@@ -6,11 +6,12 @@
 __all__ = ['CLAIMS', 'BAR', 'STRATA', 'Claim', 'judge', 'losses', 'below', 'training_checks', 'sanity', 'ablation', 'count_data',
            'seed_record', 'merge_seeds']
 
-# %% ../../nbs/74_evaluation.claims.ipynb #88370d26
+# %% ../../nbs/74_evaluation.claims.ipynb #8bd3f84d
+import math
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..comparison import find, number, read_metrics, write_metrics
+from ..comparison import digits, find, number, read_metrics, write_metrics
 from ..manifests import load_manifest
 from ..training.loop import read_log
 
@@ -30,6 +31,7 @@ _HELD, _ERROR = "protocols/heldout/differences/{pair}/", "differences/{pair}/"
 
 CLAIMS = (
     Claim("F2<F1", "3D supervision lowers the error of expression and jaw (F2 below F1)", "parameters", _ERROR + "expression_jaw", "F2-F1", "lower", True),
+    Claim("F2<constant", "3D supervision is better than predicting the mean expression (F2 below the constant predictor)", "parameters", _ERROR + "expression_jaw", "F2-constant", "lower"),
     Claim("F4<F3", "with the emotion loss it still does (F4 below F3)", "parameters", _ERROR + "expression_jaw", "F4-F3", "lower", True),
     Claim("F3>F1 accuracy", "the emotion loss raises classification accuracy (F3 above F1)", "emotion", _HELD + "accuracy", "F3-F1", "higher", True),
     Claim("F3>F1 valence", "the emotion loss raises concordance of valence (F3 above F1)", "emotion", _HELD + "V-CCC", "F3-F1", "higher"),
@@ -183,18 +185,22 @@ def seed_record(
     "Collect the key figures of a run."
     files = {n: read_metrics(Path(run)/"metrics"/f"{n}.json") for n in ("emotion", "parameters", "geometry")}
     values, pairs = {}, {}
-    places = [("emotion", "protocols/heldout", ("accuracy", "precision", "f1", "V-CCC", "V-RMSE", "A-CCC", "A-RMSE")), ("parameters", "", ("errors/expression_jaw", "errors/shape", "exaggeration/slope", "exaggeration/ratio")),
+    places = [("emotion", "protocols/heldout", ("accuracy", "precision", "f1", "V-CCC", "V-RMSE", "A-CCC", "A-RMSE")), ("parameters", "", ("errors/expression_jaw", "errors/jaw", "errors/shape", "exaggeration/slope", "exaggeration/ratio")),
               ("geometry", "", ("canonical/vertices/error", "expression_only/vertices/error", "rigid/vertices/error", "scan/surface/error"))]
     for file, root, measures in places:
         data = find(files[file], root) if root else files[file]
-        for method, records in (data or {}).get("methods", {}).items():
+        for method, records in {**(data or {}).get("controls", {}), **(data or {}).get("methods", {})}.items():
             for m in measures:
                 record = find(records, m)
                 if record: values[f"{file}/{method}/{m}"] = record["mean"]
         for pair, records in (data or {}).get("differences", {}).items():
             for m in measures:
                 record = find(records, m.removeprefix("errors/").removesuffix("/error"))
-                if record: pairs[f"{file}/{pair}/{m}"] = {"mean": record["mean"], "resolved": record["resolved"]}
+                if record: pairs[f"{file}/{pair}/{m}"] = {k: record[k] for k in ("mean", "ci_low", "ci_high", "resolved")}
+    for method, records in files["parameters"].get("recovery", {}).items(): values |= {f"recovery/{method}/{k}": r["mean"] for k, r in records.items()}
+    for pair, record in files["parameters"].get("ratios", {}).items(): values[f"ratios/{pair}"] = record["mean"]
+    for method, records in {**files["parameters"].get("controls", {}), **files["parameters"].get("methods", {})}.items():
+        values[f"explained/{method}/median of the first 15"] = digits(np.median(np.asarray(records["explained"]["expression"][:15], float)))
     return {"values": values, "differences": pairs}
 
 def merge_seeds(
@@ -209,6 +215,11 @@ def merge_seeds(
     for k in shared("differences"):
         each = [r["differences"][k] for r in records]
         means = [e["mean"] for e in each if e["mean"] is not None]
-        if not means: continue
-        pairs[k] = spread(means) | {"resolved": all(e["resolved"] for e in each) and len({m > 0 for m in means}) == 1}
+        if len(means) < len(each): continue
+        record, halves = spread(means), [(e["ci_high"] - e["ci_low"])/2 for e in each if e["ci_low"] is not None]
+        if len(halves) == len(each):
+            half = math.hypot(math.sqrt(np.mean(np.square(halves))), 1.96*(record["std"] or 0)/math.sqrt(len(each)))
+            record |= {"ci_low": digits(record["mean"] - half), "ci_high": digits(record["mean"] + half)}
+        low, high = record["ci_low"], record["ci_high"]
+        pairs[k] = record | {"resolved": bool(low is not None and (low > 0 or high < 0)), "every_seed": all(e["resolved"] for e in each) and len({m > 0 for m in means}) == 1}
     return {"seeds": len(records), "values": values, "differences": pairs}

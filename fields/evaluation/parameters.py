@@ -211,15 +211,18 @@ def evaluate_parameters(
     real[head.real_components[0]:] = False
     weights = resample(len(ids), config.evaluation.bootstrap, np.random.default_rng([config.seed, 4]), groups=here.subjects)
     params = {m: select(p, ids).params for m, p in found.items()}
-    errors = {m: frame_errors(p, here, real) for m, p in params.items()}
-    pairs = {}
-    for a, b in compared(list(found)):
+    constant = constant_prediction(fits, len(ids))
+    errors = {m: frame_errors(p, here, real) for m, p in (params | {"constant": constant}).items()}
+    pairs, draw = {}, lambda m: weights @ errors[m]["expression_jaw"]/weights.sum(1)
+    for a, b in [*compared(list(found)), *((m, "constant") for m in ("F0", "F2", "F4") if m in found)]:
         draws = {m: {k: weights @ v/weights.sum(1) for k, v in errors[m].items()} for m in (a, b)}
         pairs[f"{a}-{b}"] = {k: difference(errors[a][k].mean(), errors[b][k].mean(), draws[a][k], draws[b][k], len(ids), widening(here.subjects)) for k in errors[a]}
     return write_metrics(Path(run)/"metrics"/"parameters.json", {
         "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
-        "controls": {"constant": describe(constant_prediction(fits, len(ids)), here, real, size, weights)},
-        "differences": pairs, "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
+        "controls": {"constant": describe(constant, here, real, size, weights)}, "differences": pairs,
+        "ratios": {f"{a}/F0": number(errors[a]["expression_jaw"].mean()/errors["F0"]["expression_jaw"].mean(), draw(a)/draw("F0"), None, len(ids), widening(here.subjects))
+                   for a in ("F1", "F2", "F4") if {a, "F0"} <= set(found)},
+        "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
         "recovery": evaluate_recovery(run, names, head, config.evaluation.bootstrap, config.seed),
         "frames": len(ids), "subjects": len(set(here.subjects)), "rejected_fits": rejected,
         "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found],
