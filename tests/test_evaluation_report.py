@@ -222,6 +222,21 @@ def test_seeds(done):
     assert merged["differences"]["parameters/F2-F1/errors/expression_jaw"]["resolved"]
 
 
+def test_seeds_are_merged_from_files(done, tmp_path):
+    from fields.evaluation.claims import merge_files
+    from shutil import copytree
+    runs = [tmp_path/f"s{k}" for k in range(2)]
+    for k, run in enumerate(runs):
+        copytree(done[0]/"metrics", run/"metrics")
+        (run/"config.json").write_text(json.dumps(json.loads((done[0]/"config.json").read_text()) | {"seed": k}))
+    table = merge_files(runs, tmp_path/"out")
+    assert "| F4 |" in table and "| constant |" in table and "± 0.0" in table
+    assert json.loads((tmp_path/"out"/"study.json").read_text())["seeds"] == 2 and (tmp_path/"out"/"study_seed1.json").is_file()
+    with pytest.raises(ValueError, match="different seeds"): merge_files([runs[0], runs[0]], tmp_path/"x")
+    (runs[1]/"config.json").write_text(json.dumps(json.loads((runs[1]/"config.json").read_text()) | {"profile": "other"}))
+    with pytest.raises(ValueError, match="differs from the first run's in profile"): merge_files(runs, tmp_path/"x")
+
+
 def test_figures_say_what_their_axes_are(done):
     from fields.evaluation.plots import figure2, figure5, figure_curves, figure_naturalness
     from fields.evaluation.tables import read_all

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("--out",),
     "transfer": ("--out", "--head", "--checkpoint", "--device"),
     "inspect": (),
+    "merge": ("--out",),
 }
 
 

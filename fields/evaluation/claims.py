@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'BAR', 'STRATA', 'Claim', 'judge', 'losses', 'below', 'training_checks', 'sanity', 'ablation', 'count_data',
-           'seed_record', 'merge_seeds']
+           'seed_record', 'merge_seeds', 'seed_table', 'merge_files']
 
 # %% ../../nbs/74_evaluation.claims.ipynb #8bd3f84d
 import math
@@ -223,3 +223,38 @@ def merge_seeds(
         low, high = record["ci_low"], record["ci_high"]
         pairs[k] = record | {"resolved": bool(low is not None and (low > 0 or high < 0)), "every_seed": all(e["resolved"] for e in each) and len({m > 0 for m in means}) == 1}
     return {"seeds": len(records), "values": values, "differences": pairs}
+
+# %% ../../nbs/74_evaluation.claims.ipynb #801f918d
+_COLUMNS = (("accuracy (%)", "emotion/{}/accuracy", 100, 1), ("V-CCC", "emotion/{}/V-CCC", 1, 3), ("A-CCC", "emotion/{}/A-CCC", 1, 3), ("{ψ, jaw}", "parameters/{}/errors/expression_jaw", 1, 3),
+            ("β", "parameters/{}/errors/shape", 1, 3), ("R² of ψ against the fits", "explained/{}/median of the first 15", 1, 2))
+
+def seed_table(
+    merged:dict,                  # from `merge_seeds`
+) -> str:                         # Markdown
+    "Write Table 4 over seeds: mean and standard deviation of each method, the oracle and the controls."
+    values = merged["values"]
+    names = [m for m in ("F0", "F1", "F2", "F3", "F4", "oracle", "constant", "shuffled") if any(c.format(m) in values for _, c, *_ in _COLUMNS)]
+    def cell(key, scale, places):
+        r = values.get(key)
+        return "–" if not r else f"{scale*r['mean']:.{places}f}" + (f" ± {scale*r['std']:.{places}f}" if r["std"] is not None else "")
+    rows = [["", *(title for title, *_ in _COLUMNS)], ["---"]*(len(_COLUMNS) + 1)] + [[m, *(cell(key.format(m), scale, places) for _, key, scale, places in _COLUMNS)] for m in names]
+    return "\n".join(f"| {' | '.join(r)} |" for r in rows)
+
+def merge_files(
+    runs:list[Path],              # run folders that differ in their seed alone
+    out:Path,                     # folder for study_seedN.json and study.json
+) -> str:                         # the table
+    "Write the key figures of each seed and of all; raise `ValueError` if a run is unfinished or of another configuration."
+    found, first = {}, None
+    for run in map(Path, runs):
+        for name in ("config.json", "metrics/emotion.json", "metrics/parameters.json", "metrics/geometry.json"):
+            if not (run/name).is_file(): raise ValueError(f"{run/name} is missing; finish that run first")
+        config = read_metrics(run/"config.json")
+        seed, rest = config["seed"], {k: v for k, v in config.items() if k not in ("seed", "threads", "workers", "jobs", "device", "scheduler")}
+        if seed in found: raise ValueError(f"{run} has the seed {seed} of another run; give runs of different seeds")
+        if first is not None and rest != first: raise ValueError(f"{run/'config.json'} differs from the first run's in {', '.join(k for k in rest if rest[k] != first.get(k))}; merge runs that differ in their seed alone")
+        first, found[seed] = rest, seed_record(run)
+    merged = merge_seeds(list(found.values()))
+    for seed, record in found.items(): write_metrics(Path(out)/f"study_seed{seed}.json", record)
+    write_metrics(Path(out)/"study.json", merged)
+    return seed_table(merged)

@@ -12,7 +12,7 @@ from ..comparison import number, read_predictions, resample, write_metrics
 from ..config import Config
 from ..data.mixing import read_columns
 from ..data.prepare import CropStore
-from .parameters import read_fits
+from .parameters import motion, read_fits, variance_shares
 
 # %% ../../nbs/73_evaluation.limits.ipynb #6bb37f88
 def point_features(
@@ -28,16 +28,11 @@ def shares(
     true:np.ndarray,              # (N,55)
     draws:int=0,                  # bootstrap resamples over the samples
     seed:int=0,                   # of the bootstrap
-    first:int=15,                 # expression components of the median
 ) -> dict:                        # jaw, eyelids, expression -> record
-    "Return the explained variance of the jaw, of the lids, and its median over the first components."
+    "Return the explained variance with its intervals."
     n = len(true)
-    w = np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 8]))]) if draws else np.ones((1, n))
-    w, r = w/w.sum(1, keepdims=True), true - true.mean(0)
-    lost, total = w @ np.square(predicted - true), w @ np.square(r) - np.square(w @ r)
-    found = {"jaw": 1 - lost[:, 52:].sum(1)/total[:, 52:].sum(1), "eyelids": 1 - lost[:, 50:52].sum(1)/total[:, 50:52].sum(1),
-             "expression": np.median(1 - lost[:, :first]/total[:, :first], axis=1)}
-    return {k: number(v[0], v[1:] if draws else None, None, n) for k, v in found.items() if np.isfinite(v[0])}
+    weights = np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 8]))]) if draws else np.ones((1, n))
+    return {k: number(v[0], v[1:] if draws else None, None, n) for k, v in variance_shares(predicted, true, weights).items()}
 
 # %% ../../nbs/73_evaluation.limits.ipynb #8f1d23dd
 def read_linearly(
@@ -80,8 +75,6 @@ def _faces(run, dataset, split, indices):
     at = np.flatnonzero((rows["split"] == split) & np.asarray(store.found, bool))
     return {str(rows["id"][k]): x for k, x in zip(at, point_features(np.asarray(store.points)[at][:, indices]))}
 
-def _values(params): return np.concatenate([getattr(params, n).detach().cpu().double().numpy() for n in ("expression", "eyelids", "jaw")], 1)
-
 def evaluate_limits(
     run:Path,                     # run folder
     config:Config,                # the run's configuration
@@ -92,7 +85,7 @@ def evaluate_limits(
     for which in ("bp4d_test", "affectnet_val", "affectnet_train"):
         oracle = read_predictions(run, ["oracle"], which, head).get("oracle")
         if oracle is None: return {}
-        truth[which] = dict(zip(oracle.ids, _values(oracle.params)))
+        truth[which] = dict(zip(oracle.ids, motion(oracle.params)))
     fits, _ = read_fits(run, head)
     label = {i: np.concatenate([e[:50], [np.nan]*2, j]) for i, e, j in zip(fits.ids, fits.expression, fits.jaw)}
     pairs = lambda a, b: tuple(np.stack([d[i] for i in sorted(set(a) & set(b))]) for d in (a, b))
