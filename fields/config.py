@@ -275,10 +275,11 @@ PROFILES = {
     },
     "release": {
         "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
-        "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.4,
+        "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.6, "mixing.bp4d_second": 0.3,
         "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
         "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
-        "loss.landmark": 1000.0, "train.supervise_jaw": True, "train.steps": 500, "train.teaser_steps": 120, "train.schedule": "cosine",
+        "loss.landmark": 8000.0, "loss.expression_first": 20.0, "loss.expression_second": 20.0, "loss.jaw": 400.0, "train.supervise_jaw": True,
+        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 10, "train.steps": 500, "train.teaser_steps": 120, "train.schedule": "cosine",
         "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "train.methods": ["F4"],
     },
     "paper": {
