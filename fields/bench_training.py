@@ -87,7 +87,7 @@ def peak_of(
     return peak() - before
 
 def bench_memory(
-    profiles:tuple=(("smoke", 8), ("demo", 16), ("study", 32), ("paper", 4)), # profile and batch
+    profiles:tuple=(("smoke", 8), ("demo", 64), ("study", 64), ("paper", 4)), # profile and batch
 ) -> dict:                        # profile -> MiB
     "Measure the peak memory of an iteration, each profile in a fresh process; raise `RuntimeError` if one fails."
     found = {}
