@@ -116,12 +116,13 @@ class Alternating:
 
     def prepare(self, batch:Batch, step:int=0) -> Sample:
         "Compute what both passes need of a batch."
-        rows = spread(len(batch), self.config.train.synthesized, step)
+        c = self.config.train
+        rows = spread(len(batch), -(-c.synthesized*len(batch)//c.batch), step)   # a process paints its share
         p = batch if isinstance(rows, slice) else batch[rows]
         with torch.no_grad():
             base = self._net(self.base, batch.image) if self.base is not None else None
             features = self._net(self.perceptual, p.image)
-            regions = region_masks(p.mediapipe, p.image.shape[-1], self.config.train.region) if self.method.use_regions else None
+            regions = region_masks(p.mediapipe, p.image.shape[-1], c.region) if self.method.use_regions else None
             return Sample(batch, p, rows, features, regions, base, self._net(self.emotion_net, p.image) if self.emotion_net is not None else None)
 
     def paint(self, batch:Batch, params:HeadParams, tokens:Tensor|None, moment:Moment, before:Painting|None=None, edited:bool=False, output:HeadOutput|None=None) -> Painting:
