@@ -262,3 +262,24 @@ def test_summary(tmp_path, fake):
     text = summary(prepare("affectnet", tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False))
     assert "11 items of 13 found: 7 train (of 8 expected), 4 val (of 4 expected)" in text and "dropped by rule: 1 contempt" in text
     assert "2 problems, 1 samples lost: 1 truncated, 1 count" in text and "images/1.jpg: the file is empty" in text
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """SIGKILL leaves the parent no time to end its workers, so they end by themselves."""
+    import ast
+    script = tmp_path / "parent.py"
+    script.write_text("import time\nfrom fields.data.prepare import worker_pool\nif __name__ == '__main__':\n    pool = worker_pool(2)\n"
+                      "    [f.result() for f in [pool.submit(abs, -1) for _ in range(4)]]\n    print(list(pool._processes), flush=True)\n    time.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    workers = ast.literal_eval(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+
+    def alive(pid):
+        try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except FileNotFoundError: return False
+
+    ends = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < ends: time.sleep(.2)
+    assert workers and not any(map(alive, workers))

@@ -136,12 +136,18 @@ def worker_pool(
     if workers <= 1: return None
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
 
 def _one_thread():
     "Keep a worker to one thread; the processes share the cores."
     import cv2
     cv2.setNumThreads(1)
+
+def _begin():
+    "Prepare a worker: one thread, and an end with the process that started it."
+    from fields.stage import die_with_parent
+    die_with_parent()
+    _one_thread()
 
 ALONE = 300                       # samples that this process does faster alone than with others that first have to start
 
@@ -154,7 +160,7 @@ def _run_shards(left, pool, workers):
 def _meet(left, workers):
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    helpers = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    helpers = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         futures = [helpers.submit(do_shard, j) for j in left]
         for future, job in zip(futures[::-1], left[::-1]): yield do_shard(job) if future.cancel() else future.result()
