@@ -245,8 +245,10 @@ Stage.progress, Stage.finish = progress, finish
 def die_with_parent():
     "On Linux, end this process when the process that started it ends, so that a killed chain leaves nothing running."
     if sys.platform.startswith("linux"):
-        import ctypes
+        import ctypes, multiprocessing
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive(): os._exit(1)      # it ended while this process began
 
 def processes(
     config:Config,                # the run's configuration
