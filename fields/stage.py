@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'TRAIN', 'atomic', 'write_json', 'read_json', 'Step', 'plan', 'imported_modules', 'code_hash', 'RunDir',
-           'Stage', 'progress', 'finish', 'die_with_parent', 'processes', 'jobs', 'method_threads']
+           'Stage', 'progress', 'finish', 'die_with_parent', 'one_thread', 'begin_worker', 'work_together', 'processes',
+           'jobs', 'method_threads']
 
-# %% ../nbs/05_stage.ipynb #5b48b364
-import ast, dataclasses, functools, hashlib, json, os, shutil, signal, sys, time
+# %% ../nbs/05_stage.ipynb #9c406c1c
+import ast, dataclasses, functools, hashlib, importlib, json, os, shutil, signal, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,50 @@ def die_with_parent():
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive(): os._exit(1)      # it ended while this process began
 
+@contextmanager
+def one_thread(
+    *libraries:str,               # of cv2, numba and torch, beside those that threadpoolctl finds
+):
+    "Keep array libraries to one thread inside the block: processes share the cores, and results do not depend on their number."
+    from threadpoolctl import threadpool_limits
+    calls = {"cv2": ("getNumThreads", "setNumThreads"), "numba": ("get_num_threads", "set_num_threads"), "torch": ("get_num_threads", "set_num_threads")}
+    pairs = [[getattr(importlib.import_module(n), call) for call in calls[n]] for n in libraries]
+    before = [get() for get, _ in pairs]
+    for _, change in pairs: change(1)
+    try:
+        with threadpool_limits(1): yield
+    finally:
+        for (_, change), n in zip(pairs, before): change(n)
+
+_FOR_LIFE = []                    # what a worker holds until it ends
+
+def begin_worker(
+    *libraries:str,               # see `one_thread`
+):
+    "Prepare a worker process: one thread, and an end with the process that started it."
+    die_with_parent()
+    _FOR_LIFE.append(one_thread(*libraries))
+    _FOR_LIFE[-1].__enter__()
+
+def work_together(
+    function,                     # of one job; a module's function, as the jobs go to other processes
+    jobs:list,                    # its arguments
+    workers:int,                  # processes, this one among them
+    *libraries:str,               # that the workers keep to one thread, see `one_thread`
+):                                # results, in no order
+    "Do jobs here and in further processes: these begin at the front, this one at the end, until they meet."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    helpers = ProcessPoolExecutor(workers - 1, get_context("spawn"), begin_worker, libraries)
+    try:
+        futures = [helpers.submit(function, j) for j in jobs]
+        for future, job in zip(futures[::-1], jobs[::-1]): yield function(job) if future.cancel() else future.result()
+    finally: helpers.shutdown(cancel_futures=True)
+
+# %% ../nbs/05_stage.ipynb #da2c4eba
 def processes(
     config:Config,                # the run's configuration
 ) -> int:                         # worker processes

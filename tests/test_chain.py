@@ -116,3 +116,21 @@ def test_two_chains_in_one_folder(tmp_path):
 
     with lock(tmp_path), pytest.raises(ChainError, match="another chain"):
         run_chain(tmp_path, "smoke", quiet=True)
+
+
+def _threads_of(number):
+    import cv2
+    import torch
+    time.sleep(.05)
+    return number, os.getpid(), torch.get_num_threads(), cv2.getNumThreads()
+
+
+def test_work_is_shared_by_processes_of_one_thread():
+    """Every job is done once, by this process and a helper; the helper has one thread, this one gets its threads back."""
+    import torch
+    from fields.stage import one_thread, work_together
+    before = torch.get_num_threads()
+    with one_thread("cv2", "torch"): done = list(work_together(_threads_of, list(range(200)), 2, "cv2", "torch"))
+    assert sorted(d[0] for d in done) == list(range(200))
+    assert len({d[1] for d in done}) == 2 and os.getpid() in {d[1] for d in done}
+    assert {d[2:] for d in done} == {(1, 1)} and torch.get_num_threads() == before

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from ..config import PrepareConfig, fingerprint
+from ..stage import begin_worker, work_together
 from .crop import Box, crop_face
 from .detect import cached_detector
 from .readers import open_dataset
@@ -134,37 +135,16 @@ def worker_pool(
 ):                                # ProcessPoolExecutor, or None for one worker
     "Start processes for `prepare`; a script that calls it needs the usual `if __name__ == '__main__'`."
     if workers <= 1: return None
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
-
-def _one_thread():
-    "Keep a worker to one thread; the processes share the cores."
-    import cv2
-    cv2.setNumThreads(1)
-
-def _begin():
-    "Prepare a worker: one thread, and an end with the process that started it."
-    from fields.stage import die_with_parent
-    die_with_parent()
-    _one_thread()
+    from multiprocessing import get_context
+    return ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, ("cv2",))
 
 ALONE = 300                       # samples that this process does faster alone than with others that first have to start
 
 def _run_shards(left, pool, workers):
     "Yield results of shards: from a given pool; or from this process and further ones, which begin at the other end."
     if pool is not None: return pool.map(do_shard, left)
-    if workers <= 1 or sum(len(j.samples) for j in left) < ALONE: return map(do_shard, left)
-    return _meet(left, workers)
-
-def _meet(left, workers):
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    helpers = ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn"), initializer=_begin)
-    try:
-        futures = [helpers.submit(do_shard, j) for j in left]
-        for future, job in zip(futures[::-1], left[::-1]): yield do_shard(job) if future.cancel() else future.result()
-    finally: helpers.shutdown(cancel_futures=True)
+    return work_together(do_shard, left, workers if sum(len(j.samples) for j in left) >= ALONE else 1, "cv2")
 
 def _identity(data, config, task):
     "Name what a prepared folder depends on: samples, file sizes, settings."

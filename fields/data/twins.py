@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from ..config import WorldConfig, to_dict
-from ..stage import atomic, die_with_parent, read_json, write_json
+from ..stage import atomic, one_thread, read_json, work_together, write_json
 from ..types import EMOTIONS, HeadOutput
 from ..manifests import load_manifest
 from ..head.flame import Head
@@ -297,36 +297,9 @@ def _unit(job):
     if not part.is_file(): save_truth(part, WRITERS[unit[0]](out, config, *unit[1:]))
     return unit[0], part
 
-def _one_thread(threads=1):
-    "Keep array libraries to one thread: processes share the cores, and results do not depend on their number."
-    import cv2
-    from threadpoolctl import threadpool_limits
-    before = torch.get_num_threads(), cv2.getNumThreads(), threadpool_limits(threads)
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(threads)
-    return before
-
-def _worker():
-    die_with_parent()
-    _one_thread()
-
 def _all_units(jobs, workers):
-    "Do all units here and in further processes: these begin at the front, this one at the end, until they meet."
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    torch_threads, cv_threads, limits = _one_thread()
-    pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), _worker) if workers > 1 else None
-    try:
-        if pool is None: yield from map(_unit, jobs)
-        else:
-            futures = [pool.submit(_unit, j) for j in jobs]
-            for future, job in zip(futures[::-1], jobs[::-1]): yield _unit(job) if future.cancel() else future.result()
-    finally:
-        if pool: pool.shutdown(cancel_futures=True)
-        limits.restore_original_limits()
-        torch.set_num_threads(torch_threads)
-        import cv2
-        cv2.setNumThreads(cv_threads)
+    "Do all units in this and further processes, each with one thread."
+    with one_thread("cv2", "torch"): yield from work_together(_unit, jobs, workers, "cv2", "torch")
 
 # %% ../../nbs/36_data.twins.ipynb #4ef7d84c
 def build_world(

@@ -7,39 +7,23 @@ __all__ = ['run_tasks', 'slurm_cluster']
 
 # %% ../../nbs/45_scans.workers.ipynb #09940cae
 import time, warnings
-from contextlib import contextmanager
 from multiprocessing import get_context
+from ..stage import begin_worker, one_thread
 
 # %% ../../nbs/45_scans.workers.ipynb #1fece4a8
 _OWN = {}                         # the arguments that every task of this process shares
 
 def _begin(shared):
-    "Prepare a worker process: common arguments, one thread, end with the process that started it."
-    import numba
-    from threadpoolctl import threadpool_limits
-    from fields.stage import die_with_parent
+    "Prepare a worker process and keep the common arguments."
     _OWN["shared"] = shared
-    die_with_parent()
-    numba.set_num_threads(1)
-    _OWN["limits"] = threadpool_limits(1)
+    begin_worker("numba")
 
 def _call(task, arguments):
     "Run a task in a worker process."
     return task(_OWN["shared"], *arguments)
 
-# %% ../../nbs/45_scans.workers.ipynb #ff496608
+# %% ../../nbs/45_scans.workers.ipynb #953a862b
 ALONE = 2.0                       # seconds of work before further processes are thought of
-
-@contextmanager
-def _one_thread():
-    "Use one thread in this process, as its helpers do."
-    import numba
-    from threadpoolctl import threadpool_limits
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        with threadpool_limits(1): yield
-    finally: numba.set_num_threads(threads)
 
 def _serial(shared, tasks, follow):
     "Run tasks one after the other in this process, with all its threads."
@@ -55,7 +39,7 @@ def _processes(shared, tasks, follow, workers, patience=5):
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     waiting, running, pool, done, begin = list(tasks), {}, None, 0, time.process_time()
-    with _one_thread():
+    with one_thread("numba"):
         try:
             while waiting or running:
                 try:
@@ -108,7 +92,7 @@ def _keep(shared):
 
 def _on_dask(task, shared, arguments):
     "Run a task on a Dask worker with one thread."
-    if "limits" not in _OWN: _begin(None)
+    if not _OWN: _begin(None)
     return task(shared, *arguments)
 
 # %% ../../nbs/45_scans.workers.ipynb #4b5b8fee
