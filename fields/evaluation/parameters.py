@@ -29,13 +29,14 @@ class Fits:
     subjects:list                 # N names
     splits:list                   # N of train, val, test
     pose:np.ndarray|None = None   # (N,6) rotation (axis-angle) and translation (metres) in the scanner's frame
+    eyelids:np.ndarray|None = None # (N,2) where lids were fitted
 
     def take(self, ids):
         "Return the fits of these ids, in their order."
         at = {name: n for n, name in enumerate(self.ids)}
         rows = [at[i] for i in ids]
         return Fits(list(ids), self.shape[rows], self.expression[rows], self.jaw[rows], [self.subjects[r] for r in rows],
-                    [self.splits[r] for r in rows], None if self.pose is None else self.pose[rows])
+                    [self.splits[r] for r in rows], *(None if v is None else v[rows] for v in (self.pose, self.eyelids)))
 
 def component_size(
     directions:Tensor,            # (V,3,K) what one standard deviation of each component moves, metres
@@ -102,7 +103,7 @@ def read_fits(
     good = [n for n, (i, r) in enumerate(zip(labels.ids, reasons)) if not r and str(i) in split]
     ids, array = [str(labels.ids[n]) for n in good], lambda v: np.asarray(v, np.float64)[good]
     return Fits(ids, array(labels.shape), array(labels.expression), array(labels.jaw), [str(labels.subject[n]) for n in good], [split[i] for i in ids],
-                np.concatenate([array(labels.rotation), array(labels.translation)], 1)), {r: reasons.count(r) for r in sorted(set(reasons)) if r}
+                np.concatenate([array(labels.rotation), array(labels.translation)], 1), array(labels.eyelids) if np.any(labels.eyelids) else None), {r: reasons.count(r) for r in sorted(set(reasons)) if r}
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #de2bc946
 def constant_prediction(
@@ -160,7 +161,7 @@ def class_ratios(
     return result
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #2b5c42f2
-MOTION = {"jaw": slice(52, 55), "eyelids": slice(50, 52), "expression": slice(0, 15)}
+MOTION = {"jaw_opening": slice(52, 53), "jaw": slice(52, 55), "eyelids": slice(50, 52), "expression": slice(0, 15)}
 
 def motion(
     params:HeadParams,            # N images
@@ -172,8 +173,8 @@ def variance_shares(
     predicted:np.ndarray,         # (N,55) from `motion`; NaN where nothing is said
     true:np.ndarray,              # (N,55) of the same images
     weights:np.ndarray,           # (D,N) bootstrap weights
-) -> dict[str, np.ndarray]:       # jaw, eyelids, expression, each (D,); without what is not said
-    "Return the explained variance of the jaw, of the lids, and its median over the first expression components, for every resample."
+) -> dict[str, np.ndarray]:       # jaw_opening, jaw, eyelids, expression, each (D,); without what is not said
+    "Return the explained variance of the jaw's opening, the jaw and the lids, and its median over the first expression components, for every resample."
     w, r = weights/weights.sum(1, keepdims=True), true - true.mean(0)
     lost, total, result = w @ (predicted - true)**2, w @ r**2 - (w @ r)**2, {}
     for name, at in MOTION.items():
@@ -187,7 +188,7 @@ def evaluate_recovery(
     head=None,                    # the run's head
     draws:int=1000,               # bootstrap resamples
     seed:int=0,                   # of the bootstrap
-) -> dict:                        # method -> jaw, eyelids, expression -> record; empty where the truth is not known
+) -> dict:                        # method -> name in MOTION -> record; empty where the truth is not known
     "Measure how much of the true variance on held-out AffectNet images each method explains."
     found, result = read_predictions(run, methods, "affectnet_val", head), {}
     if "oracle" not in found: return {}

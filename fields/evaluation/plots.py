@@ -296,11 +296,13 @@ def figure_naturalness(
 def figure_limits(
     metrics:dict,                 # name -> contents of metrics/NAME.json
 ):                                # matplotlib figure
-    "Draw the learning curves of jaw and expression, their bounds and the methods; raise `ValueError` if they were not measured."
+    "Draw the learning curves of jaw, lids and expression, their bounds and the methods; raise `ValueError` if they were not measured."
     limits, recovery = metrics.get("limits"), find(metrics, "parameters/recovery") or {}
     if not limits: raise ValueError("metrics/limits.json is missing; where the truth is not known it cannot be measured, else run the step `errors`")
-    fig, axes = figure(1, 2, 7.2, 3.0)
-    for ax, kind in zip(axes, ("jaw", "expression")):
+    titles = {"jaw_opening": "opening of the jaw", "eyelids": "lids", "expression": "expression (median of 15)"}
+    kinds = [k for k in titles if k in limits["curve"][0]]
+    fig, axes = figure(1, len(kinds), 1.2 + 2.6*len(kinds), 3.0)
+    for ax, kind in zip(axes, kinds):
         frames = [c["frames"] for c in limits["curve"]]
         mean, low, high = (np.array([np.nan if c[kind][k] is None else c[kind][k] for c in limits["curve"]]) for k in ("mean", "ci_low", "ci_high"))
         ax.fill_between(frames, low, high, color="#0072B2", alpha=.15, lw=0)
@@ -309,6 +311,6 @@ def figure_limits(
         for m, r in recovery.items(): ax.plot(frames[-1]*1.25, r[kind]["mean"], "D", ms=5, c=method_color(m), label=m)
         ax.axhline(0, c="0.6", lw=.6)
         ax.set_xscale("log"); ax.set_xticks(frames, frames); ax.minorticks_off()
-        ax.set(xlabel="labelled frames", ylabel="explained variance", title={"jaw": "jaw", "expression": "expression (median of 15)"}[kind])
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        ax.set(xlabel="labelled frames", ylabel="explained variance", title=titles[kind])
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3 + len(recovery))
     return fig

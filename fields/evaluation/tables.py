@@ -308,7 +308,7 @@ def naturalness_table(
                   "above 1: exaggerated; below 1: muted. The paper shows this only in pictures")
     for title, key, rows in (("ratio of norms on held-out AffectNet images, against the oracle", "class_ratios", [(n, n) for n in EMOTIONS]),
                              ("explained variance (R²) of the true motion on held-out AffectNet images; 0: no more than one answer for every image", "recovery",
-                              [("jaw", "jaw"), ("lids", "eyelids"), ("expression, median of 15 components", "expression")])):
+                              [("jaw opening", "jaw_opening"), ("jaw", "jaw"), ("lids", "eyelids"), ("expression, median of 15 components", "expression")])):
         known = find(metrics.get("parameters", {}), key) or {}
         if known: table.rows.append((title, []))
         for label, name in rows if known else ():
