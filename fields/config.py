@@ -122,6 +122,7 @@ class LossConfig:
     pose_landmark:float = 100.0
     region:float = 500.0
     jaw:float = 1.0               # of the jaw within L_3D-GT, where train.supervise_jaw is set
+    eyelids:float = 0.0           # of the lids within L_3D-GT; 0: not supervised, as in the paper
     expression_first:float = 5.0  # lambda_3D in the first stage
     expression_second:float = 1.0 # lambda_3D in the second stage
     emotion:float = 5.0           # lambda_emo
@@ -277,9 +278,10 @@ PROFILES = {
         "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
         "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.6, "mixing.bp4d_second": 0.3,
         "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
-        "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
-        "loss.landmark": 8000.0, "loss.expression_first": 20.0, "loss.expression_second": 20.0, "loss.jaw": 400.0, "train.supervise_jaw": True,
-        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 10, "train.steps": 500, "train.teaser_steps": 120, "train.schedule": "cosine",
+        "pretrain.steps": 3000, "pretrain.batch": 64, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
+        "pretrain.landmark": 8000.0, "pretrain.identity": 2.0, "pretrain.expression_reg": 1.0,
+        "loss.landmark": 8000.0, "loss.expression_first": 20.0, "loss.expression_second": 20.0, "loss.jaw": 400.0, "loss.eyelids": 40.0, "train.supervise_jaw": True,
+        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 10, "train.steps": 800, "train.teaser_steps": 120, "train.schedule": "cosine",
         "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "train.methods": ["F4"],
     },
     "paper": {

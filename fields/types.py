@@ -119,6 +119,7 @@ class Batch(Batched):
     has_identity:Tensor           # (B,) bool
     expression:Tensor             # (B,50) expression fitted to a scan
     jaw:Tensor                    # (B,3) jaw fitted to a scan, radians
+    eyelids:Tensor                # (B,2) lids fitted to a scan
     has_expression:Tensor         # (B,) bool
     emotion:Tensor                # (B,) class, long
     valence:Tensor                # (B,) in [-1,1]
@@ -138,7 +139,7 @@ def empty_batch(
     B, _, H, W = images.shape
     z = lambda *s, **k: torch.zeros(B, *s, device=images.device, **k)
     no, label = lambda: z(dtype=torch.bool), lambda: z(dtype=torch.long)
-    return Batch(images, z(1, H, W), z(105, 2), z(17, 2), no(), z(203, 2), no(), z(300), no(), z(50), z(3), no(),
+    return Batch(images, z(1, H, W), z(105, 2), z(17, 2), no(), z(203, 2), no(), z(300), no(), z(50), z(3), z(2), no(),
                  label(), z(), z(), no(), label(), [str(i) for i in range(B)])
 
 # %% ../nbs/04_types.ipynb #83727674

@@ -53,7 +53,7 @@ CASES = {
     "pose_landmark_visible": lambda b, p: (lambda a: L.pose_landmark(a, torch.rand(5, 203, generator=G(), dtype=torch.float64), b), b.points203 + .1),
     "region": lambda b, p: (lambda y: L.region(b.image, y, L.region_masks(b.mediapipe, 12)), b.image.roll(1, 0)),
     "expression_3d": lambda b, p: (lambda e: L.expression_3d(dataclasses.replace(p, expression=e), b), p.expression),
-    "expression_3d_jaw": lambda b, p: (lambda e, j: L.expression_3d(dataclasses.replace(p, expression=e, jaw=j), b, jaw=True), p.expression, p.jaw),
+    "expression_3d_all": lambda b, p: (lambda e, j, l: L.expression_3d(dataclasses.replace(p, expression=e, jaw=j, eyelids=l), b, 3., 7.), p.expression, p.jaw, p.eyelids),
     "emotion": lambda b, p: (lambda l, v, a: L.emotion(l, v, a, b), torch.randn(5, 7, generator=G(), dtype=torch.float64), b.valence + .3, b.arousal - .1),
     "shape_reg": lambda b, p: (lambda s: L.shape_reg(dataclasses.replace(p, shape=s), random_params(seed=9)), p.shape),
     "expression_reg": lambda b, p: (lambda e: L.expression_reg(dataclasses.replace(p, expression=e), random_params(seed=9)), p.expression),
@@ -81,7 +81,7 @@ def test_gradcheck_of_small_terms():
 MASKED = {"contour": ("has_contour", ("contour",), lambda b, p: L.landmark(b.mediapipe, p.expression[:, :34].reshape(-1, 17, 2), b)),
           "points203": ("has_points203", ("points203",), lambda b, p: L.pose_landmark(p.shape[:, :1, None].expand(-1, 203, 2), torch.ones(len(b), 203).double(), b)),
           "identity": ("has_identity", ("identity",), lambda b, p: L.identity(p, b)),
-          "expression": ("has_expression", ("expression", "jaw"), lambda b, p: L.expression_3d(p, b, jaw=True)),
+          "expression": ("has_expression", ("expression", "jaw", "eyelids"), lambda b, p: L.expression_3d(p, b, jaw=1., eyelids=1.)),
           "emotion": ("has_emotion", ("valence", "arousal"), lambda b, p: L.emotion(p.shape[:, :7], p.jaw[:, 0], p.jaw[:, 1], b))}
 
 
@@ -136,7 +136,9 @@ def test_analytic_values():
     b.has_expression[0], b.expression = True, torch.full((2, 50), 3., dtype=torch.float64)
     assert L.expression_3d(p, b).item() == 9
     b.jaw = torch.full((2, 3), .5, dtype=torch.float64)
-    assert L.expression_3d(p, b, jaw=True).item() == 9.25
+    assert L.expression_3d(p, b, jaw=1.).item() == 9.25
+    b.eyelids = torch.full((2, 2), .25, dtype=torch.float64)
+    assert L.expression_3d(p, b).item() == 9 and L.expression_3d(p, b, jaw=1., eyelids=4.).item() == 9.5
     b.has_emotion[:], b.emotion = True, torch.tensor([0, 3])
     uniform, zero = torch.zeros(2, 7).double(), torch.zeros(2).double()
     assert math.isclose(L.emotion(uniform, zero, zero, b).item(), math.log(7))

@@ -98,7 +98,7 @@ def sources(**changes):
     for i, n in enumerate(DATASETS):
         s, d = store(n, seed=i)
         labels = SimpleNamespace(ids=["bp4d/1", "bp4d/2", "bp4d/4"], rejected=["", "residual above 2 mm", ""],
-                                 expression=np.full((3, 50), .5), jaw=np.full((3, 3), .1), head_sha256="a"*64) if n == "bp4d" else None
+                                 expression=np.full((3, 50), .5), jaw=np.full((3, 3), .1), eyelids=np.full((3, 2), .3), head_sha256="a"*64) if n == "bp4d" else None
         made[n] = Source(n, s, d, labels)
     return made
 
@@ -121,7 +121,8 @@ def test_batch_carries_labels_and_flags():
         assert batch.has_emotion[i] == (name == "affectnet" and row % 8 < 7 and row % 5 != 0)
         assert batch.has_contour[i] == (row % 2 == 0)
     assert batch.has_expression.any() and batch.has_emotion.any()
-    assert (batch.expression[batch.has_expression] == .5).all() and (batch.expression[~batch.has_expression] == 0).all()
+    for values, label in ((batch.expression, .5), (batch.jaw, .1), (batch.eyelids, .3)):
+        assert torch.equal(values, torch.where(batch.has_expression[:, None], label, 0.).expand_as(values))
     for f in ("mediapipe", "contour", "points203", "image", "identity"): assert torch.isfinite(getattr(batch, f)).all()
 
 

@@ -1,8 +1,6 @@
 """Photographs to files: several faces, refinement, clips, faults and speed."""
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -146,27 +144,6 @@ def test_clip_to_film(rec, tmp_path):
 
 def command(*arguments):
     return [sys.executable, "-c", "from fields.cli import main; main()", *map(str, arguments)]
-
-
-@pytest.mark.slow
-def test_a_killed_folder_starts_again(checkpoint, tmp_path):
-    """SIGKILL at random moments, then a whole run: the results are those of a run without a fault."""
-    for k in range(12):
-        Image.fromarray(np.roll(ASTRONAUT[:300, 60:400], 3 * k, 1)).save(tmp_path / f"{k:02d}.png")
-    line = command("reconstruct", tmp_path, "--checkpoint", checkpoint, "--no-panel", "--out")
-    subprocess.run([*line, tmp_path / "whole"], check=True, capture_output=True)
-    content = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".obj", ".glb", ".csv")}
-    expected, moments = content(tmp_path / "whole"), random.Random(0)
-    for _ in range(20):
-        process = subprocess.Popen([*line, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(3, 9))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "killed").is_dir():
-            for p in (tmp_path / "killed").glob("[0-9]*"):
-                assert p.name not in expected or p.read_bytes() == expected[p.name], f"{p.name} is half a file"
-    subprocess.run([*line, tmp_path / "killed"], check=True, capture_output=True)
-    assert content(tmp_path / "killed") == expected
 
 
 @pytest.mark.slow

@@ -163,11 +163,12 @@ class Source:
         if self.ids != [str(i) for i in derived.ids]:
             raise ValueError(f"the derived targets of {name} belong to other frames than its crops; run the chain's `standins` step again")
         self.derived, self.split, self.found = derived, rows["split"], np.asarray(store.found, bool)
-        self.expression, self.jaw, self.has_expression = np.zeros((n, 50), np.float32), np.zeros((n, 3), np.float32), np.zeros(n, bool)
+        self.expression, self.jaw, self.eyelids = (np.zeros((n, k), np.float32) for k in (50, 3, 2))
+        self.has_expression = np.zeros(n, bool)
         if labels is not None:
             place = {str(i): k for k, i in enumerate(labels.ids) if not str(labels.rejected[k])}
             for row, k in ((r, place[i]) for r, i in enumerate(self.ids) if i in place):
-                self.expression[row], self.jaw[row], self.has_expression[row] = labels.expression[k][:50], labels.jaw[k], True
+                self.expression[row], self.jaw[row], self.eyelids[row], self.has_expression[row] = labels.expression[k][:50], labels.jaw[k], labels.eyelids[k], True
         emotion, valence, arousal = rows["emotion"], rows["valence"], rows["arousal"]
         self.has_emotion = (name == "affectnet") & np.isfinite(emotion) & np.isfinite(valence) & np.isfinite(arousal) & (emotion < classes)
         clean = lambda x: np.where(self.has_emotion, np.nan_to_num(x), 0)
@@ -192,7 +193,7 @@ def _gather(sources, picks, indices, plan, size, device, cache_scale):
     for place, (name, row) in enumerate(picks): groups.setdefault(name, ([], []))[0].append(place); groups[name][1].append(row)
     side = next(iter(sources.values())).store.images.shape[1]
     crops, points = np.empty((B, side, side, 4), np.uint8), np.zeros((B, 325, 2), np.float32)
-    names = ("has_contour", "has_points203", "identity", "has_identity", "expression", "jaw", "has_expression", "emotion", "valence", "arousal", "has_emotion")
+    names = ("has_contour", "has_points203", "identity", "has_identity", "expression", "jaw", "eyelids", "has_expression", "emotion", "valence", "arousal", "has_emotion")
     columns = {n: [None]*B for n in names}
     for name, (places, rows) in groups.items():
         s, rows = sources[name], np.asarray(rows)

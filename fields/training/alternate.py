@@ -171,7 +171,7 @@ def _encoder_terms(self, sample, moment):
     terms = self._pixels(sample, painting)
     terms.landmark = landmark(points("mediapipe105"), points("contour17"), b, n and n.contour)
     if m.use_regions: terms.pose_landmark = pose_landmark(points("points203"), self._visibility(output, params), b, n and n.points203)
-    if m.use_expression: terms.expression_3d = expression_3d(params, b, self.weights.jaw*self.config.train.supervise_jaw, n and n.expression)
+    if m.use_expression: terms.expression_3d = expression_3d(params, b, self.weights.jaw*self.config.train.supervise_jaw, self.weights.eyelids, n and n.expression)
     if m.use_emotion:
         said = self.model.emotion_head(params.features)
         terms.emotion = emotion(said.logits, said.valence, said.arousal, b, self.weights.emotion_regression, self.weights.emotion_class, n and n.emotion)

@@ -54,11 +54,13 @@ def expression_3d(
     params:HeadParams,            # predicted
     batch:Batch,                  # holds the fitted labels and their flag
     jaw:float=0.0,                # weight of the jaw (radians) beside the expression; 0: not supervised
+    eyelids:float=0.0,            # weight of the lids; 0: not supervised
     count:float|None=None,        # divisor
 ) -> Tensor:                      # scalar
     "Compare expressions with those fitted to scans (Eq. 6)."
     square = _squares(params.expression, batch.expression, batch.has_expression)
-    if jaw: square = square + jaw*_squares(params.jaw, batch.jaw, batch.has_expression)
+    for name, weight in (("jaw", jaw), ("eyelids", eyelids)):
+        if weight: square = square + weight*_squares(getattr(params, name), getattr(batch, name), batch.has_expression)
     return masked_mean(square, batch.has_expression, count)
 
 # %% ../../nbs/60_training.losses.ipynb #a1faba8b

@@ -213,6 +213,8 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
         notes.append(note)
     templates, note = cycle_templates(data.sources, head)
     notes.append(note)
+    if method.use_expression and method.loss(config.loss).eyelids and not data.sources["bp4d"].eyelids.any():
+        raise ValueError(f"loss.eyelids={config.loss.eyelids} needs lids fitted to the scans, and {run/'scans'/'labels.npz'} holds none; give a head with eyelid shapes, or set loss.eyelids=0")
     precision = run_precision(run, config, model, team)
     job = Alternating(model, head, base, method, config, net.to(team.device), templates.to(team.device),
                       feature_net.to(team.device) if feature_net else None, team, precision)
