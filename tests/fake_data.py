@@ -18,7 +18,7 @@ def fake_sources(head, count=12, size=92, seed=0):
         r = lambda *s: torch.randn(*s, generator=g)
         p = HeadParams.neutral(count, scale=5.0)
         p.shape[:, :20], p.expression[:, :10], p.rotation = r(count, 20), r(count, 10), .2*r(count, 3)
-        p.jaw[:, 0] = .2*torch.rand(count, generator=g)
+        p.jaw[:, 0], p.eyelids[:] = .2*torch.rand(count, generator=g), .5*torch.rand(count, 2, generator=g)
         with torch.no_grad():
             output = head(p)
             picture, mask = geometry_image(output.vertices, head.mask_faces("face"), p.camera, size)
@@ -32,7 +32,7 @@ def fake_sources(head, count=12, size=92, seed=0):
         store = SimpleNamespace(images=images, points=points, rows=rows, found=np.ones(count, bool))
         derived = Derived(rows["id"].to_numpy(str), point("contour17"), np.arange(count) % 5 > 0, point("points203"), np.arange(count) % 4 > 0,
                           p.shape.numpy(), np.ones(count, bool), head.sha256)
-        labels = SimpleNamespace(ids=list(rows["id"]), rejected=[""]*count, expression=p.expression.numpy(), jaw=p.jaw.numpy(), head_sha256=head.sha256)
+        labels = SimpleNamespace(ids=list(rows["id"]), rejected=[""]*count, expression=p.expression.numpy(), jaw=p.jaw.numpy(), eyelids=p.eyelids.numpy(), head_sha256=head.sha256)
         sources[name] = Source(name, store, derived, labels if name == "bp4d" else None)
     return sources
 

@@ -398,3 +398,21 @@ def test_the_emotion_head_may_begin_alone(head, sources):
         assert changed(model, before) == {"emotion"} and loss() < start
         results.append(model.emotion_head.state_dict())
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_lids_join_only_where_they_were_fitted(head, sources, tmp_path):
+    """`loss.eyelids` adds the squared error of the lids of labelled frames, and is refused where no scan fit holds lids."""
+    terms = {}
+    for weight in (0., 30.):
+        model, job, _, moment, samples = build(head, sources, "F2", **{"loss.eyelids": weight})
+        with torch.no_grad(): terms[weight] = job.encoder_loss(samples[0], moment)[1].expression_3d.item()
+    batch, params = samples[0].batch, job.encode(samples[0].batch.image)[0]
+    squares = (params.eyelids - batch.eyelids).square().mean(1)[batch.has_expression]
+    assert len(squares) and terms[30.] - terms[0.] == pytest.approx(30*squares.mean().item(), rel=1e-3)
+    assert batch.eyelids[batch.has_expression].std() > .05 and not batch.eyelids[~batch.has_expression].any()
+    without = fake_sources(head)
+    without["bp4d"].eyelids[:] = 0
+    prepared(tmp_path, head, without)
+    with pytest.raises(ValueError, match="loss.eyelids=5.0 needs lids fitted to the scans"):
+        run_method(tmp_path, "F2", small_config(**{"loss.eyelids": 5.}), head, without)
+    run_method(tmp_path, "F1", small_config(**{"loss.eyelids": 5.}), head, without)
