@@ -185,7 +185,10 @@ def look(
                 cut = [crop_image(image, c.box, max(VIEW, reconstructor.size)) for c in crops] if views else []
                 yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
         except (ValueError, OSError, MemoryError) as e: problem = f"{path}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e) or "there is not enough memory"
-        except Exception as e: problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); convert the file to JPEG, PNG or MP4"
+        except Exception as e:
+            if os.environ.get("FIELDS_DEBUG"): raise
+            ours = isinstance(e, (AssertionError, AttributeError, LookupError, NameError, TypeError))
+            problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); " + ("a fault of fields, which FIELDS_DEBUG=1 shows" if ours else "convert the file to JPEG, PNG or MP4")
         yield Found(path, name, last=True, problem=problem if not problem or str(path) in problem else f"{path}: {problem}")
 
 # %% ../nbs/80_reconstruct.ipynb #12b71c3e

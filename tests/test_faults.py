@@ -40,6 +40,13 @@ def script(text, *arguments):
     return subprocess.Popen([sys.executable, "-c", text, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+def whole_run(process):
+    "Wait for a run without a fault; returns its seconds."
+    begin = time.monotonic()
+    assert process.wait() == 0
+    return time.monotonic() - begin
+
+
 def kill_often(start, low, high, target, check=lambda: None):
     "Start, SIGKILL the whole group after a random time and look at what is left, until KILLS died at work; one that ends first begins anew. Returns the number of starts."
     moments, died, starts = random.Random(0), 0, 0
@@ -96,13 +103,13 @@ def test_a_training_survives_twenty_kills(tmp_path):
 @pytest.mark.slow
 def test_scan_fitting_survives_twenty_kills(tmp_path):
     content = lambda f: {p.relative_to(f): p.read_bytes() for p in sorted(f.rglob("*.npz"))}
-    assert script(FIT, tmp_path / "data", tmp_path / "whole").wait() == 0
+    seconds = whole_run(script(FIT, tmp_path / "data", tmp_path / "whole"))
     whole = content(tmp_path / "whole")
 
     def no_half_file():
         for name, found in content(tmp_path / "killed").items(): assert whole.get(name, found) == found, f"{name} is half a file"
 
-    starts = kill_often(lambda: script(FIT, tmp_path / "data", tmp_path / "killed"), 4, 9, tmp_path / "killed", no_half_file)
+    starts = kill_often(lambda: script(FIT, tmp_path / "data", tmp_path / "killed"), .4*seconds, seconds, tmp_path / "killed", no_half_file)
     assert script(FIT, tmp_path / "data", tmp_path / "killed").wait() == 0
     keep(scan_fitting={"kills_at_work": KILLS, "starts": starts, "files": len(whole), "identical": content(tmp_path / "killed") == whole})
     assert content(tmp_path / "killed") == whole
@@ -117,13 +124,13 @@ def test_a_folder_of_photographs_survives_twenty_kills(tmp_path):
     line = [sys.executable, "-c", "from fields.cli import main; main()", "reconstruct", str(tmp_path), "--no-panel", "--out"]
     start = lambda out: subprocess.Popen([*line, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     content = lambda folder: {p.name: p.read_bytes() for p in folder.glob("*") if p.suffix in (".obj", ".glb", ".csv")}
-    assert start(tmp_path / "whole").wait() == 0
+    seconds = whole_run(start(tmp_path / "whole"))
     whole, killed = content(tmp_path / "whole"), tmp_path / "killed"
 
     def no_half_file():
         for name, found in content(killed).items(): assert name not in whole or name.endswith(".csv") or found == whole[name], f"{name} is half a file"
 
-    starts = kill_often(lambda: start(killed), 2, 6, killed, no_half_file)
+    starts = kill_often(lambda: start(killed), .4*seconds, seconds, killed, no_half_file)
     assert start(killed).wait() == 0
     keep(folder={"kills_at_work": KILLS, "starts": starts, "files": len(whole), "identical": content(killed) == whole})
     assert content(killed) == whole
