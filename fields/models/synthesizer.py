@@ -82,6 +82,16 @@ class ReflectBlock(nn.Module):
         "Return the input plus what the two convolutions make of it."
         return x + self.conv_block(x)
 
+# %% ../../nbs/53_models.synthesizer.ipynb #d40fe43c
+@torch.no_grad()
+def _begin_smooth(net):
+    "Let the four pixels that come from one begin alike."
+    for i in range(1, net.levels + 1):
+        up = getattr(net, f"upconv{i}").weight
+        up.copy_(up[..., :1, :1].clone().expand_as(up))
+    for t in (net.conv.weight, net.conv.bias):
+        t.copy_(t.unflatten(0, (3, -1))[:, :1].clone().expand(3, net.fold ** 2, *t.shape[1:]).flatten(0, 1))
+
 # %% ../../nbs/53_models.synthesizer.ipynb #18f79736
 def _small_norm(channels): return nn.GroupNorm(8, channels)
 
@@ -110,7 +120,7 @@ class UNet(nn.Module):
         self.resnet_blocks = nn.ModuleList(ReflectBlock(widths[-1], deep) for _ in range(residuals))
         self.conv = nn.Conv2d(widths[0], 3 * self.fold ** 2, 1)
         if tokens: self.token_decoder = TokenDecoder(drawn[::-1], 14 if paper else 4, deep)
-        if not paper: self._begin_smooth()
+        if not paper: _begin_smooth(self)
 
     def _paint(self, geometry, masked, tokens=None):
         step = self.fold * 2 ** self.levels
@@ -136,18 +146,6 @@ class UNet(nn.Module):
     def _silent(self, i, map, like):
         if map.shape[2:] != like.shape[2:]: map = F.interpolate(map, size=like.shape[2:], mode="bilinear")
         return getattr(self, f"token_zero_conv_{i}")(map)
-
-# %% ../../nbs/53_models.synthesizer.ipynb #d40fe43c
-@torch.no_grad()
-def _begin_smooth(self):
-    "Let the four pixels that come from one begin alike."
-    for i in range(1, self.levels + 1):
-        up = getattr(self, f"upconv{i}").weight
-        up.copy_(up[..., :1, :1].clone().expand_as(up))
-    for t in (self.conv.weight, self.conv.bias):
-        t.copy_(t.unflatten(0, (3, -1))[:, :1].clone().expand(3, self.fold ** 2, *t.shape[1:]).flatten(0, 1))
-
-UNet._begin_smooth = _begin_smooth
 
 # %% ../../nbs/53_models.synthesizer.ipynb #3b0b909b
 class Synthesizer(UNet):
