@@ -146,14 +146,16 @@ def panel(
     image, params = reconstructor.stack(crops), prediction.params.to(device)
     view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float()/255
     vertices = head(params).vertices
-    mesh, mesh_mask = geometry_image(vertices, head.faces, params.camera, view.shape[-1])
-    face, face_mask = geometry_image(vertices, head.mask_faces("face"), params.camera, view.shape[-1])
-    overlay = torch.where(face_mask > .5, .35*view + .65*face, view)
-    small, small_mask = (face, face_mask) if view.shape == image.shape else geometry_image(vertices, head.mask_faces("face"), params.camera, reconstructor.size)
+    def drawn(triangles):
+        "Picture, 0 outside, and what share of each pixel it covers: four samples a pixel."
+        return [torch.nn.functional.avg_pool2d(t, 2) for t in geometry_image(vertices, triangles, params.camera, 2*view.shape[-1])]
+    (mesh, mesh_share), (face, face_share) = drawn(head.faces), drawn(head.mask_faces("face"))
+    overlay = view*(1 - .65*face_share) + .65*face
+    small, small_mask = geometry_image(vertices, head.mask_faces("face"), params.camera, reconstructor.size)
     hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(device).float()/255
     synthesis = model.synthesize(small, masked_background(image, hull, small_mask), model.tokens(image) if tokens is None else tokens)
     if synthesis.shape != view.shape: synthesis = torch.nn.functional.interpolate(synthesis, view.shape[-1], mode="bicubic", antialias=True)
-    return to_uint8(torch.cat([view, overlay, torch.where(mesh_mask > .5, mesh, torch.ones_like(mesh)), synthesis.clamp(0, 1)], 3))
+    return to_uint8(torch.cat([view, overlay, mesh + 1 - mesh_share, synthesis.clamp(0, 1)], 3))
 
 # %% ../nbs/80_reconstruct.ipynb #bbba8413
 VIEW = 224                        # side of the pictures in a panel, pixels
