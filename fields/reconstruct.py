@@ -141,15 +141,12 @@ def panel(
     tokens=None,                  # (4,B,256) appearance; None: of the faces themselves
 ) -> np.ndarray:                  # (B,S,4*S,3) uint8: input | overlay | mesh | synthesis
     "Draw each face beside its reconstruction."
-    from fields.render.shade import geometry_image
+    from fields.render.shade import geometry_image, smooth_geometry_image
     head, device, model = reconstructor.head, reconstructor.device, reconstructor.model
     image, params = reconstructor.stack(crops), prediction.params.to(device)
     view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float()/255
     vertices = head(params).vertices
-    def drawn(triangles):
-        "Picture, 0 outside, and what share of each pixel it covers: four samples a pixel."
-        return [torch.nn.functional.avg_pool2d(t, 2) for t in geometry_image(vertices, triangles, params.camera, 2*view.shape[-1])]
-    (mesh, mesh_share), (face, face_share) = drawn(head.faces), drawn(head.mask_faces("face"))
+    (mesh, mesh_share), (face, face_share) = (smooth_geometry_image(vertices, part, params.camera, view.shape[-1]) for part in (head.faces, head.mask_faces("face")))
     overlay = view*(1 - .65*face_share) + .65*face
     small, small_mask = geometry_image(vertices, head.mask_faces("face"), params.camera, reconstructor.size)
     hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(device).float()/255

@@ -13,7 +13,7 @@ import numpy as np, torch
 from .types import HeadParams, Prediction, concatenate
 from .viz import grid, labelled, to_uint8
 from .models.masking import masked_background
-from .render.shade import geometry_image
+from .render.shade import geometry_image, smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
 from .data.detect import read_image
 from .reconstruct import Reconstructor, Saver, VIEW, save_picture
@@ -66,8 +66,8 @@ def swap(
 
 def _head(reconstructor, params):
     head = reconstructor.head
-    picture, mask = geometry_image(head(params).vertices, head.faces, params.camera, VIEW)
-    return to_uint8(torch.where(mask > .5, picture, torch.ones_like(picture)))
+    picture, share = smooth_geometry_image(head(params).vertices, head.faces, params.camera, VIEW)
+    return to_uint8(picture + 1 - share)
 
 def _paint(reconstructor, crops, image, params, tokens):
     head, size = reconstructor.head, reconstructor.size

@@ -14,7 +14,7 @@ from ..comparison import common_ids, read_predictions, select
 from ..config import Config
 from ..types import EMOTIONS, HeadParams
 from ..viz import figure, to_uint8
-from ..render.shade import geometry_image
+from ..render.shade import smooth_geometry_image
 from ..scans.crop import ellipse_crop
 from ..scans.labels import CroppedScan, place
 from .emotion import read_labels
@@ -34,8 +34,8 @@ def draw_heads(
     "Draw heads as the geometry image does, on white."
     params = params.to(head.template.dtype)
     faces = torch.cat([head.mask_faces(r) for r in (region, "left_eyeball", "right_eyeball") if r in head.masks])
-    image, mask = geometry_image(head(params).vertices, faces, params.camera if camera is None else camera, size, normalise=True)
-    return to_uint8(image*mask + 1 - mask)
+    image, share = smooth_geometry_image(head(params).vertices, faces, params.camera if camera is None else camera, size, normalise=True)
+    return to_uint8(image + 1 - share)
 
 def portrait_camera(
     head,                         # the run's head
