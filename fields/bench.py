@@ -202,7 +202,8 @@ def fit_with_adam(
     config:RefineConfig = RefineConfig(),
 ) -> HeadParams:                  # fitted
     "Fit by first-order steps through the whole head, as landmark fits are usually written."
-    sizes = {"shape": config.shape, "expression": config.expression, "eyelids": config.eyelids, "jaw": config.jaw, "rotation": 0.2, "camera": 0.5}
+    sizes = {"shape": config.shape * (torch.arange(300) < config.shapes), "expression": config.expression, "eyelids": config.eyelids,
+             "jaw": torch.tensor([config.jaw, config.jaw_side, config.jaw_side]), "rotation": 0.2, "camera": 0.5}
     free, unit = {k: torch.zeros_like(getattr(start, k)).requires_grad_() for k in sizes}, config.noise * normaliser(start.camera)[:, None, None]
     adam = torch.optim.Adam(list(free.values()), rate)
     params = lambda: HeadParams(**{k: getattr(start, k) + sizes[k] * v for k, v in free.items()})
@@ -217,7 +218,7 @@ def bench_refine(
     batch:int = 16,
     steps:int = 100,              # of the peer
     rounds:int = 5,
-) -> dict:                        # times a face, how often the peer fits in, errors
+) -> dict:                        # times a face, their ratio to the peer's, errors
     "Time the landmark fit of `--refine`, one thread."
     head, config, error = Head.load("open"), RefineConfig(), {}
     small, (start, points) = LandmarkHead(head, config.shapes), faces_to_refine(head, batch)

@@ -37,7 +37,7 @@ def noise_batch(
         points = {n: projected(head, params, n, output) for n in ("mediapipe105", "contour17", "points203")}
     yes, zero = torch.ones(batch, dtype=torch.bool), torch.zeros(batch)
     return Batch(torch.rand(batch, 3, size, size, generator=g), torch.ones(batch, 1, size, size), points["mediapipe105"], points["contour17"], yes, points["points203"], yes,
-                 params.shape, yes, params.expression, params.jaw, yes, torch.zeros(batch, dtype=torch.long), zero, zero, yes, torch.full((batch,), DATASETS.index("bp4d")), [str(i) for i in range(batch)])
+                 params.shape, yes, params.expression, params.jaw, params.eyelids, yes, torch.zeros(batch, dtype=torch.long), zero, zero, yes, torch.full((batch,), DATASETS.index("bp4d")), [str(i) for i in range(batch)])
 
 def training_job(
     profile:str,                  # whose networks and image size

@@ -192,8 +192,12 @@ def import_prediction(
     path, params = Path(path), {}
     if path.suffix == ".csv": arrays = _table(path)
     else:
-        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+        try:
+            with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
+        except (OSError, ValueError, EOFError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not an .npz file ({e}); save the arrays with `numpy.savez`") from None
+    arrays = {k: np.atleast_1d(v) for k, v in arrays.items()}
     got = {name: next((arrays[a] for a in names if a in arrays), None) for name, names in ALIASES.items()}
+    if "posecode" in arrays and arrays["posecode"].ndim != 2: raise ValueError(f"{path}: posecode has shape {arrays['posecode'].shape}, not (N, 6); save one row an image")
     if "posecode" in arrays: got["rotation"], got["jaw"] = arrays["posecode"][:, :3], arrays["posecode"][:, 3:6]
     for name in ("ids", "shape", "expression", "jaw"):
         if got[name] is None: raise ValueError(f"{path} has no {name}; see the table of names in the notebook `comparison`")

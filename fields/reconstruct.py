@@ -174,7 +174,7 @@ def look(
     max_faces:int,                # most faces of a picture
     views:bool,                   # cut the pictures of panels too
 ):                                # yields Found
-    "Read files and find their faces; never raises for the sake of one file."
+    "Read files and find their faces; never raises for the sake of one file, but with FIELDS_DEBUG for a fault of ours."
     for path, name in files:
         problem = ""
         try:
@@ -185,8 +185,8 @@ def look(
                 yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
         except (ValueError, OSError, MemoryError) as e: problem = f"{path}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e) or "there is not enough memory"
         except Exception as e:
-            if os.environ.get("FIELDS_DEBUG"): raise
             ours = isinstance(e, (AssertionError, AttributeError, LookupError, NameError, TypeError))
+            if ours and os.environ.get("FIELDS_DEBUG"): raise
             problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); " + ("a fault of fields, which FIELDS_DEBUG=1 shows" if ours else "convert the file to JPEG, PNG or MP4")
         yield Found(path, name, last=True, problem=problem if not problem or str(path) in problem else f"{path}: {problem}")
 

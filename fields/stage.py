@@ -273,6 +273,7 @@ def begin_worker(
 ):
     "Prepare a worker process: one thread, and an end with the process that started it."
     die_with_parent()
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")   # for libraries that are loaded later
     _FOR_LIFE.append(one_thread(*libraries))
     _FOR_LIFE[-1].__enter__()
 

@@ -172,7 +172,7 @@ class Prediction(Batched):
                 params = HeadParams(*(torch.from_numpy(z[f.name]) for f in dataclasses.fields(HeadParams)))
                 return cls(params, [str(i) for i in z["ids"]], str(z["head_sha256"]), str(z["method"]),
                            t("logits"), t("valence"), t("arousal"), t("boxes"))
-        except (KeyError, ValueError, OSError) as e:
+        except (KeyError, ValueError, OSError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is not a prediction file ({e}); make it again with `fields chain` or `Prediction.save`") from None
 
     def check_head(self, sha256):

@@ -127,10 +127,13 @@ def _threads_of(number):
 
 def test_work_is_shared_by_processes_of_one_thread():
     """Every job is done once, by this process and a helper; the helper has one thread, this one gets its threads back."""
+    import cv2
     import torch
     from fields.stage import one_thread, work_together
-    before = torch.get_num_threads()
+    threads, before = lambda: (torch.get_num_threads(), cv2.getNumThreads()), (torch.get_num_threads(), cv2.getNumThreads())
+    torch.set_num_threads(2), cv2.setNumThreads(2)
     with one_thread("cv2", "torch"): done = list(work_together(_threads_of, list(range(200)), 2, "cv2", "torch"))
     assert sorted(d[0] for d in done) == list(range(200))
     assert len({d[1] for d in done}) == 2 and os.getpid() in {d[1] for d in done}
-    assert {d[2:] for d in done} == {(1, 1)} and torch.get_num_threads() == before
+    assert {d[2:] for d in done} == {(1, 1)} and threads() == (2, 2)
+    torch.set_num_threads(before[0]), cv2.setNumThreads(before[1])

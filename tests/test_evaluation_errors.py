@@ -276,3 +276,20 @@ def test_limits_of_reading(tmp_path):
     assert [c["frames"] for c in written["curve"]] == [11] and written["curve"][0]["expression"]["mean"] < .2  # all invented faces have the same points
     run, head = fake_run(tmp_path / "b", methods=("F4",), oracle=False)
     assert evaluate_limits(run, smoke_config(), head) == {} and not (run / "metrics" / "limits.json").exists()
+
+
+def test_arrays_that_are_something_else(tmp_path):
+    """A single array under the name of an archive, one id without a list, a flat pose: a sentence that names the file."""
+    from fields.comparison import import_prediction
+    from fields.scans.labels import ExpressionLabels
+    from fields.types import Prediction
+    path = tmp_path / "a.npz"
+    with open(path, "wb") as file: np.save(file, np.zeros(3))
+    for read in (Prediction.load, ExpressionLabels.load, lambda p: import_prediction(p, "M", None)):
+        with pytest.raises(ValueError, match="a.npz is not a"): read(path)
+    whole = dict(ids=["x"], shape=np.ones((1, 10)), expression=np.ones((1, 50)), jaw=np.ones((1, 3)), head_sha256="f"*64)
+    for change, words in ((dict(posecode=np.zeros(6)), "posecode has shape"), (dict(jaw=np.zeros(3)), "jaw has shape"), (dict(ids="x"), "")):
+        np.savez(path, **{**whole, **change})
+        if not words: assert import_prediction(path, "M", None).ids == ["x"]
+        else:
+            with pytest.raises(ValueError, match=words): import_prediction(path, "M", None)

@@ -312,5 +312,7 @@ def figure_limits(
         ax.axhline(0, c="0.6", lw=.6)
         ax.set_xscale("log"); ax.set_xticks(frames, frames); ax.minorticks_off()
         ax.set(xlabel="labelled frames", ylabel="explained variance", title=titles[kind])
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3 + len(recovery))
+    handles, words = axes[0].get_legend_handles_labels()
+    fig.legend(handles[:3], words[:3], loc="outside upper center", ncols=3)
+    if recovery: fig.legend(handles[3:], words[3:], loc="outside lower center", ncols=len(recovery))
     return fig

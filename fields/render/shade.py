@@ -192,5 +192,5 @@ def smooth_geometry_image(
     samples:int = 2,              # a side of each pixel
     **options,                    # of `geometry_image`
 ) -> tuple[Tensor, Tensor]:       # (B,3,S,S) grey picture on black, and (B,1,S,S) the share of each pixel that the head covers
-    "Draw the head for people."
+    "Draw the head with soft edges, for pictures that people look at."
     return tuple(torch.nn.functional.avg_pool2d(t, samples) for t in geometry_image(vertices, faces, camera, samples*size, **options))

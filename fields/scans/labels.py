@@ -68,7 +68,7 @@ class ExpressionLabels:
         "Read what `save` wrote; raise `ValueError` if the file is something else."
         try:
             with np.load(path, allow_pickle=False) as z: values = {f.name: z[f.name] for f in dataclasses.fields(cls)}
-        except (KeyError, OSError, ValueError, EOFError) as e:
+        except (KeyError, OSError, ValueError, EOFError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} is not a file of expression labels ({e}); run the `fit_scans` step again") from None
         return cls(**{**values, "head_sha256": str(values["head_sha256"])})
 
