@@ -226,7 +226,7 @@ def bench_refine(
     for name, params in [("start", start), *((n, call()) for n, call in calls.items())]:
         with torch.no_grad(): error[name] = round(100 * float(((projected(head, params) - points).norm(dim=-1).mean(1) / normaliser(params.camera)).median()), 3)
     times = measure(calls, batch, rounds)
-    return {"batch": batch, "threads": 1, "adam_steps": steps, "percent_error": error, "times_a_face": times, "times_adam": compare(times, "adam_through_the_head")}
+    return {"batch": batch, "threads": 1, "adam_steps": steps, "percent_error": error, "times_a_face": times, "times_the_adam_fit": compare(times, "adam_through_the_head")}
 
 # %% ../nbs/90_bench.ipynb #dbc3503f
 BENCHES = {"head": bench_head, "head_all_threads": lambda: bench_head(threads=os.cpu_count()), "rasterizer": bench_rasterizer,
@@ -242,7 +242,7 @@ def describe(
 ) -> str:                         # lines for people
     "Say what a bench found: times with their ratio to the peer, or the figures as they are."
     first = f"{name}  ({found['machine']['processor']}, {found['machine']['cores']} cores, load {found['machine']['load']}, {found.get('threads', '?')} threads)"
-    times, ratios = found.get("times") or found.get("times_an_image") or found.get("times_a_face") or {}, next((v for k, v in found.items() if k.startswith("times_the_") or k == "times_adam"), {})
+    times, ratios = found.get("times") or found.get("times_an_image") or found.get("times_a_face") or {}, next((v for k, v in found.items() if k.startswith("times_the_")), {})
     rows = [f"   {k:30s} {t['processor_ms']:9.2f} ms {t['wall_ms']:9.2f} ms wall" + (f"   x {ratios[k]:.2f} of the peer" if k in ratios else "") for k, t in times.items()]
     return "\n".join([first, *(rows or [f"   {k:30s} {v}" for k, v in found.items() if k != "machine"])])
 

@@ -21,9 +21,9 @@ def sentence(
 ) -> str:                         # one line
     "Turn an exception into one line for the user."
     if isinstance(error, OSError) and error.strerror: return f"{error.strerror}: {error.filename or ''}".rstrip(": ")
+    from fields.inputs import OUR_FAULTS
     text, kind = " ".join(str(error).split()), type(error).__name__
-    ours = isinstance(error, (AssertionError, AttributeError, LookupError, NameError, TypeError))
-    return f"{kind}{text and ': ' + text}; this is a fault of fields: run it again with FIELDS_DEBUG=1 and report what it prints" if ours else text or kind
+    return f"{kind}{text and ': ' + text}; this is a fault of fields: run it again with FIELDS_DEBUG=1 and report what it prints" if isinstance(error, OUR_FAULTS) else text or kind
 
 def main():
     "Entry point of the `fields` command."

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from .assets import package_file
 from .config import find_root
-from .inputs import IMAGES, VIDEOS, ahead, frames, list_files, write_table
+from .inputs import IMAGES, OUR_FAULTS, VIDEOS, ahead, frames, list_files, write_table
 from .stage import atomic
 from .types import EMOTIONS, HeadParams, Prediction, concatenate
 from .viz import to_uint8
@@ -185,7 +185,7 @@ def look(
                 yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
         except (ValueError, OSError, MemoryError) as e: problem = f"{path}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e) or "there is not enough memory"
         except Exception as e:
-            ours = isinstance(e, (AssertionError, AttributeError, LookupError, NameError, TypeError))
+            ours = isinstance(e, OUR_FAULTS)
             if ours and os.environ.get("FIELDS_DEBUG"): raise
             problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); " + ("a fault of fields, which FIELDS_DEBUG=1 shows" if ours else "convert the file to JPEG, PNG or MP4")
         yield Found(path, name, last=True, problem=problem if not problem or str(path) in problem else f"{path}: {problem}")
