@@ -1,4 +1,5 @@
 """Packaging from settings.ini, the file nbdev 2 reads."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,9 +11,6 @@ cfg = ini["DEFAULT"]
 extras = {key[: -len("_requirements")]: value.split() for key, value in cfg.items() if key.endswith("_requirements")}
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 
-folders = {path.parent.as_posix().replace("/", ".") for path in Path("fields").rglob("*.py")}
-packages_without_init = sorted(folders - set(find_packages(include=["fields", "fields.*"])))
-
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -21,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author=cfg["author"],
-    packages=[*find_packages(include=["fields", "fields.*"]), *packages_without_init, "fields.data_manifests"],
+    packages=[*find_packages(include=["fields", "fields.*"]), "fields.data_manifests"],
     package_dir={"fields.data_manifests": "data_manifests"},
     include_package_data=True,
     package_data={"": ["*.npz", "*.yaml", "*.json"], "fields": ["checkpoints/*"]},

@@ -15,72 +15,185 @@ from .config import find_root
 @dataclass(frozen=True)
 class Asset:
     "A file that the user may provide."
-    name:str                      # name used in messages
-    files:tuple                   # accepted file names, relative to the asset folder
-    enables:str                   # what it makes possible
-    source:str                    # how to get it
-    licence:str                   # terms, as their owners state them
+
+    name: str  # name used in messages
+    files: tuple  # accepted file names, relative to the asset folder
+    enables: str  # what it makes possible
+    source: str  # how to get it
+    licence: str  # terms, as their owners state them
+
 
 FLAME = "flame.is.tue.mpg.de, after registration"
 ASSETS = (
-    Asset("flame2020", ("FLAME2020/generic_model.pkl", "generic_model.pkl"), "the head of SMIRK, TEASER, EMOCA and MICA", FLAME, "non-commercial research (MPI)"),
-    Asset("flame2023", ("FLAME2023/flame2023.pkl", "flame2023.pkl"), "FLAME 2023; no public checkpoint fits it", FLAME, "non-commercial research (MPI)"),
-    Asset("flame2023_open", ("flame2023_Open.pkl", "FLAME2023Open/flame2023_Open.pkl"), "an open FLAME; no public checkpoint fits it", FLAME, "CC BY 4.0"),
-    Asset("landmarks68", ("landmark_embedding.npy",), "the 51 + 17 landmarks of a licensed head", "the DECA, MICA or SMIRK repository", "non-commercial research (MPI)"),
-    Asset("landmarks105", ("mediapipe_landmark_embedding.npz",), "the 105 MediaPipe landmarks of a licensed head", FLAME, "FLAME licence"),
-    Asset("landmarks203", ("203_landmark_embeding_new.npz", "203_landmark_embedding.npz"), "the 203 landmarks of a licensed head", "the TEASER repository", "no licence stated"),
+    Asset(
+        "flame2020",
+        ("FLAME2020/generic_model.pkl", "generic_model.pkl"),
+        "the head of SMIRK, TEASER, EMOCA and MICA",
+        FLAME,
+        "non-commercial research (MPI)",
+    ),
+    Asset(
+        "flame2023",
+        ("FLAME2023/flame2023.pkl", "flame2023.pkl"),
+        "FLAME 2023; no public checkpoint fits it",
+        FLAME,
+        "non-commercial research (MPI)",
+    ),
+    Asset(
+        "flame2023_open",
+        ("flame2023_Open.pkl", "FLAME2023Open/flame2023_Open.pkl"),
+        "an open FLAME; no public checkpoint fits it",
+        FLAME,
+        "CC BY 4.0",
+    ),
+    Asset(
+        "landmarks68",
+        ("landmark_embedding.npy",),
+        "the 51 + 17 landmarks of a licensed head",
+        "the DECA, MICA or SMIRK repository",
+        "non-commercial research (MPI)",
+    ),
+    Asset(
+        "landmarks105",
+        ("mediapipe_landmark_embedding.npz",),
+        "the 105 MediaPipe landmarks of a licensed head",
+        FLAME,
+        "FLAME licence",
+    ),
+    Asset(
+        "landmarks203",
+        ("203_landmark_embeding_new.npz", "203_landmark_embedding.npz"),
+        "the 203 landmarks of a licensed head",
+        "the TEASER repository",
+        "no licence stated",
+    ),
     Asset("masks", ("FLAME_masks.pkl", "FLAME_masks.npz"), "the regions of a licensed head", FLAME, "FLAME licence"),
-    Asset("eyelids", ("l_eyelid.npy",), "the left lid of a licensed head (r_eyelid.npy beside it)", "the SMIRK repository", "non-commercial research (MPI)"),
-    Asset("smirk", ("SMIRK_em1.pt",), "the official SMIRK as a baseline", "the SMIRK repository", "MIT code; trained with MPI assets"),
-    Asset("teaser", ("TEASER.pt", "TEASER_v1.pt"), "the official TEASER as a baseline and as initialisation", "the TEASER repository", "no licence stated"),
+    Asset(
+        "eyelids",
+        ("l_eyelid.npy",),
+        "the left lid of a licensed head (r_eyelid.npy beside it)",
+        "the SMIRK repository",
+        "non-commercial research (MPI)",
+    ),
+    Asset(
+        "smirk",
+        ("SMIRK_em1.pt",),
+        "the official SMIRK as a baseline",
+        "the SMIRK repository",
+        "MIT code; trained with MPI assets",
+    ),
+    Asset(
+        "teaser",
+        ("TEASER.pt", "TEASER_v1.pt"),
+        "the official TEASER as a baseline and as initialisation",
+        "the TEASER repository",
+        "no licence stated",
+    ),
     Asset("mica", ("mica.tar",), "identity targets of Eq. 12", "the MICA repository", "non-commercial research (MPI)"),
-    Asset("vgg16", ("vgg16-397923af.pth", "vgg16.pth"), "the perceptual loss of the paper", "torchvision's model page", "BSD-3-Clause; ImageNet terms"),
-    Asset("mobilenet_small", ("tf_mobilenetv3_small_minimal_100.pth",), "ImageNet initialisation of the pose and token encoders", "timm's model page", "Apache-2.0"),
-    Asset("mobilenet_large", ("tf_mobilenetv3_large_minimal_100.pth",), "ImageNet initialisation of the shape and expression encoders", "timm's model page", "Apache-2.0"),
-    Asset("emotion_features", ("emoca_resnet50.ckpt",), "the emotion features of the EMOCA row", "the EMOCA repository", "non-commercial research (MPI)"),
-    Asset("fan", ("2DFAN4.zip", "2DFAN4-cd938726ad.zip"), "FAN's contour landmarks", "face-alignment downloads it on first use", "BSD-3-Clause"),
-    Asset("points203", ("landmark.onnx",), "the detector of the 203 points", "the TEASER repository", "non-commercial research"),
-    Asset("face_landmarker", ("face_landmarker.task",), "detection with MediaPipe 1.x", "MediaPipe's model page", "Apache-2.0"),
-    Asset("templates", ("expression_templates_famos",), "FaMoS templates for the cycle of Eq. 11", "the SMIRK repository", "non-commercial research (MPI)"),
+    Asset(
+        "vgg16",
+        ("vgg16-397923af.pth", "vgg16.pth"),
+        "the perceptual loss of the paper",
+        "torchvision's model page",
+        "BSD-3-Clause; ImageNet terms",
+    ),
+    Asset(
+        "mobilenet_small",
+        ("tf_mobilenetv3_small_minimal_100.pth",),
+        "ImageNet initialisation of the pose and token encoders",
+        "timm's model page",
+        "Apache-2.0",
+    ),
+    Asset(
+        "mobilenet_large",
+        ("tf_mobilenetv3_large_minimal_100.pth",),
+        "ImageNet initialisation of the shape and expression encoders",
+        "timm's model page",
+        "Apache-2.0",
+    ),
+    Asset(
+        "emotion_features",
+        ("emoca_resnet50.ckpt",),
+        "the emotion features of the EMOCA row",
+        "the EMOCA repository",
+        "non-commercial research (MPI)",
+    ),
+    Asset(
+        "fan",
+        ("2DFAN4.zip", "2DFAN4-cd938726ad.zip"),
+        "FAN's contour landmarks",
+        "face-alignment downloads it on first use",
+        "BSD-3-Clause",
+    ),
+    Asset(
+        "points203",
+        ("landmark.onnx",),
+        "the detector of the 203 points",
+        "the TEASER repository",
+        "non-commercial research",
+    ),
+    Asset(
+        "face_landmarker",
+        ("face_landmarker.task",),
+        "detection with MediaPipe 1.x",
+        "MediaPipe's model page",
+        "Apache-2.0",
+    ),
+    Asset(
+        "templates",
+        ("expression_templates_famos",),
+        "FaMoS templates for the cycle of Eq. 11",
+        "the SMIRK repository",
+        "non-commercial research (MPI)",
+    ),
 )
 
 # %% ../nbs/01_assets.ipynb #c171638f
-def asset_folder() -> Path|None:  # folder of the user's files, or None
+def asset_folder() -> Path | None:  # folder of the user's files, or None
     "Return the folder that `FIELDS_ASSETS` names, else `assets/` in the repository."
-    if os.environ.get("FIELDS_ASSETS"): return Path(os.environ["FIELDS_ASSETS"]).expanduser()
+    if os.environ.get("FIELDS_ASSETS"):
+        return Path(os.environ["FIELDS_ASSETS"]).expanduser()
     root = find_root()
-    return root/"assets" if root else None
+    return root / "assets" if root else None
+
 
 def find_asset(
-    name:str,                     # name in ASSETS
-) -> Path|None:                   # the file, or None
+    name: str,  # name in ASSETS
+) -> Path | None:  # the file, or None
     "Find a file the user has provided; raise `KeyError` for an unknown name."
     asset = {a.name: a for a in ASSETS}[name]
     folder = asset_folder()
-    return next((folder/f for f in asset.files if folder and (folder/f).exists()), None)
+    return next((folder / f for f in asset.files if folder and (folder / f).exists()), None)
+
 
 def require_asset(
-    name:str,                     # name in ASSETS
-) -> Path:                        # the file
+    name: str,  # name in ASSETS
+) -> Path:  # the file
     "Find a file the user has provided, or raise `FileNotFoundError` saying how to get it."
     path, asset = find_asset(name), {a.name: a for a in ASSETS}[name]
     if path is None:
-        raise FileNotFoundError(f"{asset.files[0]} was not found in {asset_folder() or 'any asset folder'}; get it from {asset.source} "
-                                f"({asset.licence}) and set FIELDS_ASSETS to its folder")
+        raise FileNotFoundError(
+            f"{asset.files[0]} was not found in {asset_folder() or 'any asset folder'}; get it from {asset.source} "
+            f"({asset.licence}) and set FIELDS_ASSETS to its folder"
+        )
     return path
 
+
 def package_file(
-    name:str,                     # path below the package, for example "head/open_head.npz"
-) -> Path:                        # the file
+    name: str,  # path below the package, for example "head/open_head.npz"
+) -> Path:  # the file
     "Return a file that ships with the package, or raise `FileNotFoundError`."
     import fields
-    path = Path(fields.__file__).parent/name
-    if not path.is_file(): raise FileNotFoundError(f"{name} is missing from the installed package; install fields again")
+
+    path = Path(fields.__file__).parent / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing from the installed package; install fields again")
     return path
 
 # %% ../nbs/01_assets.ipynb #b310da45
 def sha256(
-    path:Path|str,                # a file
-) -> str:                         # 64 hexadecimal digits
+    path: Path | str,  # a file
+) -> str:  # 64 hexadecimal digits
     "Hash a file's content."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,9 +29,9 @@ from .types import HeadParams
 
 # %% ../nbs/90_bench.ipynb #8cefb6fb
 def plain_head(
-    tables:dict,                  # template, directions (V,3,350), posedirs, regressor, weights, eyelids: plain tensors
-    params:HeadParams,            # 300 + 50 coefficients
-) -> Tensor:                      # (B,V,3)
+    tables: dict,  # template, directions (V,3,350), posedirs, regressor, weights, eyelids: plain tensors
+    params: HeadParams,  # 300 + 50 coefficients
+) -> Tensor:  # (B,V,3)
     "Pose heads with whole-batch tensor operations, as layers are usually written."
     B, coefficients = len(params.shape), torch.cat([params.shape, params.expression], 1)
     shaped = tables["template"] + torch.einsum("bk,vck->bvc", coefficients, tables["directions"])
@@ -39,37 +39,51 @@ def plain_head(
     zero = torch.zeros_like(params.jaw)
     rotations = rodrigues(torch.stack([params.rotation, zero, params.jaw, zero, zero], 1))
     feature = (rotations[:, 1:] - torch.eye(3).to(rotations)).reshape(B, 36)
-    unposed = shaped + torch.einsum("bk,vck->bvc", feature, tables["posedirs"]) + torch.einsum("bk,kvc->bvc", params.eyelids, tables["eyelids"])
+    unposed = (
+        shaped
+        + torch.einsum("bk,vck->bvc", feature, tables["posedirs"])
+        + torch.einsum("bk,kvc->bvc", params.eyelids, tables["eyelids"])
+    )
     local = torch.cat([rotations, (joints - joints[:, tables["parents"]] * tables["child"])[..., None]], -1)
     local = torch.cat([local, local.new_tensor([0, 0, 0, 1.0]).expand(B, 5, 1, 4)], 2)
     chain = [local[:, 0]]
-    for joint in range(1, 5): chain.append(chain[int(tables["parents"][joint])] @ local[:, joint])
+    for joint in range(1, 5):
+        chain.append(chain[int(tables["parents"][joint])] @ local[:, joint])
     world = torch.stack(chain, 1)
     moved = world[..., :3, 3] - torch.einsum("bjmn,bjn->bjm", world[..., :3, :3], joints)
     blended = torch.einsum("vj,bjmn->bvmn", tables["weights"], torch.cat([world[..., :3, :3], moved[..., None]], -1))
     return torch.einsum("bvmn,bvn->bvm", blended[..., :3], unposed) + blended[..., 3]
 
+
 def plain_tables(
-    head:Head,                    # whose numbers
-) -> dict:                        # what `plain_head` needs
+    head: Head,  # whose numbers
+) -> dict:  # what `plain_head` needs
     "Copy a head's numbers to plain tensors."
     parents = torch.tensor([0, *list(head.parents)[1:]], device=head.template.device)
-    return {"template": head.template, "directions": torch.cat([head.shapedirs, head.exprdirs[..., :50]], -1).contiguous(), "posedirs": head.posedirs.contiguous(), "eyelids": head.eyelids,
-            "regressor": head.joint_regressor, "weights": head.weights, "parents": parents, "child": head.template.new_tensor([0.0, 1, 1, 1, 1])[:, None]}
+    return {
+        "template": head.template,
+        "directions": torch.cat([head.shapedirs, head.exprdirs[..., :50]], -1).contiguous(),
+        "posedirs": head.posedirs.contiguous(),
+        "eyelids": head.eyelids,
+        "regressor": head.joint_regressor,
+        "weights": head.weights,
+        "parents": parents,
+        "child": head.template.new_tensor([0.0, 1, 1, 1, 1])[:, None],
+    }
 
 # %% ../nbs/90_bench.ipynb #f6688cbd
 def bench_head(
-    head:str = "open",            # "open" or the path of a head
-    batch:int = 64,
-    rounds:int = 11,
-    threads:int = 1,
-    device:str = "cpu",
-) -> dict:                        # times of one batch, and ratios
+    head: str = "open",  # "open" or the path of a head
+    batch: int = 64,
+    rounds: int = 11,
+    threads: int = 1,
+    device: str = "cpu",
+) -> dict:  # times of one batch, and ratios
     "Time forward and backward of the head layer."
     head = Head.load(head).to(device)
     generator, tables = torch.Generator().manual_seed(0), plain_tables(head)
-    draw = lambda n, size = 1.0: (torch.randn(batch, n, generator=generator) * size).to(device).requires_grad_()
-    params = HeadParams(draw(300), draw(50), draw(2, .1), draw(3, .1), draw(3, .3), draw(3))
+    draw = lambda n, size=1.0: (torch.randn(batch, n, generator=generator) * size).to(device).requires_grad_()
+    params = HeadParams(draw(300), draw(50), draw(2, 0.1), draw(3, 0.1), draw(3, 0.3), draw(3))
     wanted = [params.shape, params.expression, params.eyelids, params.jaw, params.rotation]
     blend = tables["directions"].permute(2, 0, 1).reshape(350, -1).contiguous()
     push = torch.randn(batch, *head.template.shape, generator=generator).to(device)
@@ -78,13 +92,29 @@ def bench_head(
         c = torch.cat([params.shape, params.expression], 1)
         torch.autograd.grad(c @ blend, [params.shape, params.expression], push.flatten(1))
 
-    times = measure({"blend_shape_product": product, "head": lambda: torch.autograd.grad(head(params).vertices, wanted, push),
-                     "plain_torch": lambda: torch.autograd.grad(plain_head(tables, params), wanted, push)}, 1, rounds, threads, device)
-    return {"batch": batch, "vertices": len(head.template), "threads": threads, "device": device, "times": times, "times_the_product": compare(times, "blend_shape_product", clock_of(threads, device))}
+    times = measure(
+        {
+            "blend_shape_product": product,
+            "head": lambda: torch.autograd.grad(head(params).vertices, wanted, push),
+            "plain_torch": lambda: torch.autograd.grad(plain_head(tables, params), wanted, push),
+        },
+        1,
+        rounds,
+        threads,
+        device,
+    )
+    return {
+        "batch": batch,
+        "vertices": len(head.template),
+        "threads": threads,
+        "device": device,
+        "times": times,
+        "times_the_product": compare(times, "blend_shape_product", clock_of(threads, device)),
+    }
 
 # %% ../nbs/90_bench.ipynb #1c39b29d
 @lru_cache(1)
-def plain_zbuffer():              # function(vertices (B,V,3), faces (F,3), depth (B,H,W), index (B,H,W), barycentrics (B,H,W,3))
+def plain_zbuffer():  # function(vertices (B,V,3), faces (F,3), depth (B,H,W), index (B,H,W), barycentrics (B,H,W,3))
     "Compile the plain z-buffer; raise `ImportError` without numba."
     from numba import njit
 
@@ -100,13 +130,15 @@ def plain_zbuffer():              # function(vertices (B,V,3), faces (F,3), dept
                 x1, y1 = (vertices[b, j, 0] + 1) * width / 2 - 0.5, (vertices[b, j, 1] + 1) * height / 2 - 0.5
                 x2, y2 = (vertices[b, k, 0] + 1) * width / 2 - 0.5, (vertices[b, k, 1] + 1) * height / 2 - 0.5
                 area = (x1 - x0) * (y2 - y0) - (y1 - y0) * (x2 - x0)
-                if area == 0: continue
+                if area == 0:
+                    continue
                 for y in range(max(0, math.ceil(min(y0, y1, y2))), min(height - 1, math.floor(max(y0, y1, y2))) + 1):
                     for x in range(max(0, math.ceil(min(x0, x1, x2))), min(width - 1, math.floor(max(x0, x1, x2))) + 1):
                         w0 = ((x1 - x) * (y2 - y) - (y1 - y) * (x2 - x)) / area
                         w1 = ((x2 - x) * (y0 - y) - (y2 - y) * (x0 - x)) / area
                         w2 = 1 - w0 - w1
-                        if w0 < 0 or w1 < 0 or w2 < 0: continue
+                        if w0 < 0 or w1 < 0 or w2 < 0:
+                            continue
                         z = w0 * vertices[b, i, 2] + w1 * vertices[b, j, 2] + w2 * vertices[b, k, 2]
                         if z < depth[b, y, x]:
                             depth[b, y, x], index[b, y, x] = z, t
@@ -114,27 +146,32 @@ def plain_zbuffer():              # function(vertices (B,V,3), faces (F,3), dept
 
     return draw
 
+
 def turned_heads(
-    head:Head,
-    batch:int,
-    seed:int = 20,
-) -> tuple[Tensor, Tensor]:       # (B,V,3) vertices, metres, and (B,3) cameras
+    head: Head,
+    batch: int,
+    seed: int = 20,
+) -> tuple[Tensor, Tensor]:  # (B,V,3) vertices, metres, and (B,3) cameras
     "Draw identities and expressions in random poses."
     g = torch.Generator().manual_seed(seed)
     r = lambda n, size: torch.randn(batch, n, generator=g) * size
     turn = (torch.rand(batch, 3, generator=g) - 0.5) * torch.tensor([1.0, 2.4, 0.6])
-    params = HeadParams(r(20, 1.0), r(10, 1.0), torch.zeros(batch, 2), torch.zeros(batch, 3), turn, torch.zeros(batch, 3)).to(head.template.device)
-    return head(params).vertices.detach(), torch.tensor([[7.0, 0.0, 0.02]], device=head.template.device).repeat(batch, 1)
+    params = HeadParams(
+        r(20, 1.0), r(10, 1.0), torch.zeros(batch, 2), torch.zeros(batch, 3), turn, torch.zeros(batch, 3)
+    ).to(head.template.device)
+    return head(params).vertices.detach(), torch.tensor([[7.0, 0.0, 0.02]], device=head.template.device).repeat(
+        batch, 1
+    )
 
 # %% ../nbs/90_bench.ipynb #f3b84f9f
 def bench_rasterizer(
-    head:str = "open",            # "open" or the path of a head
-    batch:int = 8,
-    size:int = 224,
-    rounds:int = 11,
-    threads:int = 1,
-    device:str = "cpu",
-) -> dict:                        # times an image, and how often the peer fits in
+    head: str = "open",  # "open" or the path of a head
+    batch: int = 8,
+    size: int = 224,
+    rounds: int = 11,
+    threads: int = 1,
+    device: str = "cpu",
+) -> dict:  # times an image, and how often the peer fits in
     "Time visibility, the geometry image, and its backward pass."
     head = Head.load(head).to(device)
     vertices, camera = turned_heads(head, batch)
@@ -144,46 +181,91 @@ def bench_rasterizer(
         v = vertices.clone().requires_grad_()
         geometry_image(v, faces, camera, size)[0].mean().backward()
 
-    calls = {"visibility": lambda: rasterize(points, head.faces, size), "with_normals_and_shading": lambda: geometry_image(vertices, head.faces, camera, size),
-             "with_shading_and_backward": lambda: learn(head.faces), "face_region_and_backward": lambda: learn(face)}
+    calls = {
+        "visibility": lambda: rasterize(points, head.faces, size),
+        "with_normals_and_shading": lambda: geometry_image(vertices, head.faces, camera, size),
+        "with_shading_and_backward": lambda: learn(head.faces),
+        "face_region_and_backward": lambda: learn(face),
+    }
     if device == "cpu":
         peer, depth = plain_zbuffer(), np.empty((batch, size, size), np.float32)
         index, barycentrics = np.empty(depth.shape, np.int64), np.empty((*depth.shape, 3), np.float32)
         calls["plain_zbuffer_one_thread"] = lambda: peer(points.numpy(), head.faces.numpy(), depth, index, barycentrics)
     try:
         import pytorch3d  # noqa: F401
+
         calls["pytorch3d_visibility"] = lambda: rasterize(points, head.faces, size, "pytorch3d")
-    except ImportError: pass
+    except ImportError:
+        pass
     times = measure(calls, batch, rounds, threads, device)
-    out = {"batch": batch, "size": size, "triangles": len(head.faces), "face_triangles": len(face), "threads": threads, "device": device, "pytorch3d": "pytorch3d_visibility" in calls, "times_an_image": times}
-    return out | ({"times_the_plain_zbuffer": compare(times, "plain_zbuffer_one_thread", clock_of(threads, device))} if device == "cpu" else {})
+    out = {
+        "batch": batch,
+        "size": size,
+        "triangles": len(head.faces),
+        "face_triangles": len(face),
+        "threads": threads,
+        "device": device,
+        "pytorch3d": "pytorch3d_visibility" in calls,
+        "times_an_image": times,
+    }
+    return out | (
+        {"times_the_plain_zbuffer": compare(times, "plain_zbuffer_one_thread", clock_of(threads, device))}
+        if device == "cpu"
+        else {}
+    )
 
 # %% ../nbs/90_bench.ipynb #cb5421dd
 def bench_textured(
-    head:str = "open",            # "open" or the path of a head
-    batch:int = 8,
-    size:int = 256,
-    rounds:int = 11,
-) -> dict:                        # times an image, and how often the peer fits in
+    head: str = "open",  # "open" or the path of a head
+    batch: int = 8,
+    size: int = 256,
+    rounds: int = 11,
+) -> dict:  # times an image, and how often the peer fits in
     "Time textured pictures, one thread."
     head = Head.load(head)
     vertices, camera = turned_heads(head, batch)
     texture = np.random.default_rng(1).random((512, 512, 3)).astype(np.float32)
     x, y, z = head.template.numpy().T
-    uv = head.uv if head.uv is not None else np.stack([np.arctan2(x, z) / (2 * np.pi) + 0.5, (y - y.min()) / np.ptp(y)], 1)
-    wall, light, faces = np.zeros((size, size, 3), np.float32), ambient_light() * 0.5 + directional_light((1, 1, 1)) * 0.5, head.faces.numpy()
-    points, peer, depth = project(vertices, camera).numpy(), plain_zbuffer(), np.empty((batch, 2 * size, 2 * size), np.float32)
+    uv = (
+        head.uv
+        if head.uv is not None
+        else np.stack([np.arctan2(x, z) / (2 * np.pi) + 0.5, (y - y.min()) / np.ptp(y)], 1)
+    )
+    wall, light, faces = (
+        np.zeros((size, size, 3), np.float32),
+        ambient_light() * 0.5 + directional_light((1, 1, 1)) * 0.5,
+        head.faces.numpy(),
+    )
+    points, peer, depth = (
+        project(vertices, camera).numpy(),
+        plain_zbuffer(),
+        np.empty((batch, 2 * size, 2 * size), np.float32),
+    )
     index, barycentrics = np.empty(depth.shape, np.int64), np.empty((*depth.shape, 3), np.float32)
-    times = measure({"textured": lambda: render_textured(vertices, faces, uv, texture, camera[0], light, wall),
-                     "plain_zbuffer_of_its_samples": lambda: peer(points, faces, depth, index, barycentrics)}, batch, rounds)
-    return {"batch": batch, "size": size, "samples": 4, "triangles": len(faces), "threads": 1, "times_an_image": times, "times_the_plain_zbuffer": compare(times, "plain_zbuffer_of_its_samples")}
+    times = measure(
+        {
+            "textured": lambda: render_textured(vertices, faces, uv, texture, camera[0], light, wall),
+            "plain_zbuffer_of_its_samples": lambda: peer(points, faces, depth, index, barycentrics),
+        },
+        batch,
+        rounds,
+    )
+    return {
+        "batch": batch,
+        "size": size,
+        "samples": 4,
+        "triangles": len(faces),
+        "threads": 1,
+        "times_an_image": times,
+        "times_the_plain_zbuffer": compare(times, "plain_zbuffer_of_its_samples"),
+    }
 
 # %% ../nbs/90_bench.ipynb #29680096
 def faces_to_refine(
-    head:Head,
-    batch:int,                    # faces
-    seed:int = 0,
-) -> tuple[HeadParams, Tensor]:   # where the fit starts; (B,105,2) points seen with noise, NDC
+    head: Head,
+    batch: int,  # faces
+    seed: int = 0,
+) -> tuple[HeadParams, Tensor]:  # where the fit starts; (B,105,2) points seen with noise, NDC
     "Draw faces in the open head's likely range and look at their points."
     g, true = torch.Generator().manual_seed(seed), HeadParams.neutral(batch, scale=7.0)
     draw = lambda spread, *s: spread * torch.randn(batch, *s, generator=g)
@@ -193,18 +275,28 @@ def faces_to_refine(
     start.rotation[:] = true.rotation + draw(0.05, 3)
     return start, projected(head, true) + draw(RefineConfig().noise, 105, 2) * normaliser(true.camera)[:, None, None]
 
+
 def fit_with_adam(
-    head:Head,
-    start:HeadParams,             # (B,...)
-    points:Tensor,                # (B,105,2) NDC
-    steps:int = 100,
-    rate:float = 0.05,            # learning rate, in units of the priors
-    config:RefineConfig = RefineConfig(),
-) -> HeadParams:                  # fitted
+    head: Head,
+    start: HeadParams,  # (B,...)
+    points: Tensor,  # (B,105,2) NDC
+    steps: int = 100,
+    rate: float = 0.05,  # learning rate, in units of the priors
+    config: RefineConfig = RefineConfig(),
+) -> HeadParams:  # fitted
     "Fit by first-order steps through the whole head, as landmark fits are usually written."
-    sizes = {"shape": config.shape * (torch.arange(300) < config.shapes), "expression": config.expression, "eyelids": config.eyelids,
-             "jaw": torch.tensor([config.jaw, config.jaw_side, config.jaw_side]), "rotation": 0.2, "camera": 0.5}
-    free, unit = {k: torch.zeros_like(getattr(start, k)).requires_grad_() for k in sizes}, config.noise * normaliser(start.camera)[:, None, None]
+    sizes = {
+        "shape": config.shape * (torch.arange(300) < config.shapes),
+        "expression": config.expression,
+        "eyelids": config.eyelids,
+        "jaw": torch.tensor([config.jaw, config.jaw_side, config.jaw_side]),
+        "rotation": 0.2,
+        "camera": 0.5,
+    }
+    free, unit = (
+        {k: torch.zeros_like(getattr(start, k)).requires_grad_() for k in sizes},
+        config.noise * normaliser(start.camera)[:, None, None],
+    )
     adam = torch.optim.Adam(list(free.values()), rate)
     params = lambda: HeadParams(**{k: getattr(start, k) + sizes[k] * v for k, v in free.items()})
     for _ in range(steps):
@@ -214,47 +306,85 @@ def fit_with_adam(
         adam.step()
     return HeadParams(**{k: v.detach() for k, v in vars(params()).items()})
 
+
 def bench_refine(
-    batch:int = 16,
-    steps:int = 100,              # of the peer
-    rounds:int = 5,
-) -> dict:                        # times a face, their ratio to the peer's, errors
+    batch: int = 16,
+    steps: int = 100,  # of the peer
+    rounds: int = 5,
+) -> dict:  # times a face, their ratio to the peer's, errors
     "Time the landmark fit of `--refine`, one thread."
     head, config, error = Head.load("open"), RefineConfig(), {}
     small, (start, points) = LandmarkHead(head, config.shapes), faces_to_refine(head, batch)
-    calls = {"refine": lambda: refine(head, start, points, None, config, small), "adam_through_the_head": lambda: fit_with_adam(head, start, points, steps, config=config)}
+    calls = {
+        "refine": lambda: refine(head, start, points, None, config, small),
+        "adam_through_the_head": lambda: fit_with_adam(head, start, points, steps, config=config),
+    }
     for name, params in [("start", start), *((n, call()) for n, call in calls.items())]:
-        with torch.no_grad(): error[name] = round(100 * float(((projected(head, params) - points).norm(dim=-1).mean(1) / normaliser(params.camera)).median()), 3)
+        with torch.no_grad():
+            error[name] = round(
+                100
+                * float(((projected(head, params) - points).norm(dim=-1).mean(1) / normaliser(params.camera)).median()),
+                3,
+            )
     times = measure(calls, batch, rounds)
-    return {"batch": batch, "threads": 1, "adam_steps": steps, "percent_error": error, "times_a_face": times, "times_the_adam_fit": compare(times, "adam_through_the_head")}
+    return {
+        "batch": batch,
+        "threads": 1,
+        "adam_steps": steps,
+        "percent_error": error,
+        "times_a_face": times,
+        "times_the_adam_fit": compare(times, "adam_through_the_head"),
+    }
 
 # %% ../nbs/90_bench.ipynb #dbc3503f
-BENCHES = {"head": bench_head, "head_all_threads": lambda: bench_head(threads=os.cpu_count()), "rasterizer": bench_rasterizer,
-           "rasterizer_all_threads": lambda: bench_rasterizer(threads=os.cpu_count()), "textured": bench_textured, "refine": bench_refine,
-           "training": bench_training, "training_split": split_of_iteration, "memory": bench_memory}
+BENCHES = {
+    "head": bench_head,
+    "head_all_threads": lambda: bench_head(threads=os.cpu_count()),
+    "rasterizer": bench_rasterizer,
+    "rasterizer_all_threads": lambda: bench_rasterizer(threads=os.cpu_count()),
+    "textured": bench_textured,
+    "refine": bench_refine,
+    "training": bench_training,
+    "training_split": split_of_iteration,
+    "memory": bench_memory,
+}
 if torch.cuda.is_available():
-    BENCHES |= {"head_gpu": lambda: bench_head(device="cuda"), "rasterizer_gpu": lambda: bench_rasterizer(batch=64, device="cuda"),
-                "training_gpu": lambda: bench_training(batch=64, device="cuda", rounds=5), "training_split_gpu": lambda: split_of_iteration(batch=64, device="cuda")}
+    BENCHES |= {
+        "head_gpu": lambda: bench_head(device="cuda"),
+        "rasterizer_gpu": lambda: bench_rasterizer(batch=64, device="cuda"),
+        "training_gpu": lambda: bench_training(batch=64, device="cuda", rounds=5),
+        "training_split_gpu": lambda: split_of_iteration(batch=64, device="cuda"),
+    }
+
 
 def describe(
-    name:str,
-    found:dict,                   # figures of one bench
-) -> str:                         # lines for people
+    name: str,
+    found: dict,  # figures of one bench
+) -> str:  # lines for people
     "Say what a bench found: times with their ratio to the peer, or the figures as they are."
     first = f"{name}  ({found['machine']['processor']}, {found['machine']['cores']} cores, load {found['machine']['load']}, {found.get('threads', '?')} threads)"
-    times, ratios = found.get("times") or found.get("times_an_image") or found.get("times_a_face") or {}, next((v for k, v in found.items() if k.startswith("times_the_")), {})
-    rows = [f"   {k:30s} {t['processor_ms']:9.2f} ms {t['wall_ms']:9.2f} ms wall" + (f"   x {ratios[k]:.2f} of the peer" if k in ratios else "") for k, t in times.items()]
+    times, ratios = (
+        found.get("times") or found.get("times_an_image") or found.get("times_a_face") or {},
+        next((v for k, v in found.items() if k.startswith("times_the_")), {}),
+    )
+    rows = [
+        f"   {k:30s} {t['processor_ms']:9.2f} ms {t['wall_ms']:9.2f} ms wall"
+        + (f"   x {ratios[k]:.2f} of the peer" if k in ratios else "")
+        for k, t in times.items()
+    ]
     return "\n".join([first, *(rows or [f"   {k:30s} {v}" for k, v in found.items() if k != "machine"])])
 
+
 def write_bench(
-    out:Path|str,                 # a JSON file; benches that are in it and not run now stay
-    names = None,                 # of `BENCHES`; None: all
-    report = print,               # called with a line for each bench
-) -> dict:                        # what the file holds
+    out: Path | str,  # a JSON file; benches that are in it and not run now stay
+    names=None,  # of `BENCHES`; None: all
+    report=print,  # called with a line for each bench
+) -> dict:  # what the file holds
     "Run benches and write their figures; raise `ValueError` for a name that does not exist."
     out, names = Path(out), list(BENCHES if names is None else names)
     unknown = [name for name in names if name not in BENCHES]
-    if unknown: raise ValueError(f"no bench is called {unknown[0]!r}; there are {', '.join(BENCHES)}")
+    if unknown:
+        raise ValueError(f"no bench is called {unknown[0]!r}; there are {', '.join(BENCHES)}")
     found = json.loads(out.read_text()) if out.exists() else {}
     for name in names:
         found[name] = BENCHES[name]() | {"machine": machine()}

@@ -22,30 +22,53 @@ from .types import DATASETS, Batch, HeadParams
 
 # %% ../nbs/89_bench_training.ipynb #8702373c
 def noise_batch(
-    head:Head,
-    size:int,                     # side of the images, pixels
-    batch:int,                    # images
-    seed:int=0,
-) -> Batch:                       # with all labels
+    head: Head,
+    size: int,  # side of the images, pixels
+    batch: int,  # images
+    seed: int = 0,
+) -> Batch:  # with all labels
     "Make a batch of noise images with the landmarks of random heads."
     g = torch.Generator().manual_seed(seed)
     params = HeadParams.neutral(batch)
-    params.shape[:, :20], params.expression[:, :20] = torch.randn(batch, 20, generator=g)*.5, torch.randn(batch, 20, generator=g)*.5
-    params.rotation[:] = torch.randn(batch, 3, generator=g)*.15
+    params.shape[:, :20], params.expression[:, :20] = (
+        torch.randn(batch, 20, generator=g) * 0.5,
+        torch.randn(batch, 20, generator=g) * 0.5,
+    )
+    params.rotation[:] = torch.randn(batch, 3, generator=g) * 0.15
     with torch.no_grad():
         output = head(params)
         points = {n: projected(head, params, n, output) for n in ("mediapipe105", "contour17", "points203")}
     yes, zero = torch.ones(batch, dtype=torch.bool), torch.zeros(batch)
-    return Batch(torch.rand(batch, 3, size, size, generator=g), torch.ones(batch, 1, size, size), points["mediapipe105"], points["contour17"], yes, points["points203"], yes,
-                 params.shape, yes, params.expression, params.jaw, params.eyelids, yes, torch.zeros(batch, dtype=torch.long), zero, zero, yes, torch.full((batch,), DATASETS.index("bp4d")), [str(i) for i in range(batch)])
+    return Batch(
+        torch.rand(batch, 3, size, size, generator=g),
+        torch.ones(batch, 1, size, size),
+        points["mediapipe105"],
+        points["contour17"],
+        yes,
+        points["points203"],
+        yes,
+        params.shape,
+        yes,
+        params.expression,
+        params.jaw,
+        params.eyelids,
+        yes,
+        torch.zeros(batch, dtype=torch.long),
+        zero,
+        zero,
+        yes,
+        torch.full((batch,), DATASETS.index("bp4d")),
+        [str(i) for i in range(batch)],
+    )
+
 
 def training_job(
-    profile:str,                  # whose networks and image size
-    precision:str,                # "32" | "bf16"
-    batch:int,                    # images
-    head:str="open",              # "open" or the path of a head
-    device:str="cpu",
-):                                # a function that runs one iteration, and the job behind it
+    profile: str,  # whose networks and image size
+    precision: str,  # "32" | "bf16"
+    batch: int,  # images
+    head: str = "open",  # "open" or the path of a head
+    device: str = "cpu",
+):  # a function that runs one iteration, and the job behind it
     "Build F4 with random weights; nothing is read but the head."
     config = load_profile(profile, {"head": head, "train.batch": batch, "device": device})
     loaded = Head.load(head).to(device)
@@ -53,69 +76,112 @@ def training_job(
     model = FieldsModel(config.network, loaded, seed=0).to(device)
     eyes = (Vgg16() if config.network.size == "paper" else SmallPerceptual(config.network.classes, 19)).to(device)
     templates = torch.randn(8, 50, generator=torch.Generator().manual_seed(1)).to(device)
-    job = Alternating(model, loaded, copy.deepcopy(model.encoders), METHODS["F4"], config, eyes, templates, precision=precision)
+    job = Alternating(
+        model, loaded, copy.deepcopy(model.encoders), METHODS["F4"], config, eyes, templates, precision=precision
+    )
     item, passes = noise_batch(Head.load(head), config.network.image_size, batch).to(device), job.passes()
+
     def iteration():
         sample = job.prepare(item)
-        for p in passes: run_pass(model, p, [sample], Moment(0), Team(device))
+        for p in passes:
+            run_pass(model, p, [sample], Moment(0), Team(device))
+
     return iteration, job
 
 # %% ../nbs/89_bench_training.ipynb #18768489
 def bench_training(
-    profile:str="paper",          # whose networks and image size
-    batch:int=4,                  # images
-    head:str="open",              # "open" or the path of a head
-    rounds:int=3,                 # timed iterations, after one to warm up
-    device:str="cpu",
-) -> dict:                        # seconds of an iteration, and the ratio
+    profile: str = "paper",  # whose networks and image size
+    batch: int = 4,  # images
+    head: str = "open",  # "open" or the path of a head
+    rounds: int = 3,  # timed iterations, after one to warm up
+    device: str = "cpu",
+) -> dict:  # seconds of an iteration, and the ratio
     "Time iterations in bf16 and in plain float32, one after the other."
     torch.utils.deterministic.fill_uninitialized_memory = False
-    times = measure({p: training_job(profile, p, batch, head, device)[0] for p in ("bf16", "32")}, 1, rounds, torch.get_num_threads(), device)
-    return {"profile": profile, "batch": batch, "threads": torch.get_num_threads(), "device": device, "times_of_an_iteration": times,
-            "images_a_second": round(1000*batch/times["bf16"]["wall_ms"], 2), "float32_over_bf16": compare(times, "bf16", "wall_ms")["32"]}
+    times = measure(
+        {p: training_job(profile, p, batch, head, device)[0] for p in ("bf16", "32")},
+        1,
+        rounds,
+        torch.get_num_threads(),
+        device,
+    )
+    return {
+        "profile": profile,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "times_of_an_iteration": times,
+        "images_a_second": round(1000 * batch / times["bf16"]["wall_ms"], 2),
+        "float32_over_bf16": compare(times, "bf16", "wall_ms")["32"],
+    }
 
 # %% ../nbs/89_bench_training.ipynb #8defaf92
 def peak_of(
-    profile:str,
-    batch:int,
-    precision:str="bf16",
-) -> float:                       # MiB above what the imports take
+    profile: str,
+    batch: int,
+    precision: str = "bf16",
+) -> float:  # MiB above what the imports take
     "Run two iterations in this process and return how much its peak memory grew."
-    def peak(): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])/1024
+
+    def peak():
+        return (
+            int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
+            / 1024
+        )
+
     before, (iteration, _) = peak(), training_job(profile, precision, batch)
-    for _ in range(2): iteration()
+    for _ in range(2):
+        iteration()
     return peak() - before
 
+
 def bench_memory(
-    profiles:tuple=(("smoke", 8), ("demo", 64), ("study", 64), ("paper", 4)), # profile and batch
-) -> dict:                        # profile -> MiB
+    profiles: tuple = (("smoke", 8), ("demo", 64), ("study", 64), ("paper", 4)),  # profile and batch
+) -> dict:  # profile -> MiB
     "Measure the peak memory of an iteration, each profile in a fresh process; raise `RuntimeError` if one fails."
     found = {}
     for profile, batch in profiles:
-        code = f"import json; from fields.bench_training import peak_of; print(json.dumps(peak_of({profile!r}, {batch})))"
+        code = (
+            f"import json; from fields.bench_training import peak_of; print(json.dumps(peak_of({profile!r}, {batch})))"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-        if done.returncode: raise RuntimeError(f"an iteration of {profile} at batch {batch} failed: {done.stderr.strip().splitlines()[-1]}")
+        if done.returncode:
+            raise RuntimeError(
+                f"an iteration of {profile} at batch {batch} failed: {done.stderr.strip().splitlines()[-1]}"
+            )
         found[f"{profile}, batch {batch}"] = round(json.loads(done.stdout.splitlines()[-1]))
     return {"peak_MiB_of_an_iteration": found}
 
 # %% ../nbs/89_bench_training.ipynb #c2e28a7d
 def split_of_iteration(
-    profile:str="paper",
-    batch:int=4,
-    precision:str="bf16",
-    rounds:int=3,
-    device:str="cpu",
-) -> dict:                        # part -> milliseconds, forward only but for the passes
+    profile: str = "paper",
+    batch: int = 4,
+    precision: str = "bf16",
+    rounds: int = 3,
+    device: str = "cpu",
+) -> dict:  # part -> milliseconds, forward only but for the passes
     "Time the parts of an iteration."
     iteration, job = training_job(profile, precision, batch, device=device)
-    item, moment, model = noise_batch(Head.load("open"), job.config.network.image_size, batch).to(device), Moment(0), job.model
+    item, moment, model = (
+        noise_batch(Head.load("open"), job.config.network.image_size, batch).to(device),
+        Moment(0),
+        job.model,
+    )
     with torch.no_grad():
         params, tokens = job.encode(item.image)
         painted = job.paint(item, params, tokens, moment)
     sample = job.prepare(item)
-    calls = {"encoders": lambda: job._net(model.encoders, item.image), "tokens": lambda: job._net(model.token_encoder, item.image), "head and rendering": lambda: job.paint(item, params, tokens, moment),
-             "synthesizer": lambda: job._net(model.synthesizer, painted.geometry, painted.masked, tokens), "perceptual network": lambda: job._net(job.perceptual, item.image)}
+    calls = {
+        "encoders": lambda: job._net(model.encoders, item.image),
+        "tokens": lambda: job._net(model.token_encoder, item.image),
+        "head and rendering": lambda: job.paint(item, params, tokens, moment),
+        "synthesizer": lambda: job._net(model.synthesizer, painted.geometry, painted.masked, tokens),
+        "perceptual network": lambda: job._net(job.perceptual, item.image),
+    }
     calls = {name: torch.no_grad()(call) for name, call in calls.items()}
-    calls |= {f"{p.name} pass, forward and backward": lambda p=p: run_pass(model, p, [sample], moment, job.team) for p in job.passes()}
+    calls |= {
+        f"{p.name} pass, forward and backward": lambda p=p: run_pass(model, p, [sample], moment, job.team)
+        for p in job.passes()
+    }
     found = {name: t["wall_ms"] for name, t in measure(calls, 1, rounds, torch.get_num_threads(), device).items()}
     return found | {"head and rendering": round(found["head and rendering"] - found["synthesizer"], 4)}

@@ -19,174 +19,247 @@ class ChainError(RuntimeError):
 # %% ../nbs/81_chain.ipynb #e1177974
 @contextmanager
 def lock(
-    run:Path,                     # folder of the run
-):                                # holds the lock inside the block
+    run: Path,  # folder of the run
+):  # holds the lock inside the block
     "Lock a run folder; raise `ChainError` if another chain holds it or it cannot be written."
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = open(run/".lock", "w")
+        file = open(run / ".lock", "w")
     except OSError as e:
         raise ChainError(f"the run folder {run} cannot be written ({e.strerror}); choose another with --run") from None
     with file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ChainError(f"another chain is working in {run}; wait for it or choose another folder with --run") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ChainError(
+                f"another chain is working in {run}; wait for it or choose another folder with --run"
+            ) from None
         yield
 
 # %% ../nbs/81_chain.ipynb #ab10c590
 @contextmanager
-def private_sockets():            # configuration of the kernel, for papermill
+def private_sockets():  # configuration of the kernel, for papermill
     "Let a kernel talk through sockets in a temporary folder, where the system can; the folder goes when the block ends."
     import tempfile
     from traitlets.config import Config as Traits
+
     with tempfile.TemporaryDirectory(prefix="fields-kernel-", ignore_cleanup_errors=True) as folder:
-        name = str(Path(folder)/"kernel")
-        if os.name != "posix" or len(name) > 90: yield Traits()
-        else: yield Traits({"KernelManager": {"transport": "ipc", "ip": name, "connection_file": f"{name}.json"}})
+        name = str(Path(folder) / "kernel")
+        if os.name != "posix" or len(name) > 90:
+            yield Traits()
+        else:
+            yield Traits({"KernelManager": {"transport": "ipc", "ip": name, "connection_file": f"{name}.json"}})
+
 
 def execute(
-    notebook:Path,                # notebook to execute
-    output:Path,                  # executed copy, written as it goes
-    parameters:dict,              # papermill parameters
+    notebook: Path,  # notebook to execute
+    output: Path,  # executed copy, written as it goes
+    parameters: dict,  # papermill parameters
 ):
     "Execute a notebook with papermill; raise `ChainError` naming notebook and cell when it fails."
     import logging
     import papermill
     from papermill.exceptions import PapermillExecutionError
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     output.parent.mkdir(parents=True, exist_ok=True)
     unknown = set(parameters) - set(papermill.inspect_notebook(str(notebook)))
-    if unknown: raise ChainError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; see its first code cell")
+    if unknown:
+        raise ChainError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}; see its first code cell")
     try:
         with private_sockets() as config:
-            papermill.execute_notebook(str(notebook), str(output), parameters=parameters, kernel_name="python3", config=config,
-                                       cwd=str(find_root()), progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"])
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters=parameters,
+                kernel_name="python3",
+                config=config,
+                cwd=str(find_root()),
+                progress_bar=False,
+                log_output=False,
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
     except PapermillExecutionError as e:
-        raise ChainError(f"{notebook.name}, cell {e.cell_index}: {e.ename}: {e.evalue} (the executed copy is {output})") from None
+        raise ChainError(
+            f"{notebook.name}, cell {e.cell_index}: {e.ename}: {e.evalue} (the executed copy is {output})"
+        ) from None
     except OSError as e:
         raise ChainError(f"{notebook.name} could not be executed: {e.strerror or e} ({output.parent})") from None
     except RuntimeError as e:
-        raise ChainError(f"{notebook.name} lost its kernel ({e}); if memory ran out, use a smaller profile or --set workers=1") from None
+        raise ChainError(
+            f"{notebook.name} lost its kernel ({e}); if memory ran out, use a smaller profile or --set workers=1"
+        ) from None
 
 # %% ../nbs/81_chain.ipynb #1b90271d
 class Progress:
     "One bar over the steps that remain, weighted by the time they take."
-    def __init__(self, run:RunDir, steps:list[Step], count:int, quiet:bool=False):
+
+    def __init__(self, run: RunDir, steps: list[Step], count: int, quiet: bool = False):
         from tqdm import tqdm
-        self.run, self.total, self.before, self.count, self.working = run, sum(s.minutes for s in steps) or 1, 0.0, count, {}
+
+        self.run, self.total, self.before, self.count, self.working = (
+            run,
+            sum(s.minutes for s in steps) or 1,
+            0.0,
+            count,
+            {},
+        )
         slow = not sys.stderr.isatty()
-        self.bar = tqdm(total=100, disable=quiet, mininterval=15 if slow else .2, ascii=slow, file=sys.stderr,
-                        bar_format="{desc:<44} {percentage:3.0f}%|{bar:24}| {elapsed} elapsed, about {remaining} left")
+        self.bar = tqdm(
+            total=100,
+            disable=quiet,
+            mininterval=15 if slow else 0.2,
+            ascii=slow,
+            file=sys.stderr,
+            bar_format="{desc:<44} {percentage:3.0f}%|{bar:24}| {elapsed} elapsed, about {remaining} left",
+        )
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
-    def begin(self, step:Step, number:int):
+    def begin(self, step: Step, number: int):
         "Show that a step begins."
-        (self.run/"logs"/f"progress_{step.name}.json").unlink(missing_ok=True)
+        (self.run / "logs" / f"progress_{step.name}.json").unlink(missing_ok=True)
         self.working[step.name] = (step, number)
         self._show()
 
-    def end(self, step:Step):
+    def end(self, step: Step):
         "Count the step as done."
         self.working.pop(step.name)
         self.before += step.minutes
 
     def close(self):
         "Stop watching."
-        self.stop.set(); self.thread.join(); self.bar.close()
+        self.stop.set()
+        self.thread.join()
+        self.bar.close()
 
     def _show(self):
         done, texts = self.before, []
         for step, number in list(self.working.values()):
-            try: told = read_json(self.run/"logs"/f"progress_{step.name}.json")
-            except ValueError: told = {"done": 0, "total": 0, "label": ""}
-            done += step.minutes*min(1.0, told["done"]/max(1, told["total"]))
-            texts.append(f"[{number}/{self.count}] {step.name}" + (f" {told['label']} {told['done']}/{told['total']}" if told["total"] else ""))
+            try:
+                told = read_json(self.run / "logs" / f"progress_{step.name}.json")
+            except ValueError:
+                told = {"done": 0, "total": 0, "label": ""}
+            done += step.minutes * min(1.0, told["done"] / max(1, told["total"]))
+            texts.append(
+                f"[{number}/{self.count}] {step.name}"
+                + (f" {told['label']} {told['done']}/{told['total']}" if told["total"] else "")
+            )
         self.bar.set_description_str(" + ".join(texts), refresh=False)
-        self.bar.update(round(max(0, 100*done/self.total - self.bar.n), 2))
-        if sys.stderr.isatty(): self.bar.refresh()
+        self.bar.update(round(max(0, 100 * done / self.total - self.bar.n), 2))
+        if sys.stderr.isatty():
+            self.bar.refresh()
 
     def _watch(self):
-        while not self.stop.wait(.5):
-            if self.working: self._show()
+        while not self.stop.wait(0.5):
+            if self.working:
+                self._show()
 
 # %% ../nbs/81_chain.ipynb #9477fdc8
 def choose(
-    steps:list[Step],             # the plan
-    first:str="",                 # step to begin with, run even if it is done
-    last:str="",                  # step to end with
-) -> list[Step]:                  # the steps between, both included
+    steps: list[Step],  # the plan
+    first: str = "",  # step to begin with, run even if it is done
+    last: str = "",  # step to end with
+) -> list[Step]:  # the steps between, both included
     "Cut the plan; raise `ValueError` for an unknown step."
     names = [s.name for s in steps]
     for name in (first, last):
-        if name and name not in names: raise ValueError(f"unknown step {name!r}; this run has {', '.join(names)}")
-    return steps[names.index(first) if first else 0:(names.index(last) + 1) if last else None]
+        if name and name not in names:
+            raise ValueError(f"unknown step {name!r}; this run has {', '.join(names)}")
+    return steps[names.index(first) if first else 0 : (names.index(last) + 1) if last else None]
+
 
 def run_chain(
-    run:str|Path,                 # folder of the run, made if needed
-    profile:str="demo",           # profile of the configuration
-    overrides:list[str]=(),       # dotted overrides
-    first:str="",                 # step to begin with
-    last:str="",                  # step to end with
-    quiet:bool=False,             # no progress bar
-) -> list[str]:                   # names of the steps that were executed
+    run: str | Path,  # folder of the run, made if needed
+    profile: str = "demo",  # profile of the configuration
+    overrides: list[str] = (),  # dotted overrides
+    first: str = "",  # step to begin with
+    last: str = "",  # step to end with
+    quiet: bool = False,  # no progress bar
+) -> list[str]:  # names of the steps that were executed
     "Execute the steps of a run that are not done; raise `ChainError` or `ValueError` with one sentence."
     root = find_root()
-    if root is None: raise ChainError("the chain needs the repository's notebooks; run it inside a clone of the repository")
+    if root is None:
+        raise ChainError("the chain needs the repository's notebooks; run it inside a clone of the repository")
     config, run = load_profile(profile, list(overrides)), RunDir(Path(run).resolve())
     steps = choose(plan(config), first, last)
     os.environ["FIELDS_CHAIN"] = "1"
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"): os.environ.setdefault(name, str(1 << 29))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"):
+        os.environ.setdefault(name, str(1 << 29))
     os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     with lock(run):
-        if first: (run/"steps"/f"{first}.json").unlink(missing_ok=True)
-        return _execute_steps(root/"nbs"/"pipeline", run, config, profile, list(overrides), steps, quiet)
+        if first:
+            (run / "steps" / f"{first}.json").unlink(missing_ok=True)
+        return _execute_steps(root / "nbs" / "pipeline", run, config, profile, list(overrides), steps, quiet)
 
 # %% ../nbs/81_chain.ipynb #0a63bcb8
 def _execute_steps(folder, run, config, profile, overrides, steps, quiet):
-    place = {s.name: (n, folder/f"{s.notebook}.ipynb") for n, s in enumerate(steps, 1)}
+    place = {s.name: (n, folder / f"{s.notebook}.ipynb") for n, s in enumerate(steps, 1)}
     ready = lambda step: run.finished(step, run.key(step, config, place[step.name][1]))
     bar = Progress(run, [s for s in steps if not ready(s)], len(steps), quiet)
     waiting, working, ended, executed, problem = list(steps), {}, queue.Queue(), [], None
     try:
         while (waiting and not problem) or working:
             for step in list(waiting) if not problem else ():
-                if working and len(working) >= jobs(config): break
-                if any(s.name in step.needs for s in waiting) or any(n in step.needs for n in working): continue
+                if working and len(working) >= jobs(config):
+                    break
+                if any(s.name in step.needs for s in waiting) or any(n in step.needs for n in working):
+                    continue
                 waiting.remove(step)
-                if ready(step): continue
+                if ready(step):
+                    continue
                 bar.begin(step, place[step.name][0])
                 working[step.name] = step
-                threading.Thread(target=_execute_step, args=(step, place[step.name][1], run, profile, overrides, ended), daemon=True).start()
-            if not working: continue
+                threading.Thread(
+                    target=_execute_step, args=(step, place[step.name][1], run, profile, overrides, ended), daemon=True
+                ).start()
+            if not working:
+                continue
             name, problem_here = ended.get()
             bar.end(working.pop(name))
-            if problem_here is None: executed.append(name)
+            if problem_here is None:
+                executed.append(name)
             problem = problem or problem_here
-    finally: bar.close()
-    if problem: raise problem
+    finally:
+        bar.close()
+    if problem:
+        raise problem
     return executed
+
 
 def _execute_step(step, notebook, run, profile, overrides, ended):
     "Execute one step in this thread and put its name and what went wrong, or None, on the queue."
     problem = None
     try:
-        execute(notebook, run/"notebooks"/f"{step.name}.ipynb", {"run": str(run), "profile": profile, "overrides": overrides} | ({"method": step.method} if step.method else {}))
-        if run.done(step.name) is None: raise ChainError(f"{notebook.name} ended without finishing its stage; its last cell must call stage.finish()")
-    except OSError as e: problem = ChainError(f"step {step.name}: {e.strerror or e}: {e.filename or run}")
-    except Exception as e: problem = e
+        execute(
+            notebook,
+            run / "notebooks" / f"{step.name}.ipynb",
+            {"run": str(run), "profile": profile, "overrides": overrides}
+            | ({"method": step.method} if step.method else {}),
+        )
+        if run.done(step.name) is None:
+            raise ChainError(
+                f"{notebook.name} ended without finishing its stage; its last cell must call stage.finish()"
+            )
+    except OSError as e:
+        problem = ChainError(f"step {step.name}: {e.strerror or e}: {e.filename or run}")
+    except Exception as e:
+        problem = e
     ended.put((step.name, problem))
 
 # %% ../nbs/81_chain.ipynb #495afbbc
 def run_components(
-    run:str|Path,                 # folder of the run; copies go to notebooks/components
-    quiet:bool=False,             # no progress bar
-) -> list[str]:                   # names of the notebooks that were executed
+    run: str | Path,  # folder of the run; copies go to notebooks/components
+    quiet: bool = False,  # no progress bar
+) -> list[str]:  # names of the notebooks that were executed
     "Execute every component notebook and guide; raise `ChainError` naming the first cell that fails."
     from tqdm import tqdm
+
     root, run = find_root(), Path(run).resolve()
-    if root is None: raise ChainError("the notebooks are in the repository; run this inside a clone of it")
-    notebooks = sorted(p for folder in ("nbs", "nbs/guides") for p in (root/folder).glob("*.ipynb"))
+    if root is None:
+        raise ChainError("the notebooks are in the repository; run this inside a clone of it")
+    notebooks = sorted(p for folder in ("nbs", "nbs/guides") for p in (root / folder).glob("*.ipynb"))
     for notebook in tqdm(notebooks, disable=quiet, desc="component notebooks"):
-        execute(notebook, run/"notebooks"/"components"/notebook.name, {})
+        execute(notebook, run / "notebooks" / "components" / notebook.name, {})
     return [p.stem for p in notebooks]

@@ -13,27 +13,42 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/95_cli.ipynb #a17dbb9a
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Face reconstruction with supervised expression on FLAME-format heads.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Face reconstruction with supervised expression on FLAME-format heads.",
+)
+
 
 def sentence(
-    error:BaseException,          # what was raised
-) -> str:                         # one line
+    error: BaseException,  # what was raised
+) -> str:  # one line
     "Turn an exception into one line for the user."
-    if isinstance(error, OSError) and error.strerror: return f"{error.strerror}: {error.filename or ''}".rstrip(": ")
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or ''}".rstrip(": ")
     from fields.inputs import OUR_FAULTS
+
     text, kind = " ".join(str(error).split()), type(error).__name__
-    return f"{kind}{text and ': ' + text}; this is a fault of fields: run it again with FIELDS_DEBUG=1 and report what it prints" if isinstance(error, OUR_FAULTS) else text or kind
+    return (
+        f"{kind}{text and ': ' + text}; this is a fault of fields: run it again with FIELDS_DEBUG=1 and report what it prints"
+        if isinstance(error, OUR_FAULTS)
+        else text or kind
+    )
+
 
 def main():
     "Entry point of the `fields` command."
-    warnings.filterwarnings("ignore", module="PIL")                       # a damaged picture gets one sentence of ours
-    try: app()
+    warnings.filterwarnings("ignore", module="PIL")  # a damaged picture gets one sentence of ours
+    try:
+        app()
     except KeyboardInterrupt:
         print("fields: stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        if os.environ.get("FIELDS_DEBUG"): raise
+        if os.environ.get("FIELDS_DEBUG"):
+            raise
         print(f"fields: {sentence(e)}", file=sys.stderr)
         sys.exit(1)
 
@@ -42,146 +57,199 @@ def main():
 def doctor():
     "Say what is installed and found, and what each missing piece would enable."
     from fields.doctor import examine, report
+
     print(report(examine()))
 
 # %% ../nbs/95_cli.ipynb #2cf64e44
 @app.command()
 def chain(
-    run:Annotated[Path, typer.Option(help="folder of the run")]=Path("runs/demo"),
-    profile:Annotated[str, typer.Option(help="smoke, demo, study, release or paper")]="demo",
-    first:Annotated[str, typer.Option("--from", help="begin with this step, even if it is done")]="",
-    last:Annotated[str, typer.Option("--to", help="end with this step")]="",
-    change:Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example train.steps=40")]=None,
-    scheduler:Annotated[str, typer.Option(help="address of a Dask scheduler that crops and fits the scans, or `dask` for workers on this machine")]="",
-    notebooks:Annotated[bool, typer.Option(help="execute every component notebook too")]=False,
+    run: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"),
+    profile: Annotated[str, typer.Option(help="smoke, demo, study, release or paper")] = "demo",
+    first: Annotated[str, typer.Option("--from", help="begin with this step, even if it is done")] = "",
+    last: Annotated[str, typer.Option("--to", help="end with this step")] = "",
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example train.steps=40")] = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="address of a Dask scheduler that crops and fits the scans, or `dask` for workers on this machine"
+        ),
+    ] = "",
+    notebooks: Annotated[bool, typer.Option(help="execute every component notebook too")] = False,
 ):
     "Execute the pipeline notebooks end to end; what is done is not done again."
     from fields.chain import run_chain, run_components
-    executed = run_chain(run, profile, [*(change or []), *([f"scheduler={scheduler}"] if scheduler else [])], first, last)
-    if notebooks: executed += run_components(run)
+
+    executed = run_chain(
+        run, profile, [*(change or []), *([f"scheduler={scheduler}"] if scheduler else [])], first, last
+    )
+    if notebooks:
+        executed += run_components(run)
     print(f"{len(executed)} notebooks executed" if executed else "nothing to do: every step is done")
-    if (run/"report.html").is_file(): print(f"report: {(run/'report.html').resolve()}")
+    if (run / "report.html").is_file():
+        print(f"report: {(run / 'report.html').resolve()}")
 
 # %% ../nbs/95_cli.ipynb #9ba899b1
 @app.command()
 def reconstruct(
-    inputs:Annotated[list[str], typer.Argument(metavar="INPUT...", help="images, videos or folders")],
-    out:Annotated[Path, typer.Option(help="folder for the results")],
-    head:Annotated[str, typer.Option(help='"open" or the path of a FLAME file')]="open",
-    checkpoint:Annotated[str, typer.Option(help="a checkpoint; the shipped one otherwise")]="",
-    device:Annotated[str, typer.Option(help="auto, cpu or cuda")]="auto",
-    refine:Annotated[bool, typer.Option(help="fit expression, pose, camera and a little shape to the detected landmarks")]=False,
-    smooth:Annotated[bool, typer.Option(help="smooth the faces of a video over time, without lag")]=True,
-    panel:Annotated[bool, typer.Option(help="write the panel picture of each face, and an MP4 of a video")]=True,
-    faces:Annotated[int, typer.Option(min=1, max=100, help="most faces in a picture")]=10,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="images, videos or folders")],
+    out: Annotated[Path, typer.Option(help="folder for the results")],
+    head: Annotated[str, typer.Option(help='"open" or the path of a FLAME file')] = "open",
+    checkpoint: Annotated[str, typer.Option(help="a checkpoint; the shipped one otherwise")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    refine: Annotated[
+        bool, typer.Option(help="fit expression, pose, camera and a little shape to the detected landmarks")
+    ] = False,
+    smooth: Annotated[bool, typer.Option(help="smooth the faces of a video over time, without lag")] = True,
+    panel: Annotated[bool, typer.Option(help="write the panel picture of each face, and an MP4 of a video")] = True,
+    faces: Annotated[int, typer.Option(min=1, max=100, help="most faces in a picture")] = 10,
 ):
     "Reconstruct every face in images, folders or videos."
     from fields.reconstruct import list_files, reconstruct_files
-    list_files(inputs)                                                    # a wrong path is told before anything is loaded
-    summary = reconstruct_files(_reconstructor(checkpoint, head, device, refine), inputs, out, panel_pictures=panel, max_faces=faces,
-                                finish=_smoother() if smooth else None, film=_film)
+
+    list_files(inputs)  # a wrong path is told before anything is loaded
+    summary = reconstruct_files(
+        _reconstructor(checkpoint, head, device, refine),
+        inputs,
+        out,
+        panel_pictures=panel,
+        max_faces=faces,
+        finish=_smoother() if smooth else None,
+        film=_film,
+    )
     print(summary)
-    if summary.failed: raise typer.Exit(2 if summary.faces else 1)
+    if summary.failed:
+        raise typer.Exit(2 if summary.faces else 1)
+
 
 def _reconstructor(checkpoint, head, device, refine):
     from fields.reconstruct import Reconstructor
+
     reconstructor = Reconstructor.load(checkpoint or None, head=head, device=device)
     if refine:
         from fields.refine import Refiner
+
         reconstructor.improve = Refiner(reconstructor.head)
     return reconstructor
 
+
 def _smoother():
     from fields.tracks import smooth_clip
+
     return smooth_clip
+
 
 def _film(path, clip):
     from fields.tracks import Film
+
     return Film(path, clip)
 
 # %% ../nbs/95_cli.ipynb #34420cf5
 @app.command()
 def transfer(
-    first:Annotated[Path, typer.Argument(help="a picture")],
-    second:Annotated[Path, typer.Argument(help="a picture")],
-    out:Annotated[Path, typer.Option(help="folder for the results")],
-    share:Annotated[float, typer.Option(help="of the other's expression; more than 1 exaggerates")]=1.0,
-    head:Annotated[str, typer.Option(help='"open" or the path of a FLAME file')]="open",
-    checkpoint:Annotated[str, typer.Option(help="a checkpoint; the shipped one otherwise")]="",
-    device:Annotated[str, typer.Option(help="auto, cpu or cuda")]="auto",
-    refine:Annotated[bool, typer.Option(help="refine both faces first")]=False,
+    first: Annotated[Path, typer.Argument(help="a picture")],
+    second: Annotated[Path, typer.Argument(help="a picture")],
+    out: Annotated[Path, typer.Option(help="folder for the results")],
+    share: Annotated[float, typer.Option(help="of the other's expression; more than 1 exaggerates")] = 1.0,
+    head: Annotated[str, typer.Option(help='"open" or the path of a FLAME file')] = "open",
+    checkpoint: Annotated[str, typer.Option(help="a checkpoint; the shipped one otherwise")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    refine: Annotated[bool, typer.Option(help="refine both faces first")] = False,
 ):
     "Give each of two faces the other's expression, and the other's appearance."
     from fields.media import read_image
-    for path in (first, second): read_image(path)
+
+    for path in (first, second):
+        read_image(path)
     from fields.transfer import transfer_files
+
     print(*transfer_files(_reconstructor(checkpoint, head, device, refine), first, second, out, share), sep="\n")
+
 
 @app.command()
 def inspect(
-    path:Annotated[Path, typer.Argument(help="parameters, predictions, checkpoint, head, scan, landmarks or a run folder")],
+    path: Annotated[
+        Path, typer.Argument(help="parameters, predictions, checkpoint, head, scan, landmarks or a run folder")
+    ],
 ):
     "Say what is in a file."
     from fields.inspect import describe
+
     print(describe(path))
+
 
 @app.command()
 def merge(
-    runs:Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone")],
-    out:Annotated[Path, typer.Option(help="folder for study_seedN.json and study.json")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone")],
+    out: Annotated[Path, typer.Option(help="folder for study_seedN.json and study.json")],
 ):
     "Merge the key figures of several seeds and print Table 4 over them."
     from fields.evaluation.claims import merge_files
+
     print(merge_files(runs, out))
 
 # %% ../nbs/95_cli.ipynb #0e78f3d7
 @app.command("fit-scan")
 def fit_scan(
-    scan:Annotated[Path, typer.Argument(help="obj, ply or wrl")],
-    landmarks:Annotated[Path, typer.Option(help="51 or 83 landmarks: npy, mat, bnd or txt")],
-    out:Annotated[Path, typer.Option(help="folder for the results")],
-    head:Annotated[str, typer.Option(help='"open" or the path of a FLAME file')]="open",
-    unit:Annotated[str, typer.Option(help="mm, cm, m or auto")]="auto",
+    scan: Annotated[Path, typer.Argument(help="obj, ply or wrl")],
+    landmarks: Annotated[Path, typer.Option(help="51 or 83 landmarks: npy, mat, bnd or txt")],
+    out: Annotated[Path, typer.Option(help="folder for the results")],
+    head: Annotated[str, typer.Option(help='"open" or the path of a FLAME file')] = "open",
+    unit: Annotated[str, typer.Option(help="mm, cm, m or auto")] = "auto",
 ):
     "Fit the head to one scan: parameters, mesh, residual picture, fit.json."
     from fields.scans.fit import fit_file
+
     print(fit_file(scan, landmarks, head=head, unit=unit, out=out))
+
 
 @app.command()
 def world(
-    out:Annotated[Path, typer.Option(help="folder for the twins; true parameters go to a folder `truth` beside it")],
-    profile:Annotated[str, typer.Option(help="profile that decides the sizes")]="demo",
-    change:Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example world.bp4d_frames=2")]=None,
+    out: Annotated[Path, typer.Option(help="folder for the twins; true parameters go to a folder `truth` beside it")],
+    profile: Annotated[str, typer.Option(help="profile that decides the sizes")] = "demo",
+    change: Annotated[
+        Optional[list[str]], typer.Option("--set", help="KEY=VALUE, for example world.bp4d_frames=2")
+    ] = None,
 ):
     "Write the demo world: twins of the six datasets in their official layouts."
     from fields.config import load_profile
     from fields.data.twins import build_world
     from fields.stage import processes
     from tqdm import tqdm
+
     config = load_profile(profile, change or [])
     with tqdm(total=1, unit="item") as bar:
-        def progress(done, total, label=""): bar.total, bar.n = total, done; bar.set_description_str(label)
-        build_world(out, out.parent/"truth", config.world, workers=processes(config), progress=progress)
+
+        def progress(done, total, label=""):
+            bar.total, bar.n = total, done
+            bar.set_description_str(label)
+
+        build_world(out, out.parent / "truth", config.world, workers=processes(config), progress=progress)
     print(out.resolve())
+
 
 @app.command()
 def prepare(
-    dataset:Annotated[str, typer.Argument(help="lrw, celeba, ffhq, mead, affectnet or bp4d")],
-    root:Annotated[Path, typer.Option(help="folder that holds the dataset's folder")],
-    out:Annotated[Path, typer.Option(help="folder for crops and landmarks")],
-    workers:Annotated[int, typer.Option(help="processes; 0: one a core")]=0,
+    dataset: Annotated[str, typer.Argument(help="lrw, celeba, ffhq, mead, affectnet or bp4d")],
+    root: Annotated[Path, typer.Option(help="folder that holds the dataset's folder")],
+    out: Annotated[Path, typer.Option(help="folder for crops and landmarks")],
+    workers: Annotated[int, typer.Option(help="processes; 0: one a core")] = 0,
 ):
     "Detect, crop and cache the faces of a dataset."
     from fields.config import Config
     from fields.data.prepare import prepare as prepare_dataset, summary
+
     print(summary(prepare_dataset(dataset, root, out, Config().prepare, workers=workers or os.cpu_count() or 1)))
+
 
 @app.command()
 def bench(
-    out:Annotated[Path, typer.Option(help="JSON file; benches in it that are not run now stay")]=Path("evidence/bench.json"),
-    only:Annotated[Optional[list[str]], typer.Option(help="a bench; may be given several times")]=None,
+    out: Annotated[Path, typer.Option(help="JSON file; benches in it that are not run now stay")] = Path(
+        "evidence/bench.json"
+    ),
+    only: Annotated[Optional[list[str]], typer.Option(help="a bench; may be given several times")] = None,
 ):
     "Measure every speed that the documentation quotes, beside a peer."
     from fields.bench import write_bench
+
     write_bench(out, only or None)
     print(out)

@@ -16,238 +16,315 @@ from .types import HeadParams, Prediction
 
 # %% ../nbs/06_comparison.ipynb #1cc8d40e
 def digits(
-    value,                        # a number, or None
-    places:int=6,                 # significant digits kept
-):                                # the rounded number; None for a value that is not finite
+    value,  # a number, or None
+    places: int = 6,  # significant digits kept
+):  # the rounded number; None for a value that is not finite
     "Round to significant digits; NaN and infinity become None, as JSON has no word for them."
-    if value is None or not math.isfinite(value): return None
+    if value is None or not math.isfinite(value):
+        return None
     return float(f"{float(value):.{places}g}") + 0.0
 
+
 def number(
-    mean,                         # the value
-    draws=None,                   # (D,) the value on every bootstrap resample
-    std=None,                     # spread over folds, frames or seeds
-    n:int=0,                      # how many images, frames or seeds stand behind it
-    widen:float=1.0,              # factor on the interval, from `widening`
-) -> dict:                        # mean, std, ci_low, ci_high, n
+    mean,  # the value
+    draws=None,  # (D,) the value on every bootstrap resample
+    std=None,  # spread over folds, frames or seeds
+    n: int = 0,  # how many images, frames or seeds stand behind it
+    widen: float = 1.0,  # factor on the interval, from `widening`
+) -> dict:  # mean, std, ci_low, ci_high, n
     "Return one record; the interval holds the middle 95% of the draws after their bias is taken off."
     low, high = (None, None)
     if draws is not None and mean is not None and math.isfinite(mean):
         draws = np.asarray(draws, float)
         draws = draws[np.isfinite(draws)]
-        if len(draws) and math.isfinite(widen): low, high = mean + widen*(np.quantile(draws, [0.025, 0.975]) - draws.mean())
+        if len(draws) and math.isfinite(widen):
+            low, high = mean + widen * (np.quantile(draws, [0.025, 0.975]) - draws.mean())
     return dict(mean=digits(mean), std=digits(std), ci_low=digits(low), ci_high=digits(high), n=int(n))
 
 # %% ../nbs/06_comparison.ipynb #b34006f7
 def resample(
-    n:int,                        # samples
-    draws:int,                    # resamples
-    generator:np.random.Generator, # source of randomness
-    strata=None,                  # (n,) labels whose counts every resample keeps
-    groups=None,                  # (n,) subjects, drawn before their samples
-) -> np.ndarray:                  # (draws,n) float64 weights; every row sums to about n
+    n: int,  # samples
+    draws: int,  # resamples
+    generator: np.random.Generator,  # source of randomness
+    strata=None,  # (n,) labels whose counts every resample keeps
+    groups=None,  # (n,) subjects, drawn before their samples
+) -> np.ndarray:  # (draws,n) float64 weights; every row sums to about n
     "Draw bootstrap weights; raise `ValueError` if strata and groups are asked for together."
-    if strata is not None and groups is not None: raise ValueError("give strata or groups, not both")
+    if strata is not None and groups is not None:
+        raise ValueError("give strata or groups, not both")
     if groups is None:
         weights = np.zeros((draws, n))
         labels = np.zeros(n, int) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
         for label in np.unique(labels):
             rows = np.flatnonzero(labels == label)
-            weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1/len(rows)), size=draws)
+            weights[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws)
         return weights
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    taken = generator.multinomial(len(names), np.full(len(names), 1/len(names)), size=draws)
+    taken = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     weights = np.zeros((draws, n))
     for g in range(len(names)):
         rows = np.flatnonzero(group == g)
         for d in np.flatnonzero(taken[:, g]):
-            weights[d, rows] = generator.multinomial(taken[d, g]*len(rows), np.full(len(rows), 1/len(rows)))
+            weights[d, rows] = generator.multinomial(taken[d, g] * len(rows), np.full(len(rows), 1 / len(rows)))
     return weights
 
 # %% ../nbs/06_comparison.ipynb #1a4a22d0
 def widening(
-    groups,                       # (n,) subjects
-) -> float:                       # factor for the interval
+    groups,  # (n,) subjects
+) -> float:  # factor for the interval
     "Return how much wider an interval over few subjects has to be."
     k = len(set(groups))
-    if k < 2: return math.inf
+    if k < 2:
+        return math.inf
     from scipy.stats import t
-    return math.sqrt(k/(k - 1))*float(t.ppf(.975, k - 1))/1.959964
+
+    return math.sqrt(k / (k - 1)) * float(t.ppf(0.975, k - 1)) / 1.959964
 
 # %% ../nbs/06_comparison.ipynb #55180971
 def mean_number(
-    values,                       # (n,) one value a sample
-    weights,                      # (D,n) from `resample`
-    widen:float=1.0,              # factor on the interval
-) -> dict:                        # the record of their mean
+    values,  # (n,) one value a sample
+    weights,  # (D,n) from `resample`
+    widen: float = 1.0,  # factor on the interval
+) -> dict:  # the record of their mean
     "Return the mean over samples with its bootstrap interval; `std` is over samples, ddof 1."
     values, weights = np.asarray(values, float), np.asarray(weights, float)
-    if len(values) == 0: return number(None)
-    draws = weights @ values/weights.sum(1)
+    if len(values) == 0:
+        return number(None)
+    draws = weights @ values / weights.sum(1)
     return number(values.mean(), draws, values.std(ddof=1) if len(values) > 1 else None, len(values), widen)
 
 # %% ../nbs/06_comparison.ipynb #f2180ed0
 def macro_number(
-    values,                       # (n,) one value a frame
-    groups,                       # (n,) subject of each frame
-    weights,                      # (D,n) from `resample` with the same groups
-) -> dict:                        # the record of the mean of the subjects' means
+    values,  # (n,) one value a frame
+    groups,  # (n,) subject of each frame
+    weights,  # (D,n) from `resample` with the same groups
+) -> dict:  # the record of the mean of the subjects' means
     "Return the mean over subjects of the mean over their frames; `std` is over subjects, ddof 1."
     values, weights = np.asarray(values, float), np.asarray(weights, float)
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    if len(values) == 0: return number(None)
+    if len(values) == 0:
+        return number(None)
     sizes = np.bincount(group)
     table = np.zeros((len(values), len(names)))
     table[np.arange(len(values)), group] = 1
-    means = (values @ table)/sizes
+    means = (values @ table) / sizes
     # A subject drawn k times counts k times: its share of weight in units of its own size.
-    share = (weights @ table)/sizes
-    inside = np.divide((weights*values) @ table, weights @ table, out=np.zeros((len(weights), len(names))), where=weights @ table > 0)
-    draws = (share*inside).sum(1)/share.sum(1)
+    share = (weights @ table) / sizes
+    inside = np.divide(
+        (weights * values) @ table, weights @ table, out=np.zeros((len(weights), len(names))), where=weights @ table > 0
+    )
+    draws = (share * inside).sum(1) / share.sum(1)
     return number(means.mean(), draws, means.std(ddof=1) if len(names) > 1 else None, len(names), widening(names))
 
 # %% ../nbs/06_comparison.ipynb #48d53c6e
 def difference(
-    first,                        # value of the first method
-    second,                       # value of the second method
-    first_draws,                  # (D,) its draws
-    second_draws,                 # (D,) draws of the second on the same resamples
-    n:int=0,                      # samples behind them
-    widen:float=1.0,              # factor on the interval, from `widening`
-) -> dict:                        # a record of first - second, with `resolved`
+    first,  # value of the first method
+    second,  # value of the second method
+    first_draws,  # (D,) its draws
+    second_draws,  # (D,) draws of the second on the same resamples
+    n: int = 0,  # samples behind them
+    widen: float = 1.0,  # factor on the interval, from `widening`
+) -> dict:  # a record of first - second, with `resolved`
     "Return the paired difference of two methods; it is resolved if its interval excludes 0."
     record = number(first - second, np.asarray(first_draws, float) - np.asarray(second_draws, float), None, n, widen)
     low, high = record["ci_low"], record["ci_high"]
     return record | dict(resolved=bool(low is not None and (low > 0 or high < 0)))
 
+
 def verdict(
-    record:dict,                  # from `difference`
-    better:str="higher",          # higher | lower: which way the measure improves
-) -> str:                         # better | worse | not resolved
+    record: dict,  # from `difference`
+    better: str = "higher",  # higher | lower: which way the measure improves
+) -> str:  # better | worse | not resolved
     "Say whether the first method is better; raise `ValueError` for an unknown direction."
-    if better not in ("higher", "lower"): raise ValueError(f"better={better!r}: write higher or lower")
-    if not record.get("resolved"): return "not resolved"
+    if better not in ("higher", "lower"):
+        raise ValueError(f"better={better!r}: write higher or lower")
+    if not record.get("resolved"):
+        return "not resolved"
     return "better" if (record["mean"] > 0) == (better == "higher") else "worse"
 
 # %% ../nbs/06_comparison.ipynb #ce4b8dac
 FORBIDDEN = ("seconds", "time", "host", "path", "date", "duration")
 
+
 def _plain(value, trail=""):
     if isinstance(value, dict):
         for key in value:
-            if str(key).lower() in FORBIDDEN: raise ValueError(f"{trail}{key}: times and places go to timing/*.json, not to metrics")
+            if str(key).lower() in FORBIDDEN:
+                raise ValueError(f"{trail}{key}: times and places go to timing/*.json, not to metrics")
         return {str(k): _plain(v, f"{trail}{k}/") for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v, trail) for v in value]
-    if isinstance(value, np.ndarray): return _plain(value.tolist(), trail)
-    if isinstance(value, (bool, np.bool_)): return bool(value)
-    if isinstance(value, (int, np.integer)): return int(value)
-    if isinstance(value, (float, np.floating)): return digits(float(value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, trail) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist(), trail)
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return digits(float(value))
     return value
 
+
 def write_metrics(
-    path:Path|str,                # metrics/NAME.json
-    values:dict,                  # nested plain values and records
-) -> dict:                        # what was written
+    path: Path | str,  # metrics/NAME.json
+    values: dict,  # nested plain values and records
+) -> dict:  # what was written
     "Write sorted JSON with fixed rounding; raise `ValueError` if a time, host or path is among the keys."
     plain = _plain(values)
     write_json(path, plain)
     return plain
 
+
 def read_metrics(
-    path:Path|str,                # metrics/NAME.json
-) -> dict:                        # its values; empty where there is no file
+    path: Path | str,  # metrics/NAME.json
+) -> dict:  # its values; empty where there is no file
     "Read a metrics file."
     return read_json(path) if Path(path).is_file() else {}
 
 # %% ../nbs/06_comparison.ipynb #ded8dae5
 def find(
-    values:dict,                  # what `read_metrics` returned
-    trail:str,                    # keys joined by slashes
-):                                # the value, or None where a key is missing
+    values: dict,  # what `read_metrics` returned
+    trail: str,  # keys joined by slashes
+):  # the value, or None where a key is missing
     "Follow a trail of keys."
     for key in trail.split("/"):
-        if not isinstance(values, dict) or key not in values: return None
+        if not isinstance(values, dict) or key not in values:
+            return None
         values = values[key]
     return values
 
 # %% ../nbs/06_comparison.ipynb #3fdcf63d
-ALIASES = {"ids": ("ids", "id"), "shape": ("shape", "shapecode"), "expression": ("expression", "expcode", "exp"), "jaw": ("jaw", "jaw_params"), "rotation": ("rotation", "pose_params"),
-           "eyelids": ("eyelids", "eyelid_params"), "camera": ("camera", "cam")}
+ALIASES = {
+    "ids": ("ids", "id"),
+    "shape": ("shape", "shapecode"),
+    "expression": ("expression", "expcode", "exp"),
+    "jaw": ("jaw", "jaw_params"),
+    "rotation": ("rotation", "pose_params"),
+    "eyelids": ("eyelids", "eyelid_params"),
+    "camera": ("camera", "cam"),
+}
 WIDTHS = {"shape": 300, "expression": 50, "eyelids": 2, "jaw": 3, "rotation": 3, "camera": 3}
+
 
 def _table(path):
     "Return the columns of a csv as arrays: `shape_0`, `shape_1` ... become `shape`."
     import pandas
+
     frame = pandas.read_csv(path, dtype={"id": str, "head_sha256": str})
     names = {c.rsplit("_", 1)[0] for c in frame.columns if c.rsplit("_", 1)[-1].isdigit()}
-    arrays = {n: frame[[c for c in (f"{n}_{k}" for k in range(len(frame.columns))) if c in frame.columns]].to_numpy(np.float32) for n in names}
+    arrays = {
+        n: frame[[c for c in (f"{n}_{k}" for k in range(len(frame.columns))) if c in frame.columns]].to_numpy(
+            np.float32
+        )
+        for n in names
+    }
     return arrays | {c: frame[c].to_numpy(str) for c in ("id", "head_sha256") if c in frame.columns}
 
+
 def import_prediction(
-    path:Path|str,                # .npz or .csv
-    method:str,                   # name it gets in the tables
-    head_sha256:str|None,         # sha256 of the run's head; None: not compared
-) -> Prediction:                  # padded to 300 shape and cut to 50 expression numbers
+    path: Path | str,  # .npz or .csv
+    method: str,  # name it gets in the tables
+    head_sha256: str | None,  # sha256 of the run's head; None: not compared
+) -> Prediction:  # padded to 300 shape and cut to 50 expression numbers
     "Read parameters that another system saved; raise `ValueError` for a missing part, a wrong width or another head."
     path, params = Path(path), {}
-    if path.suffix == ".csv": arrays = _table(path)
+    if path.suffix == ".csv":
+        arrays = _table(path)
     else:
         try:
-            with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
-        except (OSError, ValueError, EOFError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not an .npz file ({e}); save the arrays with `numpy.savez`") from None
+            with np.load(path, allow_pickle=False) as z:
+                arrays = {k: z[k] for k in z.files}
+        except (OSError, ValueError, EOFError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} is not an .npz file ({e}); save the arrays with `numpy.savez`") from None
     arrays = {k: np.atleast_1d(v) for k, v in arrays.items()}
     got = {name: next((arrays[a] for a in names if a in arrays), None) for name, names in ALIASES.items()}
-    if "posecode" in arrays and arrays["posecode"].ndim != 2: raise ValueError(f"{path}: posecode has shape {arrays['posecode'].shape}, not (N, 6); save one row an image")
-    if "posecode" in arrays: got["rotation"], got["jaw"] = arrays["posecode"][:, :3], arrays["posecode"][:, 3:6]
+    if "posecode" in arrays and arrays["posecode"].ndim != 2:
+        raise ValueError(f"{path}: posecode has shape {arrays['posecode'].shape}, not (N, 6); save one row an image")
+    if "posecode" in arrays:
+        got["rotation"], got["jaw"] = arrays["posecode"][:, :3], arrays["posecode"][:, 3:6]
     for name in ("ids", "shape", "expression", "jaw"):
-        if got[name] is None: raise ValueError(f"{path} has no {name}; see the table of names in the notebook `comparison`")
+        if got[name] is None:
+            raise ValueError(f"{path} has no {name}; see the table of names in the notebook `comparison`")
     n, sha = len(got["ids"]), np.unique(np.atleast_1d(arrays.get("head_sha256", "")))
     for name, width in WIDTHS.items():
         value, full = got[name], torch.zeros(n, width)
-        if name == "camera": full[:, 0] = 7.0
+        if name == "camera":
+            full[:, 0] = 7.0
         if value is not None:
             value = torch.as_tensor(np.asarray(value, np.float32))
-            if value.ndim != 2 or len(value) != n or (value.shape[1] > width and name != "expression") or (value.shape[1] < width and name != "shape"):
-                raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}, not ({n}, {width}); save one row an image")
-            if not torch.isfinite(value).all(): raise ValueError(f"{path}: {name} holds numbers that are not finite; save it again")
-            full[:, :min(width, value.shape[1])] = value[:, :width]
+            if (
+                value.ndim != 2
+                or len(value) != n
+                or (value.shape[1] > width and name != "expression")
+                or (value.shape[1] < width and name != "shape")
+            ):
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(value.shape)}, not ({n}, {width}); save one row an image"
+                )
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{path}: {name} holds numbers that are not finite; save it again")
+            full[:, : min(width, value.shape[1])] = value[:, :width]
         params[name] = full
-    prediction = Prediction(HeadParams(**params), [str(i) for i in got["ids"]], str(sha[0]) if len(sha) == 1 else "several heads", method)
-    if not str(sha[0]): raise ValueError(f"{path} does not say which head its coefficients belong to; add head_sha256")
-    if head_sha256 is not None: prediction.check_head(head_sha256)
+    prediction = Prediction(
+        HeadParams(**params), [str(i) for i in got["ids"]], str(sha[0]) if len(sha) == 1 else "several heads", method
+    )
+    if not str(sha[0]):
+        raise ValueError(f"{path} does not say which head its coefficients belong to; add head_sha256")
+    if head_sha256 is not None:
+        prediction.check_head(head_sha256)
     return prediction
 
 # %% ../nbs/06_comparison.ipynb #8e2173a7
 def read_predictions(
-    run:Path,                     # run folder
-    methods:list[str],            # names of methods
-    which:str,                    # affectnet_val, affectnet_train, bp4d_test, bp4d_val
-    head=None,                    # the run's head; predictions of another are an error
-) -> dict[str, Prediction]:       # the methods that have a file, in the order given
+    run: Path,  # run folder
+    methods: list[str],  # names of methods
+    which: str,  # affectnet_val, affectnet_train, bp4d_test, bp4d_val
+    head=None,  # the run's head; predictions of another are an error
+) -> dict[str, Prediction]:  # the methods that have a file, in the order given
     "Read predictions; raise `ValueError` if one belongs to another head or names an image twice."
     found = {}
     for method in methods:
-        path = next((p for p in (Path(run)/"predictions"/f"{method}_{which}.npz", *(Path(run)/"external"/f"{method}_{which}.{s}" for s in ("npz", "csv"))) if p.is_file()), None)
-        if path is None: continue
-        prediction = Prediction.load(path) if path.parent.name == "predictions" else import_prediction(path, method, head.sha256 if head is not None else None)
-        if head is not None: prediction.check_head(head.sha256)
-        if len(set(prediction.ids)) != len(prediction.ids): raise ValueError(f"{path} names an image twice; run the prediction step again")
+        path = next(
+            (
+                p
+                for p in (
+                    Path(run) / "predictions" / f"{method}_{which}.npz",
+                    *(Path(run) / "external" / f"{method}_{which}.{s}" for s in ("npz", "csv")),
+                )
+                if p.is_file()
+            ),
+            None,
+        )
+        if path is None:
+            continue
+        prediction = (
+            Prediction.load(path)
+            if path.parent.name == "predictions"
+            else import_prediction(path, method, head.sha256 if head is not None else None)
+        )
+        if head is not None:
+            prediction.check_head(head.sha256)
+        if len(set(prediction.ids)) != len(prediction.ids):
+            raise ValueError(f"{path} names an image twice; run the prediction step again")
         found[method] = prediction
     return found
 
+
 def common_ids(
-    predictions:dict[str, Prediction], # by method
-    known,                        # ids that have labels
-) -> list[str]:                   # sorted ids that all have
+    predictions: dict[str, Prediction],  # by method
+    known,  # ids that have labels
+) -> list[str]:  # sorted ids that all have
     "Return the ids that every method predicted and that have labels."
     shared = set(known)
-    for p in predictions.values(): shared &= set(p.ids)
+    for p in predictions.values():
+        shared &= set(p.ids)
     return sorted(shared)
 
+
 def select(
-    prediction:Prediction,        # of one method
-    ids:list[str],                # ids it holds
-) -> Prediction:                  # its rows with these ids
+    prediction: Prediction,  # of one method
+    ids: list[str],  # ids it holds
+) -> Prediction:  # its rows with these ids
     "Return the rows of a prediction with these ids, in their order."
     at = {name: n for n, name in enumerate(prediction.ids)}
     return prediction[[at[i] for i in ids]]
@@ -255,23 +332,41 @@ def select(
 # %% ../nbs/06_comparison.ipynb #03e97af7
 SETS = ("affectnet_val", "affectnet_train", "bp4d_test", "bp4d_val")
 
+
 def all_methods(
-    run:Path,                     # run folder
-    methods:list[str],            # methods that the run trained
-) -> list[str]:                   # these, the methods of `external/`, and the oracle
+    run: Path,  # run folder
+    methods: list[str],  # methods that the run trained
+) -> list[str]:  # these, the methods of `external/`, and the oracle
     "List every method that evaluation looks for."
-    others = {p.stem.removesuffix(f"_{w}") for p in sorted((Path(run)/"external").glob("*")) for w in SETS if p.suffix in (".npz", ".csv") and p.stem.endswith(f"_{w}")}
+    others = {
+        p.stem.removesuffix(f"_{w}")
+        for p in sorted((Path(run) / "external").glob("*"))
+        for w in SETS
+        if p.suffix in (".npz", ".csv") and p.stem.endswith(f"_{w}")
+    }
     return list(dict.fromkeys([*methods, *sorted(others), "oracle"]))
 
 # %% ../nbs/06_comparison.ipynb #5fa9f668
-COMPARED = (("F1", "F0"), ("F2", "F1"), ("F3", "F1"), ("F4", "F1"), ("F4", "F2"), ("F4", "F3"), ("F4", "F0"),
-            ("F4", "EMOCA"), ("F4", "SMIRK"), ("F4", "TEASER"))
+COMPARED = (
+    ("F1", "F0"),
+    ("F2", "F1"),
+    ("F3", "F1"),
+    ("F4", "F1"),
+    ("F4", "F2"),
+    ("F4", "F3"),
+    ("F4", "F0"),
+    ("F4", "EMOCA"),
+    ("F4", "SMIRK"),
+    ("F4", "TEASER"),
+)
+
 
 def compared(
-    methods:list[str],            # methods at hand
-    reference:str="F4",           # every other method is also compared with this one
-) -> list[tuple[str, str]]:       # pairs whose difference is reported
+    methods: list[str],  # methods at hand
+    reference: str = "F4",  # every other method is also compared with this one
+) -> list[tuple[str, str]]:  # pairs whose difference is reported
     "List the pairs of methods that the tables compare; the oracle is compared with every method."
     pairs = [p for p in COMPARED if p[0] in methods and p[1] in methods]
-    if reference in methods: pairs += [(reference, m) for m in methods if m not in (reference, "oracle") and (reference, m) not in pairs]
+    if reference in methods:
+        pairs += [(reference, m) for m in methods if m not in (reference, "oracle") and (reference, m) not in pairs]
     return pairs + [("oracle", m) for m in methods if m != "oracle" and "oracle" in methods]

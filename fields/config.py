@@ -16,225 +16,246 @@ from pathlib import Path
 @dataclass
 class WorldConfig:
     "Sizes of the demo world: how many people, frames and images each twin holds."
-    seed:int = 2026               # seed of the world; the world never depends on a training seed
-    image_size:int = 256          # side of a rendered picture, pixels
-    bp4d_subjects:int = 41        # subjects of the BP4D twin; 41 carry the real ids
-    bp4d_frames:int = 12          # frames a subject
-    bp4d_extra_subjects:int = 0   # further training subjects, marked as ours (`X001` ...)
-    affectnet_train:int = 4200    # images in the training split
-    affectnet_heldout:int = 100   # images a class in `val_set`
-    celeba_identities:int = 200   # identities
-    celeba_images:int = 5         # images an identity
-    ffhq_images:int = 600         # images
-    lrw_clips:int = 40            # clips
-    lrw_frames:int = 12           # frames a clip
-    mead_clips:int = 40           # clips
-    mead_frames:int = 12          # frames a clip
-    identity_identities:int = 100 # identities of the identity stand-in, found in no twin
-    identity_images:int = 4       # images of each of them, beside one neutral scan
+
+    seed: int = 2026  # seed of the world; the world never depends on a training seed
+    image_size: int = 256  # side of a rendered picture, pixels
+    bp4d_subjects: int = 41  # subjects of the BP4D twin; 41 carry the real ids
+    bp4d_frames: int = 12  # frames a subject
+    bp4d_extra_subjects: int = 0  # further training subjects, marked as ours (`X001` ...)
+    affectnet_train: int = 4200  # images in the training split
+    affectnet_heldout: int = 100  # images a class in `val_set`
+    celeba_identities: int = 200  # identities
+    celeba_images: int = 5  # images an identity
+    ffhq_images: int = 600  # images
+    lrw_clips: int = 40  # clips
+    lrw_frames: int = 12  # frames a clip
+    mead_clips: int = 40  # clips
+    mead_frames: int = 12  # frames a clip
+    identity_identities: int = 100  # identities of the identity stand-in, found in no twin
+    identity_images: int = 4  # images of each of them, beside one neutral scan
 
 # %% ../nbs/00_config.ipynb #22b663d4
 @dataclass
 class ScanConfig:
     "Cropping (Eq. 13) and fitting of scans; the weights are those of the paper's section 7."
-    margin:float = 1.0            # factor on both radii of the ellipse; 1 is Eq. 13 exactly
-    depth:float = 0.0             # keep points within this distance of the landmark plane, metres; 0: no limit
-    scan_weight:float = 2.0       # enters the energy squared, as do the next four
-    landmark_weight:float = 0.1   # 51 or 83 landmarks
-    shape_weight:float = 1e-4     # identity coefficients
-    pose_weight:float = 1e-3      # neck, jaw and eyes
-    expression_weight:float = 1e-4 # expression coefficients
-    sigma:float = 1e-4            # Geman-McClure scale, square metres, applied to squared distances
-    shape_components:int = 300    # identity coefficients that are fitted
-    expression_components:int = 50 # expression coefficients that are fitted
-    subject_frames:int = 4        # frames that share the fit of a subject's shape
-    max_steps:int = 12            # Gauss-Newton steps
-    max_points:int = 4000         # scan points used in a fit; 0: all
-    max_residual:float = 2e-3     # a fit whose median residual is above this is rejected, metres
+
+    margin: float = 1.0  # factor on both radii of the ellipse; 1 is Eq. 13 exactly
+    depth: float = 0.0  # keep points within this distance of the landmark plane, metres; 0: no limit
+    scan_weight: float = 2.0  # enters the energy squared, as do the next four
+    landmark_weight: float = 0.1  # 51 or 83 landmarks
+    shape_weight: float = 1e-4  # identity coefficients
+    pose_weight: float = 1e-3  # neck, jaw and eyes
+    expression_weight: float = 1e-4  # expression coefficients
+    sigma: float = 1e-4  # Geman-McClure scale, square metres, applied to squared distances
+    shape_components: int = 300  # identity coefficients that are fitted
+    expression_components: int = 50  # expression coefficients that are fitted
+    subject_frames: int = 4  # frames that share the fit of a subject's shape
+    max_steps: int = 12  # Gauss-Newton steps
+    max_points: int = 4000  # scan points used in a fit; 0: all
+    max_residual: float = 2e-3  # a fit whose median residual is above this is rejected, metres
 
 # %% ../nbs/00_config.ipynb #c6e299df
 @dataclass
 class PrepareConfig:
     "Detection and cropping of faces (section 6)."
-    cache_size:int = 160          # side of a cached crop, pixels
-    cache_scale:float = 2.0       # a cached crop is this many times the face box; training cuts U(1.2, 1.8) out of it
-    evaluation_scale:float = 1.4  # crop scale in evaluation and for users
-    minimum_confidence:float = 0.1 # detection confidence of MediaPipe, as SMIRK uses it
+
+    cache_size: int = 160  # side of a cached crop, pixels
+    cache_scale: float = 2.0  # a cached crop is this many times the face box; training cuts U(1.2, 1.8) out of it
+    evaluation_scale: float = 1.4  # crop scale in evaluation and for users
+    minimum_confidence: float = 0.1  # detection confidence of MediaPipe, as SMIRK uses it
 
 # %% ../nbs/00_config.ipynb #cb950697
 @dataclass
 class MixingConfig:
     "Shares of the six datasets in a batch, and the two stages of section 6."
-    bp4d_first:float = 0.30       # share of BP4D in the first stage
-    bp4d_second:float = 0.10      # share of BP4D in the second stage
-    lrw:float = 0.20              # these five share the rest in the ratio 20:26:26:10:8
-    celeba:float = 0.26
-    affectnet:float = 0.26
-    ffhq:float = 0.10
-    mead:float = 0.08
-    first_stage:float = 6/90      # part of the training spent in the first stage (epochs 1-6 of 90)
+
+    bp4d_first: float = 0.30  # share of BP4D in the first stage
+    bp4d_second: float = 0.10  # share of BP4D in the second stage
+    lrw: float = 0.20  # these five share the rest in the ratio 20:26:26:10:8
+    celeba: float = 0.26
+    affectnet: float = 0.26
+    ffhq: float = 0.10
+    mead: float = 0.08
+    first_stage: float = 6 / 90  # part of the training spent in the first stage (epochs 1-6 of 90)
 
 # %% ../nbs/00_config.ipynb #5324c8bc
 @dataclass
 class NetworkConfig:
     "Sizes of the networks; `paper` is exact, `small` keeps every part."
-    size:str = "small"            # small | paper
-    image_size:int = 112          # side of the networks' input, pixels
-    output_range:str = "soft"     # smirk: clamp and ReLU as published; soft: the same ranges without dead gradients
-    emotion_width:int = 256       # width of the emotion head (Eq. 5)
-    classes:int = 7               # AffectNet-7
+
+    size: str = "small"  # small | paper
+    image_size: int = 112  # side of the networks' input, pixels
+    output_range: str = "soft"  # smirk: clamp and ReLU as published; soft: the same ranges without dead gradients
+    emotion_width: int = 256  # width of the emotion head (Eq. 5)
+    classes: int = 7  # AffectNet-7
 
 # %% ../nbs/00_config.ipynb #33ed6684
 @dataclass
 class StandinConfig:
     "Training of the stand-ins for networks that cannot be downloaded."
-    train:bool = True             # False: random weights, only in `smoke`
-    trunk_steps:int = 800         # iterations that teach the small encoders' trunk where the parts of a face are
-    identity_steps:int = 300
-    perceptual_steps:int = 200
-    emotion_steps:int = 300
-    correspondence_images:int = 400 # renders of the head that fit contour-17 and the 203 points
-    batch:int = 32
+
+    train: bool = True  # False: random weights, only in `smoke`
+    trunk_steps: int = 800  # iterations that teach the small encoders' trunk where the parts of a face are
+    identity_steps: int = 300
+    perceptual_steps: int = 200
+    emotion_steps: int = 300
+    correspondence_images: int = 400  # renders of the head that fit contour-17 and the 203 points
+    batch: int = 32
 
 # %% ../nbs/00_config.ipynb #9d10312f
 @dataclass
 class PretrainConfig:
     "Pre-training of the geometry encoders (Eq. 12)."
-    steps:int = 600
-    batch:int = 32
-    learning_rate:float = 1e-3
-    schedule:str = "constant"     # constant | cosine
-    backbone_lr_scale:float = 1.0 # learning rate of the encoders' backbones, as a share
-    landmark:float = 100.0        # lambda_lmk
-    identity:float = 10.0         # lambda_mica
-    expression_reg:float = 1e-2   # SMIRK's regulariser, without which the expression explodes
-    validate_every:int = 100      # steps between validations of the MICA loss
-    select:str = "best"           # best: the lowest validation MICA loss, as the paper; last: where a schedule ends
+
+    steps: int = 600
+    batch: int = 32
+    learning_rate: float = 1e-3
+    schedule: str = "constant"  # constant | cosine
+    backbone_lr_scale: float = 1.0  # learning rate of the encoders' backbones, as a share
+    landmark: float = 100.0  # lambda_lmk
+    identity: float = 10.0  # lambda_mica
+    expression_reg: float = 1e-2  # SMIRK's regulariser, without which the expression explodes
+    validate_every: int = 100  # steps between validations of the MICA loss
+    select: str = "best"  # best: the lowest validation MICA loss, as the paper; last: where a schedule ends
 
 # %% ../nbs/00_config.ipynb #3a1857a5
 @dataclass
 class LossConfig:
     "Weights of Eqs. 7-11, as printed in section 6."
-    two_d:float = 1.0             # lambda_2D
-    photometric:float = 10.0      # w_2D, first entry
-    perceptual:float = 10.0
-    landmark:float = 10.0
-    pose_landmark:float = 100.0
-    region:float = 500.0
-    jaw:float = 1.0               # of the jaw within L_3D-GT, where train.supervise_jaw is set
-    eyelids:float = 0.0           # of the lids within L_3D-GT; 0: not supervised, as in the paper
-    expression_first:float = 5.0  # lambda_3D in the first stage
-    expression_second:float = 1.0 # lambda_3D in the second stage
-    emotion:float = 5.0           # lambda_emo
-    emotion_regression:float = 1.0 # lambda_r
-    emotion_class:float = 1.0     # lambda_c
-    shape_reg:float = 100.0       # lambda_shape-reg
-    expression_reg:float = 1e-2   # lambda_expr-reg
-    cycle:float = 1.0             # lambda_exp
-    token_cycle:float = 1.0       # lambda_tok
-    feature:float = 1.0           # emotion-feature consistency, only in the EMOCA row
+
+    two_d: float = 1.0  # lambda_2D
+    photometric: float = 10.0  # w_2D, first entry
+    perceptual: float = 10.0
+    landmark: float = 10.0
+    pose_landmark: float = 100.0
+    region: float = 500.0
+    jaw: float = 1.0  # of the jaw within L_3D-GT, where train.supervise_jaw is set
+    eyelids: float = 0.0  # of the lids within L_3D-GT; 0: not supervised, as in the paper
+    expression_first: float = 5.0  # lambda_3D in the first stage
+    expression_second: float = 1.0  # lambda_3D in the second stage
+    emotion: float = 5.0  # lambda_emo
+    emotion_regression: float = 1.0  # lambda_r
+    emotion_class: float = 1.0  # lambda_c
+    shape_reg: float = 100.0  # lambda_shape-reg
+    expression_reg: float = 1e-2  # lambda_expr-reg
+    cycle: float = 1.0  # lambda_exp
+    token_cycle: float = 1.0  # lambda_tok
+    feature: float = 1.0  # emotion-feature consistency, only in the EMOCA row
 
 # %% ../nbs/00_config.ipynb #a058a009
 @dataclass
 class TrainConfig:
     "Alternating training (Eqs. 10 and 11) and the switches of the decisions where the paper is silent."
-    steps:int = 300               # iterations of each method
-    teaser_steps:int = 120        # iterations of the TEASER initialisation
-    batch:int = 16
-    synthesized:int = 0           # images of a batch that are painted; 0: all
-    emotion_warmup:int = 0        # times the emotion head alone sees AffectNet before all learn
-    learning_rate:float = 1e-3
-    encoder_lr_scale:float = 1.0  # SMIRK uses 0.25
-    backbone_lr_scale:float = 1.0 # of the geometry encoders' backbones, besides
-    schedule:str = "constant"     # constant | cosine
-    train_parts:str = "fig3"      # fig3: all but pose; sec33: the expression encoder only
-    passes:str = "paper"          # paper: Eqs. 10 and 11; smirk: joint step plus alternating cycle
-    pdl:str = "teaser"            # teaser | visible
-    region:str = "box"            # box | hull
-    supervise_jaw:bool = False    # the jaw joins L_3D-GT
-    select:str = "last"           # last | best
-    gradient_clip:float = 0.1     # on the synthesizer in the cycle, as SMIRK
-    accumulate:int = 1            # batches a step
-    checkpoint_every:int = 100    # iterations
-    precision:str = "auto"        # auto | 32 | bf16
-    methods:list[str] = field(default_factory=lambda: ["F1", "F2", "F3", "F4"])
+
+    steps: int = 300  # iterations of each method
+    teaser_steps: int = 120  # iterations of the TEASER initialisation
+    batch: int = 16
+    synthesized: int = 0  # images of a batch that are painted; 0: all
+    emotion_warmup: int = 0  # times the emotion head alone sees AffectNet before all learn
+    learning_rate: float = 1e-3
+    encoder_lr_scale: float = 1.0  # SMIRK uses 0.25
+    backbone_lr_scale: float = 1.0  # of the geometry encoders' backbones, besides
+    schedule: str = "constant"  # constant | cosine
+    train_parts: str = "fig3"  # fig3: all but pose; sec33: the expression encoder only
+    passes: str = "paper"  # paper: Eqs. 10 and 11; smirk: joint step plus alternating cycle
+    pdl: str = "teaser"  # teaser | visible
+    region: str = "box"  # box | hull
+    supervise_jaw: bool = False  # the jaw joins L_3D-GT
+    select: str = "last"  # last | best
+    gradient_clip: float = 0.1  # on the synthesizer in the cycle, as SMIRK
+    accumulate: int = 1  # batches a step
+    checkpoint_every: int = 100  # iterations
+    precision: str = "auto"  # auto | 32 | bf16
+    methods: list[str] = field(default_factory=lambda: ["F1", "F2", "F3", "F4"])
 
 # %% ../nbs/00_config.ipynb #978b6c4d
 @dataclass
 class EvaluationConfig:
     "Emotion probe, geometry and figures."
-    probe_width:int = 512         # EMOCA's is 2048
-    probe_epochs:int = 50
-    probe_patience:int = 2        # epochs
-    probe_batch:int = 256
-    probe_learning_rate:float = 1e-3
-    folds:int = 5
-    protocols:list[str] = field(default_factory=lambda: ["heldout", "paper"])
-    units:str = "mm"              # mm | paper
-    bootstrap:int = 1000          # resamples of a confidence interval
-    figure_points:int = 700       # points of the t-SNE and UMAP figures
+
+    probe_width: int = 512  # EMOCA's is 2048
+    probe_epochs: int = 50
+    probe_patience: int = 2  # epochs
+    probe_batch: int = 256
+    probe_learning_rate: float = 1e-3
+    folds: int = 5
+    protocols: list[str] = field(default_factory=lambda: ["heldout", "paper"])
+    units: str = "mm"  # mm | paper
+    bootstrap: int = 1000  # resamples of a confidence interval
+    figure_points: int = 700  # points of the t-SNE and UMAP figures
 
 # %% ../nbs/00_config.ipynb #8851142d
 @dataclass
 class Config:
     "Everything that decides what a run computes."
-    profile:str = "demo"
-    seed:int = 0                  # training seed
-    threads:int = 0               # CPU threads; 0: all cores
-    workers:int = 0               # processes of the data stages; 0: one a core
-    jobs:int = 0                  # steps of the chain at work at the same time; 0: one a core up to 4, one on a GPU
-    scheduler:str = "processes"   # of the scan steps: processes | dask | address of a Dask scheduler
-    device:str = "auto"           # auto | cpu | cuda
-    head:str = "open"             # "open", or the path of a FLAME file
-    data:str = "world"            # "world", or the root folder of the licensed datasets
-    world:WorldConfig = field(default_factory=WorldConfig)
-    scans:ScanConfig = field(default_factory=ScanConfig)
-    prepare:PrepareConfig = field(default_factory=PrepareConfig)
-    mixing:MixingConfig = field(default_factory=MixingConfig)
-    network:NetworkConfig = field(default_factory=NetworkConfig)
-    standins:StandinConfig = field(default_factory=StandinConfig)
-    pretrain:PretrainConfig = field(default_factory=PretrainConfig)
-    loss:LossConfig = field(default_factory=LossConfig)
-    train:TrainConfig = field(default_factory=TrainConfig)
-    evaluation:EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    profile: str = "demo"
+    seed: int = 0  # training seed
+    threads: int = 0  # CPU threads; 0: all cores
+    workers: int = 0  # processes of the data stages; 0: one a core
+    jobs: int = 0  # steps of the chain at work at the same time; 0: one a core up to 4, one on a GPU
+    scheduler: str = "processes"  # of the scan steps: processes | dask | address of a Dask scheduler
+    device: str = "auto"  # auto | cpu | cuda
+    head: str = "open"  # "open", or the path of a FLAME file
+    data: str = "world"  # "world", or the root folder of the licensed datasets
+    world: WorldConfig = field(default_factory=WorldConfig)
+    scans: ScanConfig = field(default_factory=ScanConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    standins: StandinConfig = field(default_factory=StandinConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 # %% ../nbs/00_config.ipynb #7057fbe9
 def _parse(
-    kind,                         # the field's type
-    value,                        # the value given, often a string
-    key:str,                      # dotted key, for the message
+    kind,  # the field's type
+    value,  # the value given, often a string
+    key: str,  # dotted key, for the message
 ):
     "Return `value` as `kind`, or raise a `ValueError` that names the key."
     problem = ValueError(f"{key}={value!r} is not a {getattr(kind, '__name__', kind)}; give a value of that type")
     if typing.get_origin(kind) is list:
         items = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)): raise problem
+        if not isinstance(items, (list, tuple)):
+            raise problem
         return [_parse(typing.get_args(kind)[0], item, key) for item in items]
     if kind is bool:
-        if isinstance(value, bool): return value
-        if str(value).lower() in ("true", "false"): return str(value).lower() == "true"
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
         raise problem
     if kind is str:
-        if isinstance(value, str): return value
+        if isinstance(value, str):
+            return value
         raise problem
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)): raise problem
-    if kind is int and isinstance(value, float) and value != int(value): raise problem
-    try: return kind(value)
-    except ValueError: raise problem from None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise problem
+    if kind is int and isinstance(value, float) and value != int(value):
+        raise problem
+    try:
+        return kind(value)
+    except ValueError:
+        raise problem from None
 
 # %% ../nbs/00_config.ipynb #1a95769f
 def override(
-    config:Config,                # the configuration to change; it is left as it was
-    changes:dict|list[str],       # {"train.steps": 40} or ["train.steps=40"]
-) -> Config:                      # a new configuration
+    config: Config,  # the configuration to change; it is left as it was
+    changes: dict | list[str],  # {"train.steps": 40} or ["train.steps=40"]
+) -> Config:  # a new configuration
     "Return `config` with dotted keys replaced; raise `ValueError` for an unknown key or a wrong type."
     if not isinstance(changes, dict):
         bad = [c for c in changes if "=" not in c]
-        if bad: raise ValueError(f"{bad[0]!r} is not KEY=VALUE; write for example train.steps=40")
+        if bad:
+            raise ValueError(f"{bad[0]!r} is not KEY=VALUE; write for example train.steps=40")
         changes = dict(c.split("=", 1) for c in changes)
     for key, value in changes.items():
         config = _replace(config, key.split("."), value, key)
     return config
+
 
 def _replace(part, names, value, key):
     hints = typing.get_type_hints(type(part))
@@ -243,62 +264,165 @@ def _replace(part, names, value, key):
     old = getattr(part, names[0])
     nested = dataclasses.is_dataclass(old)
     if nested != (len(names) > 1):
-        raise ValueError(f"{key!r} names " + ("a group, not a value; add one of its keys" if nested else "a key below a plain value"))
+        raise ValueError(
+            f"{key!r} names " + ("a group, not a value; add one of its keys" if nested else "a key below a plain value")
+        )
     new = _replace(old, names[1:], value, key) if nested else _parse(hints[names[0]], value, key)
     return dataclasses.replace(part, **{names[0]: new})
 
 # %% ../nbs/00_config.ipynb #c80e5316
 PROFILES = {
     "smoke": {
-        "world.image_size": 128, "world.bp4d_subjects": 14, "world.bp4d_frames": 2, "world.affectnet_train": 420,
-        "world.affectnet_heldout": 20, "world.celeba_identities": 20, "world.celeba_images": 3, "world.ffhq_images": 60,
-        "world.lrw_clips": 6, "world.lrw_frames": 8, "world.mead_clips": 6, "world.mead_frames": 8,
-        "world.identity_identities": 10, "train.precision": "32", "scans.max_points": 1200, "scans.max_steps": 6, "scans.subject_frames": 2,
-        "prepare.cache_size": 92, "network.image_size": 64, "standins.train": False, "standins.trunk_steps": 20, "standins.correspondence_images": 60,
-        "pretrain.steps": 30, "pretrain.batch": 16, "pretrain.validate_every": 15, "train.steps": 8,
-        "train.teaser_steps": 6, "train.batch": 8, "evaluation.probe_width": 64, "evaluation.probe_epochs": 12,
+        "world.image_size": 128,
+        "world.bp4d_subjects": 14,
+        "world.bp4d_frames": 2,
+        "world.affectnet_train": 420,
+        "world.affectnet_heldout": 20,
+        "world.celeba_identities": 20,
+        "world.celeba_images": 3,
+        "world.ffhq_images": 60,
+        "world.lrw_clips": 6,
+        "world.lrw_frames": 8,
+        "world.mead_clips": 6,
+        "world.mead_frames": 8,
+        "world.identity_identities": 10,
+        "train.precision": "32",
+        "scans.max_points": 1200,
+        "scans.max_steps": 6,
+        "scans.subject_frames": 2,
+        "prepare.cache_size": 92,
+        "network.image_size": 64,
+        "standins.train": False,
+        "standins.trunk_steps": 20,
+        "standins.correspondence_images": 60,
+        "pretrain.steps": 30,
+        "pretrain.batch": 16,
+        "pretrain.validate_every": 15,
+        "train.steps": 8,
+        "train.teaser_steps": 6,
+        "train.batch": 8,
+        "evaluation.probe_width": 64,
+        "evaluation.probe_epochs": 12,
         "evaluation.bootstrap": 200,
     },
     "demo": {
-        "network.image_size": 96, "prepare.cache_size": 138, "mixing.first_stage": 0.4,
-        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 5, "train.steps": 120, "train.teaser_steps": 60,
-        "standins.trunk_steps": 1500, "pretrain.steps": 900, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0,
-        "train.schedule": "cosine", "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0,
-        "standins.identity_steps": 200, "standins.perceptual_steps": 120, "standins.emotion_steps": 120, "standins.correspondence_images": 300,
+        "network.image_size": 96,
+        "prepare.cache_size": 138,
+        "mixing.first_stage": 0.4,
+        "train.batch": 64,
+        "train.synthesized": 16,
+        "train.emotion_warmup": 5,
+        "train.steps": 120,
+        "train.teaser_steps": 60,
+        "standins.trunk_steps": 1500,
+        "pretrain.steps": 900,
+        "pretrain.learning_rate": 2e-3,
+        "pretrain.schedule": "cosine",
+        "pretrain.backbone_lr_scale": 0.0,
+        "train.schedule": "cosine",
+        "train.encoder_lr_scale": 0.5,
+        "train.backbone_lr_scale": 0.0,
+        "standins.identity_steps": 200,
+        "standins.perceptual_steps": 120,
+        "standins.emotion_steps": 120,
+        "standins.correspondence_images": 300,
     },
     "study": {
-        "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
-        "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.4,
-        "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
-        "pretrain.steps": 1500, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
-        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 5, "train.steps": 300, "train.teaser_steps": 120, "train.schedule": "cosine",
-        "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "evaluation.figure_points": 4000,
+        "network.image_size": 96,
+        "prepare.cache_size": 138,
+        "world.bp4d_extra_subjects": 120,
+        "world.affectnet_train": 8000,
+        "world.affectnet_heldout": 150,
+        "world.celeba_identities": 300,
+        "world.ffhq_images": 1200,
+        "mixing.first_stage": 0.4,
+        "standins.trunk_steps": 6000,
+        "standins.identity_steps": 300,
+        "standins.perceptual_steps": 200,
+        "standins.emotion_steps": 120,
+        "pretrain.steps": 1500,
+        "pretrain.learning_rate": 2e-3,
+        "pretrain.schedule": "cosine",
+        "pretrain.backbone_lr_scale": 0.0,
+        "pretrain.select": "last",
+        "train.batch": 64,
+        "train.synthesized": 16,
+        "train.emotion_warmup": 5,
+        "train.steps": 300,
+        "train.teaser_steps": 120,
+        "train.schedule": "cosine",
+        "train.encoder_lr_scale": 0.5,
+        "train.backbone_lr_scale": 0.0,
+        "evaluation.figure_points": 4000,
     },
     "release": {
-        "network.image_size": 96, "prepare.cache_size": 138, "world.bp4d_extra_subjects": 120, "world.affectnet_train": 8000,
-        "world.affectnet_heldout": 150, "world.celeba_identities": 300, "world.ffhq_images": 1200, "mixing.first_stage": 0.6, "mixing.bp4d_second": 0.3,
-        "standins.trunk_steps": 6000, "standins.identity_steps": 300, "standins.perceptual_steps": 200, "standins.emotion_steps": 120,
-        "pretrain.steps": 3000, "pretrain.batch": 64, "pretrain.learning_rate": 2e-3, "pretrain.schedule": "cosine", "pretrain.backbone_lr_scale": 0.0, "pretrain.select": "last",
-        "pretrain.landmark": 8000.0, "pretrain.identity": 2.0, "pretrain.expression_reg": 1.0,
-        "loss.landmark": 8000.0, "loss.expression_first": 20.0, "loss.expression_second": 20.0, "loss.jaw": 400.0, "loss.eyelids": 40.0, "train.supervise_jaw": True,
-        "train.batch": 64, "train.synthesized": 16, "train.emotion_warmup": 10, "train.steps": 800, "train.teaser_steps": 120, "train.schedule": "cosine",
-        "train.encoder_lr_scale": 0.5, "train.backbone_lr_scale": 0.0, "train.methods": ["F4"],
+        "network.image_size": 96,
+        "prepare.cache_size": 138,
+        "world.bp4d_extra_subjects": 120,
+        "world.affectnet_train": 8000,
+        "world.affectnet_heldout": 150,
+        "world.celeba_identities": 300,
+        "world.ffhq_images": 1200,
+        "mixing.first_stage": 0.6,
+        "mixing.bp4d_second": 0.3,
+        "standins.trunk_steps": 6000,
+        "standins.identity_steps": 300,
+        "standins.perceptual_steps": 200,
+        "standins.emotion_steps": 120,
+        "pretrain.steps": 3000,
+        "pretrain.batch": 64,
+        "pretrain.learning_rate": 2e-3,
+        "pretrain.schedule": "cosine",
+        "pretrain.backbone_lr_scale": 0.0,
+        "pretrain.select": "last",
+        "pretrain.landmark": 8000.0,
+        "pretrain.identity": 2.0,
+        "pretrain.expression_reg": 1.0,
+        "loss.landmark": 8000.0,
+        "loss.expression_first": 20.0,
+        "loss.expression_second": 20.0,
+        "loss.jaw": 400.0,
+        "loss.eyelids": 40.0,
+        "train.supervise_jaw": True,
+        "train.batch": 64,
+        "train.synthesized": 16,
+        "train.emotion_warmup": 10,
+        "train.steps": 800,
+        "train.teaser_steps": 120,
+        "train.schedule": "cosine",
+        "train.encoder_lr_scale": 0.5,
+        "train.backbone_lr_scale": 0.0,
+        "train.methods": ["F4"],
     },
     "paper": {
-        "data": "data", "head": "FLAME2020/generic_model.pkl", "network.size": "paper", "network.image_size": 224, "prepare.cache_size": 374,
-        "network.output_range": "smirk", "pretrain.steps": 468_750, "pretrain.learning_rate": 2e-4, "train.steps": 70_290,
-        "train.teaser_steps": 625_000, "train.batch": 64, "train.learning_rate": 2e-3, "scans.max_points": 0,
-        "evaluation.probe_width": 2048, "evaluation.probe_batch": 64, "evaluation.probe_learning_rate": 1e-4,
-        "evaluation.figure_points": 4000, "train.checkpoint_every": 781, "pretrain.validate_every": 1562,
+        "data": "data",
+        "head": "FLAME2020/generic_model.pkl",
+        "network.size": "paper",
+        "network.image_size": 224,
+        "prepare.cache_size": 374,
+        "network.output_range": "smirk",
+        "pretrain.steps": 468_750,
+        "pretrain.learning_rate": 2e-4,
+        "train.steps": 70_290,
+        "train.teaser_steps": 625_000,
+        "train.batch": 64,
+        "train.learning_rate": 2e-3,
+        "scans.max_points": 0,
+        "evaluation.probe_width": 2048,
+        "evaluation.probe_batch": 64,
+        "evaluation.probe_learning_rate": 1e-4,
+        "evaluation.figure_points": 4000,
+        "train.checkpoint_every": 781,
+        "pretrain.validate_every": 1562,
         "standins.train": False,
     },
 }
 
 # %% ../nbs/00_config.ipynb #04ea875b
 def load_profile(
-    name:str,                     # smoke | demo | study | release | paper
-    changes:dict|list[str]=(),    # overrides by dotted key
-) -> Config:                      # the profile with its overrides
+    name: str,  # smoke | demo | study | release | paper
+    changes: dict | list[str] = (),  # overrides by dotted key
+) -> Config:  # the profile with its overrides
     "Return the configuration of a profile; raise `ValueError` for an unknown name."
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
@@ -308,77 +432,112 @@ def load_profile(
 PAPER_SOURCES = {
     "network.image_size": "section 6, data pre-processing: 224 x 224",
     "loss.photometric": "section 6: w_2D = (10, 10, 10, 100, 500)",
-    "loss.perceptual": "section 6: w_2D", "loss.landmark": "section 6: w_2D",
-    "loss.pose_landmark": "section 6: w_2D", "loss.region": "section 6: w_2D",
-    "loss.emotion": "section 6: lambda_emo = 5", "loss.emotion_regression": "section 6: lambda_r = 1",
-    "loss.emotion_class": "section 6: lambda_c = 1", "loss.shape_reg": "section 6: lambda_shape-reg = 100",
-    "loss.expression_reg": "section 6: lambda_expr-reg = 1e-2", "loss.cycle": "section 6: lambda_exp = 1",
-    "loss.token_cycle": "section 6: lambda_token = 1", "loss.expression_first": "section 6: 5 in epochs 1-6",
-    "loss.expression_second": "section 6: 1 in epochs 7-90", "mixing.bp4d_first": "section 6: 30% in epochs 1-6",
-    "mixing.bp4d_second": "section 6: 10% in epochs 7-90", "mixing.lrw": "section 6", "mixing.celeba": "section 6",
-    "mixing.affectnet": "section 6", "mixing.ffhq": "section 6", "mixing.mead": "section 6",
-    "train.batch": "section 6: 64", "train.learning_rate": "section 6: Adam, 2e-3",
+    "loss.perceptual": "section 6: w_2D",
+    "loss.landmark": "section 6: w_2D",
+    "loss.pose_landmark": "section 6: w_2D",
+    "loss.region": "section 6: w_2D",
+    "loss.emotion": "section 6: lambda_emo = 5",
+    "loss.emotion_regression": "section 6: lambda_r = 1",
+    "loss.emotion_class": "section 6: lambda_c = 1",
+    "loss.shape_reg": "section 6: lambda_shape-reg = 100",
+    "loss.expression_reg": "section 6: lambda_expr-reg = 1e-2",
+    "loss.cycle": "section 6: lambda_exp = 1",
+    "loss.token_cycle": "section 6: lambda_token = 1",
+    "loss.expression_first": "section 6: 5 in epochs 1-6",
+    "loss.expression_second": "section 6: 1 in epochs 7-90",
+    "mixing.bp4d_first": "section 6: 30% in epochs 1-6",
+    "mixing.bp4d_second": "section 6: 10% in epochs 7-90",
+    "mixing.lrw": "section 6",
+    "mixing.celeba": "section 6",
+    "mixing.affectnet": "section 6",
+    "mixing.ffhq": "section 6",
+    "mixing.mead": "section 6",
+    "train.batch": "section 6: 64",
+    "train.learning_rate": "section 6: Adam, 2e-3",
     "train.steps": "section 6: at most 90 epochs; 50,000 samples an epoch is SMIRK's",
-    "pretrain.landmark": "section 6: lambda_lmk = 100", "pretrain.identity": "section 6: lambda_mica = 10",
-    "pretrain.expression_reg": "SMIRK's pre-training; the paper has no such term", "pretrain.learning_rate": "SMIRK",
-    "pretrain.steps": "SMIRK: 300 epochs of 50,000 samples at batch 32", "train.teaser_steps": "TEASER: 200 epochs at batch 16",
-    "scans.scan_weight": "section 7", "scans.landmark_weight": "section 7", "scans.shape_weight": "section 7",
-    "scans.pose_weight": "section 7", "scans.expression_weight": "section 7", "scans.sigma": "official fitting tool's default",
-    "evaluation.folds": "section 4.2: 5-fold", "evaluation.probe_width": "EMOCA's probe: 2048",
+    "pretrain.landmark": "section 6: lambda_lmk = 100",
+    "pretrain.identity": "section 6: lambda_mica = 10",
+    "pretrain.expression_reg": "SMIRK's pre-training; the paper has no such term",
+    "pretrain.learning_rate": "SMIRK",
+    "pretrain.steps": "SMIRK: 300 epochs of 50,000 samples at batch 32",
+    "train.teaser_steps": "TEASER: 200 epochs at batch 16",
+    "scans.scan_weight": "section 7",
+    "scans.landmark_weight": "section 7",
+    "scans.shape_weight": "section 7",
+    "scans.pose_weight": "section 7",
+    "scans.expression_weight": "section 7",
+    "scans.sigma": "official fitting tool's default",
+    "evaluation.folds": "section 4.2: 5-fold",
+    "evaluation.probe_width": "EMOCA's probe: 2048",
 }
 
-def paper_table() -> list[tuple[str, object, str]]: # rows of key, value, source
+
+def paper_table() -> list[tuple[str, object, str]]:  # rows of key, value, source
     "List the numbers of the `paper` profile and where each comes from."
     config = load_profile("paper")
+
     def value(key):
         part = config
-        for name in key.split("."): part = getattr(part, name)
+        for name in key.split("."):
+            part = getattr(part, name)
         return part
+
     return [(key, value(key), source) for key, source in PAPER_SOURCES.items()]
 
 # %% ../nbs/00_config.ipynb #df5f4f68
 def to_dict(
-    config,                       # a configuration or a part of one
-) -> dict:                        # plain values, ready for JSON
+    config,  # a configuration or a part of one
+) -> dict:  # plain values, ready for JSON
     "Return a configuration as plain values."
     return dataclasses.asdict(config)
 
+
 def from_dict(
-    values:dict,                  # what `to_dict` returned
-) -> Config:                      # the configuration
+    values: dict,  # what `to_dict` returned
+) -> Config:  # the configuration
     "Rebuild a configuration from plain values, as strictly as `override`."
+
     def flat(d, prefix=""):
         for k, v in d.items():
-            if isinstance(v, dict): yield from flat(v, f"{prefix}{k}.")
-            else: yield prefix + k, v
+            if isinstance(v, dict):
+                yield from flat(v, f"{prefix}{k}.")
+            else:
+                yield prefix + k, v
+
     return override(Config(), dict(flat(values)))
 
+
 def fingerprint(
-    value,                        # anything JSON can hold
-) -> str:                         # 16 hexadecimal digits
+    value,  # anything JSON can hold
+) -> str:  # 16 hexadecimal digits
     "Return a short stable hash of plain values."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_config.ipynb #53b5adcb
 def find_root(
-    start:Path|str|None=None,     # where to begin; the working directory, then the package
-) -> Path|None:                   # folder that holds settings.ini, or None
+    start: Path | str | None = None,  # where to begin; the working directory, then the package
+) -> Path | None:  # folder that holds settings.ini, or None
     "Return the root of the repository, or None outside of one."
-    for first in ([Path(start)] if start else [Path.cwd(), Path(__file__).parent if "__file__" in globals() else Path.cwd()]):
+    for first in (
+        [Path(start)] if start else [Path.cwd(), Path(__file__).parent if "__file__" in globals() else Path.cwd()]
+    ):
         for folder in [first.resolve(), *first.resolve().parents]:
-            ini = folder/"settings.ini"
-            if ini.is_file() and "lib_name = fields" in ini.read_text(encoding="utf-8"): return folder
+            ini = folder / "settings.ini"
+            if ini.is_file() and "lib_name = fields" in ini.read_text(encoding="utf-8"):
+                return folder
     return None
 
 # %% ../nbs/00_config.ipynb #f956c635
 def set_up(
-    config:Config,                # the run's configuration
-) -> str:                         # the torch device that was chosen
+    config: Config,  # the run's configuration
+) -> str:  # the torch device that was chosen
     "Set threads and deterministic arithmetic, and choose the device; raise `ValueError` if it is not there."
     import torch
+
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     found = torch.cuda.is_available()
-    if config.device == "cuda" and not found: raise ValueError("device=cuda was asked for, but torch finds no GPU; use device=cpu")
+    if config.device == "cuda" and not found:
+        raise ValueError("device=cuda was asked for, but torch finds no GPU; use device=cpu")
     return "cuda" if found and config.device in ("auto", "cuda") else "cpu"

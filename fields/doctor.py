@@ -16,102 +16,214 @@ from .config import find_root
 @dataclass(frozen=True)
 class Finding:
     "One line of the doctor's report."
-    group:str                     # machine | packages | shipped | assets | datasets
-    name:str
-    found:bool
-    detail:str                    # version or place, or how to get it
+
+    group: str  # machine | packages | shipped | assets | datasets
+    name: str
+    found: bool
+    detail: str  # version or place, or how to get it
 
 # %% ../nbs/82_doctor.ipynb #7817c52b
-def machine() -> list[Finding]:   # findings about the machine
+def machine() -> list[Finding]:  # findings about the machine
     "Look at Python, cores, memory, GPU and the two system libraries."
-    findings = [Finding("machine", "python", sys.version_info >= (3, 11), sys.version.split()[0] + ("" if sys.version_info >= (3, 11) else "; FIELDS needs 3.11 or later"))]
+    findings = [
+        Finding(
+            "machine",
+            "python",
+            sys.version_info >= (3, 11),
+            sys.version.split()[0] + ("" if sys.version_info >= (3, 11) else "; FIELDS needs 3.11 or later"),
+        )
+    ]
     findings.append(Finding("machine", "cores", True, str(os.cpu_count())))
     for name, package in (("GL", "libgl1"), ("glib-2.0", "libglib2.0-0")):
         found = ctypes.util.find_library(name)
-        findings.append(Finding("machine", f"lib{name}", bool(found), found or f"OpenCV needs it; install {package} with your system's package manager"))
-    free = shutil.disk_usage(Path.cwd()).free/1e9
-    findings.append(Finding("machine", "disk", free > 5, f"{free:.0f} GB free" + ("" if free > 5 else "; the demo run needs 2 GB, the environment 4 GB")))
+        findings.append(
+            Finding(
+                "machine",
+                f"lib{name}",
+                bool(found),
+                found or f"OpenCV needs it; install {package} with your system's package manager",
+            )
+        )
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    findings.append(
+        Finding(
+            "machine",
+            "disk",
+            free > 5,
+            f"{free:.0f} GB free" + ("" if free > 5 else "; the demo run needs 2 GB, the environment 4 GB"),
+        )
+    )
     if importlib.util.find_spec("torch"):
         import torch
+
         gpu = torch.cuda.is_available()
-        findings.append(Finding("machine", "GPU", gpu, torch.cuda.get_device_name() if gpu else "none found by torch; everything runs on the CPU; a GPU and a CUDA build of torch enable the paper profile"))
+        findings.append(
+            Finding(
+                "machine",
+                "GPU",
+                gpu,
+                torch.cuda.get_device_name()
+                if gpu
+                else "none found by torch; everything runs on the CPU; a GPU and a CUDA build of torch enable the paper profile",
+            )
+        )
     return findings
 
 # %% ../nbs/82_doctor.ipynb #d8ae088a
 PACKAGES = (
-    ("torch", "networks", ""), ("numpy", "arrays", ""), ("kornia", "augmentation", ""), ("mediapipe", "face detection", ""),
-    ("numba", "the CPU rasteriser", ""), ("lightning", "training on several devices", ""), ("safetensors", "checkpoints", ""),
-    ("open3d", "oracles of the scan tests", "scan"), ("face-alignment", "FAN landmarks", "detect"), ("onnxruntime", "the 203-point detector", "detect"),
-    ("papermill", "the chain", "notebooks"), ("jupyterlab", "reading the notebooks", "notebooks"), ("umap-learn", "Fig. 15", "notebooks"),
-    ("plotly", "the interactive head", "notebooks"), ("dask", "fitting scans on a cluster", "scale"), ("nbdev", "building the library from the notebooks", "dev"),
+    ("torch", "networks", ""),
+    ("numpy", "arrays", ""),
+    ("kornia", "augmentation", ""),
+    ("mediapipe", "face detection", ""),
+    ("numba", "the CPU rasteriser", ""),
+    ("lightning", "training on several devices", ""),
+    ("safetensors", "checkpoints", ""),
+    ("open3d", "oracles of the scan tests", "scan"),
+    ("face-alignment", "FAN landmarks", "detect"),
+    ("onnxruntime", "the 203-point detector", "detect"),
+    ("papermill", "the chain", "notebooks"),
+    ("jupyterlab", "reading the notebooks", "notebooks"),
+    ("umap-learn", "Fig. 15", "notebooks"),
+    ("plotly", "the interactive head", "notebooks"),
+    ("dask", "fitting scans on a cluster", "scale"),
+    ("nbdev", "building the library from the notebooks", "dev"),
     ("pytorch3d", "a second rasteriser, for parity tests only", ""),
 )
+
 
 def packages() -> list[Finding]:  # findings about Python packages
     "Look for every package that FIELDS can use."
     findings = []
     for name, use, extra in PACKAGES:
-        try: findings.append(Finding("packages", name, True, f"{importlib.metadata.version(name)} ({use})"))
+        try:
+            findings.append(Finding("packages", name, True, f"{importlib.metadata.version(name)} ({use})"))
         except importlib.metadata.PackageNotFoundError:
-            how = "built from source, see environment.yml" if name == "pytorch3d" else f"pip install 'fields[{extra}]'" if extra else "install fields again"
+            how = (
+                "built from source, see environment.yml"
+                if name == "pytorch3d"
+                else f"pip install 'fields[{extra}]'"
+                if extra
+                else "install fields again"
+            )
             findings.append(Finding("packages", name, False, f"{use}; {how}"))
     return findings
 
 # %% ../nbs/82_doctor.ipynb #116ebf4d
-def shipped() -> list[Finding]:   # findings about files of the package
+def shipped() -> list[Finding]:  # findings about files of the package
     "Look for the files that ship with the package, and for checkpoints of the repository's own runs."
     findings = []
-    for name, use, how in (("head/open_head.npz", "the open head", "install fields again"),
-                           ("checkpoints/demo.safetensors", "the demo checkpoint", "`make demo` trains one in runs/demo, and --checkpoint names any other")):
-        try: findings.append(Finding("shipped", Path(name).name, True, f"{use}, {package_file(name).stat().st_size/1e6:.1f} MB, Apache-2.0"))
-        except FileNotFoundError: findings.append(Finding("shipped", Path(name).name, False, f"{use}; looked in the package; {how}"))
+    for name, use, how in (
+        ("head/open_head.npz", "the open head", "install fields again"),
+        (
+            "checkpoints/demo.safetensors",
+            "the demo checkpoint",
+            "`make demo` trains one in runs/demo, and --checkpoint names any other",
+        ),
+    ):
+        try:
+            findings.append(
+                Finding(
+                    "shipped",
+                    Path(name).name,
+                    True,
+                    f"{use}, {package_file(name).stat().st_size / 1e6:.1f} MB, Apache-2.0",
+                )
+            )
+        except FileNotFoundError:
+            findings.append(Finding("shipped", Path(name).name, False, f"{use}; looked in the package; {how}"))
     root = find_root()
     made = sorted(root.glob("runs/*/checkpoints/*/model.safetensors")) if root else []
-    findings.append(Finding("shipped", "runs", bool(made), f"{len(made)} checkpoints of this repository, {made[-1]} among them" if made else "no run of the chain here; `make demo` makes one"))
+    findings.append(
+        Finding(
+            "shipped",
+            "runs",
+            bool(made),
+            f"{len(made)} checkpoints of this repository, {made[-1]} among them"
+            if made
+            else "no run of the chain here; `make demo` makes one",
+        )
+    )
     return findings
 
-def assets() -> list[Finding]:    # findings about licensed files
+
+def assets() -> list[Finding]:  # findings about licensed files
     "Look for every file that only the user can provide: where, what it enables, from whom, under which licence."
     folder, findings = asset_folder(), []
     for a in ASSETS:
         path = find_asset(a.name)
         how = f"enables {a.enables}; licence: {a.licence}"
-        findings.append(Finding("assets", a.name, path is not None, f"{path}; {how}" if path else f"{' or '.join(a.files)} is not in {folder or 'any folder (set FIELDS_ASSETS to one)'}; {how}; source: {a.source}"))
+        findings.append(
+            Finding(
+                "assets",
+                a.name,
+                path is not None,
+                f"{path}; {how}"
+                if path
+                else f"{' or '.join(a.files)} is not in {folder or 'any folder (set FIELDS_ASSETS to one)'}; {how}; source: {a.source}",
+            )
+        )
     return findings
 
-USES = {"bp4d": "expression labels from scans (Eq. 6) and Tables 3 and 6", "affectnet": "the emotion loss (Eq. 7) and Tables 1 and 2",
-        "celeba": "identities in the wild", "ffhq": "appearance in the wild", "lrw": "mouths that speak", "mead": "strong expressions in the lab"}
+
+USES = {
+    "bp4d": "expression labels from scans (Eq. 6) and Tables 3 and 6",
+    "affectnet": "the emotion loss (Eq. 7) and Tables 1 and 2",
+    "celeba": "identities in the wild",
+    "ffhq": "appearance in the wild",
+    "lrw": "mouths that speak",
+    "mead": "strong expressions in the lab",
+}
+
 
 def datasets(
-    root:Path|str|None=None,      # folder that holds the licensed datasets; None: FIELDS_DATA, else data/ of the repository
-) -> list[Finding]:               # findings about the six datasets
+    root: Path
+    | str
+    | None = None,  # folder that holds the licensed datasets; None: FIELDS_DATA, else data/ of the repository
+) -> list[Finding]:  # findings about the six datasets
     "Look for the six datasets and say how to ask for each."
     from fields.manifests import load_manifest, manifest_names
-    root = Path(root or os.environ.get("FIELDS_DATA", (find_root() or Path.cwd())/"data"))
+
+    root = Path(root or os.environ.get("FIELDS_DATA", (find_root() or Path.cwd()) / "data"))
     findings = []
-    for m in (load_manifest(n) for n in manifest_names() if n != "identity"): # the seventh is a stand-in of ours
-        place, how = root/m.layout.folder, f"enables {USES.get(m.name, 'training')}; licence: {m.licence}"
-        findings.append(Finding("datasets", m.name, place.is_dir(), f"{place}; {how}" if place.is_dir() else f"not in {place}; {how}; to get it: {m.ask} ({m.source})"))
+    for m in (load_manifest(n) for n in manifest_names() if n != "identity"):  # the seventh is a stand-in of ours
+        place, how = root / m.layout.folder, f"enables {USES.get(m.name, 'training')}; licence: {m.licence}"
+        findings.append(
+            Finding(
+                "datasets",
+                m.name,
+                place.is_dir(),
+                f"{place}; {how}" if place.is_dir() else f"not in {place}; {how}; to get it: {m.ask} ({m.source})",
+            )
+        )
     return findings
 
 # %% ../nbs/82_doctor.ipynb #8fcd29b7
-def examine() -> list[Finding]:   # all findings
+def examine() -> list[Finding]:  # all findings
     "Look at everything; never raises."
     findings = []
     for look in (machine, packages, shipped, assets, datasets):
-        try: findings += look()
-        except Exception as e: findings.append(Finding(look.__name__, look.__name__, False, f"could not be examined: {e}"))
+        try:
+            findings += look()
+        except Exception as e:
+            findings.append(Finding(look.__name__, look.__name__, False, f"could not be examined: {e}"))
     return findings
 
-NOTES = {"assets": " (files only you can provide; FIELDS_ASSETS names their folder)", "datasets": " (FIELDS_DATA names their folder; without them the demo world stands in)",
-         "packages": " (optional ones come with an extra)"}
+
+NOTES = {
+    "assets": " (files only you can provide; FIELDS_ASSETS names their folder)",
+    "datasets": " (FIELDS_DATA names their folder; without them the demo world stands in)",
+    "packages": " (optional ones come with an extra)",
+}
+
 
 def report(
-    findings:list[Finding],       # what `examine` returned
-) -> str:                         # text for a terminal
+    findings: list[Finding],  # what `examine` returned
+) -> str:  # text for a terminal
     "Format findings, one line each, under their groups."
     lines, group = [], ""
     for f in findings:
-        if f.group != group: lines.append(f"\n{f.group}" + NOTES.get(f.group, "")); group = f.group
+        if f.group != group:
+            lines.append(f"\n{f.group}" + NOTES.get(f.group, ""))
+            group = f.group
         lines.append(f"  {'+' if f.found else '-'} {f.name:<18} {f.detail}")
     return "\n".join(lines).lstrip()

@@ -15,32 +15,51 @@ from .stage import atomic
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
+
 def tidy(
-    name:str,                     # of a file
-) -> str:                         # a name that any file system takes, with room for endings
+    name: str,  # of a file
+) -> str:  # a name that any file system takes, with room for endings
     "Return a name without control characters, cut to 120 bytes."
     name = "".join(c if c.isprintable() else "_" for c in name.encode("utf-8", "replace").decode())
     return name.encode()[:120].decode(errors="ignore") or "picture"
 
+
 def list_files(
-    inputs:list[str|Path],        # images, videos or folders
-) -> list[tuple[Path, str]]:      # each file with the name of its results
+    inputs: list[str | Path],  # images, videos or folders
+) -> list[tuple[Path, str]]:  # each file with the name of its results
     "List the files of the inputs with a unique name each; raise `FileNotFoundError` if an input does not exist. A folder that may not be read is listed itself, so that who reads it says so."
     found = []
     for given in map(Path, inputs):
-        try: given.stat()
-        except PermissionError: pass
-        except OSError: raise FileNotFoundError(f"there is no file or folder {str(given)[:200]}; check the path") from None
+        try:
+            given.stat()
+        except PermissionError:
+            pass
+        except OSError:
+            raise FileNotFoundError(f"there is no file or folder {str(given)[:200]}; check the path") from None
         if os.path.isdir(given):
             shut = []
-            every = [Path(folder)/name for folder, folders, files in os.walk(given, onerror=lambda e: shut.append(Path(e.filename))) for name in folders + files]
-            inside = sorted({p for p in every if p.suffix.lower() in IMAGES + VIDEOS and not p.name.startswith(".")}.union(shut))
-            if not inside: raise FileNotFoundError(f"the folder {given} holds no image and no video; supported are {', '.join(IMAGES + VIDEOS)}")
-            found += [(p, given.name if p == given else "_".join(p.relative_to(given).with_suffix("").parts)) for p in inside]
-        else: found.append((given, given.stem))
+            every = [
+                Path(folder) / name
+                for folder, folders, files in os.walk(given, onerror=lambda e: shut.append(Path(e.filename)))
+                for name in folders + files
+            ]
+            inside = sorted(
+                {p for p in every if p.suffix.lower() in IMAGES + VIDEOS and not p.name.startswith(".")}.union(shut)
+            )
+            if not inside:
+                raise FileNotFoundError(
+                    f"the folder {given} holds no image and no video; supported are {', '.join(IMAGES + VIDEOS)}"
+                )
+            found += [
+                (p, given.name if p == given else "_".join(p.relative_to(given).with_suffix("").parts)) for p in inside
+            ]
+        else:
+            found.append((given, given.stem))
     taken, names = set(), []
     for path, name in ((p, tidy(n)) for p, n in found):
-        unique = next(n for n in (name if k == 1 else f"{name}_{k}" for k in range(1, len(found) + 2)) if n.lower() not in taken)
+        unique = next(
+            n for n in (name if k == 1 else f"{name}_{k}" for k in range(1, len(found) + 2)) if n.lower() not in taken
+        )
         taken.add(unique.lower())
         names.append((path, unique))
     return names
@@ -50,55 +69,71 @@ OUR_FAULTS = (AssertionError, AttributeError, LookupError, NameError, TypeError)
 
 # %% ../nbs/08_inputs.ipynb #e7d67944
 def frames(
-    path:Path,                    # a video
-):                                # yields (H,W,3) uint8 RGB
+    path: Path,  # a video
+):  # yields (H,W,3) uint8 RGB
     "Decode a video frame by frame; raise `ValueError` if nothing can be read."
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")                 # what is wrong is said below, once
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said below, once
     import cv2
+
     cv2.setLogLevel(0)
-    if not path.stat().st_size: raise ValueError(f"{path} is empty; copy or download it again")
-    with open(path, "rb"): pass
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    with open(path, "rb"):
+        pass
     video, count = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), 0
     try:
         while True:
             ok, frame = video.read()
-            if not ok: break
+            if not ok:
+                break
             count += 1
             yield np.ascontiguousarray(frame[..., ::-1])
-    finally: video.release()
-    if not count: raise ValueError(f"{path} holds no frame that can be decoded; convert it to mp4")
+    finally:
+        video.release()
+    if not count:
+        raise ValueError(f"{path} holds no frame that can be decoded; convert it to mp4")
 
 # %% ../nbs/08_inputs.ipynb #a7481340
 def ahead(
-    items,                        # an iterator
-    size:int=24,                  # most items that wait
-):                                # yields the same items
+    items,  # an iterator
+    size: int = 24,  # most items that wait
+):  # yields the same items
     "Run an iterator in a thread of its own, a little ahead of who reads it."
     waiting, stop = queue.Queue(size), threading.Event()
+
     def put(item):
         while not stop.is_set():
-            try: return waiting.put(item, timeout=.1)
-            except queue.Full: continue
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
     def work():
         try:
             for item in items:
                 put((item, None))
-                if stop.is_set(): return
+                if stop.is_set():
+                    return
             put((None, StopIteration()))
-        except BaseException as e: put((None, e))
+        except BaseException as e:
+            put((None, e))
+
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
             item, error = waiting.get()
-            if isinstance(error, StopIteration): return
-            if error: raise error
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
             yield item
-    finally: stop.set()
+    finally:
+        stop.set()
 
 # %% ../nbs/08_inputs.ipynb #f3898f6e
 def write_table(
-    path:Path,                    # file to write
-    rows:list[dict],              # rows with the same keys
+    path: Path,  # file to write
+    rows: list[dict],  # rows with the same keys
 ):
     "Write rows as CSV, atomically."
     text = io.StringIO()
@@ -106,4 +141,5 @@ def write_table(
         table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    with atomic(path) as temporary: temporary.write_text(text.getvalue(), encoding="utf-8", errors="replace")
+    with atomic(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", errors="replace")

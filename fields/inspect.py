@@ -13,92 +13,146 @@ from .assets import sha256
 from .head.pickles import LARGEST, read_arrays
 
 # %% ../nbs/87_inspect.ipynb #38bb3b70
-KINDS = (("a head in FIELDS's own format", {"template", "faces"}), ("a FLAME head", {"v_template", "shapedirs"}),
-         ("the parameters of one face", {"shape", "expression", "camera", "box"}), ("predictions", {"shape", "expression", "ids"}),
-         ("head parameters", {"shape", "expression", "camera"}), ("expression labels fitted to scans", {"expression", "jaw", "residual"}),
-         ("a landmark embedding", {"lmk_face_idx"}))
+KINDS = (
+    ("a head in FIELDS's own format", {"template", "faces"}),
+    ("a FLAME head", {"v_template", "shapedirs"}),
+    ("the parameters of one face", {"shape", "expression", "camera", "box"}),
+    ("predictions", {"shape", "expression", "ids"}),
+    ("head parameters", {"shape", "expression", "camera"}),
+    ("expression labels fitted to scans", {"expression", "jaw", "residual"}),
+    ("a landmark embedding", {"lmk_face_idx"}),
+)
+
 
 def kind_of(
-    names,                        # keys of a file
-) -> str:                         # in words
+    names,  # keys of a file
+) -> str:  # in words
     "Say what a file of named arrays is."
     return next((words for words, keys in KINDS if keys <= set(names)), "arrays")
 
+
 def describe_value(
-    value,                        # what a key holds
-) -> str:                         # one line
+    value,  # what a key holds
+) -> str:  # one line
     "Describe an array, a text or a number."
-    if isinstance(value, (str, int, float, bool)) or value is None: return str(value)[:100]
-    if not isinstance(value, np.ndarray): return type(value).__name__
-    if value.ndim == 0 or value.dtype.kind in "US" and value.size == 1: return str(value.reshape(-1)[0])[:100]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return str(value)[:100]
+    if not isinstance(value, np.ndarray):
+        return type(value).__name__
+    if value.ndim == 0 or value.dtype.kind in "US" and value.size == 1:
+        return str(value.reshape(-1)[0])[:100]
     text = f"{'x'.join(map(str, value.shape))} {value.dtype}"
-    if value.dtype.kind not in "fiu" or not value.size: return text
+    if value.dtype.kind not in "fiu" or not value.size:
+        return text
     good = value[np.isfinite(value)] if value.dtype.kind == "f" else value
-    if not good.size: return f"{text}, nothing finite"
-    return f"{text}, {good.min():.4g} to {good.max():.4g}" + ("" if good.size == value.size else f", {value.size - good.size} not finite")
+    if not good.size:
+        return f"{text}, nothing finite"
+    return f"{text}, {good.min():.4g} to {good.max():.4g}" + (
+        "" if good.size == value.size else f", {value.size - good.size} not finite"
+    )
+
 
 def _arrays(path):
     found = read_arrays(path)
-    if not isinstance(found, dict): found = {"array": found}
+    if not isinstance(found, dict):
+        found = {"array": found}
     return [kind_of(found)] + [f"  {name:<24} {describe_value(value)}" for name, value in sorted(found.items())]
 
 # %% ../nbs/87_inspect.ipynb #bea961ca
 def _checkpoint(path):
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "np") as file:
             header, names = file.metadata() or {}, list(file.keys())
             shapes = {n: file.get_slice(n).get_shape() for n in names}
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a complete safetensors file ({e}); fetch it again") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a complete safetensors file ({e}); fetch it again") from None
     count = sum(int(np.prod(s)) for s in shapes.values())
     parts = sorted({n.split(".")[0] for n in names})
-    lines = ["a checkpoint of FIELDS" if header.get("format") == "fields-model" else "a safetensors file", f"  {len(names)} tensors, {count/1e6:.2f} million numbers in {', '.join(parts)[:200]}"]
+    lines = [
+        "a checkpoint of FIELDS" if header.get("format") == "fields-model" else "a safetensors file",
+        f"  {len(names)} tensors, {count / 1e6:.2f} million numbers in {', '.join(parts)[:200]}",
+    ]
     return lines + [f"  {k:<24} {v[:200]}" for k, v in sorted(header.items())]
+
 
 def _mesh(path):
     from fields.data.scanfiles import read_scan
+
     if path.suffix.lower() in (".obj", ".ply", ".wrl", ".gz"):
         scan = read_scan(path)
         vertices, faces, colors = scan.vertices, scan.faces, scan.colors
     else:
         from fields.head.geometry import read_mesh
+
         mesh = read_mesh(path)
         vertices, faces, colors = mesh.vertices, mesh.faces, mesh.colors
     size = vertices.max(0) - vertices.min(0)
-    return ["a mesh", f"  {len(vertices)} vertices, {'no' if faces is None else len(faces)} triangles, {'with' if colors is not None else 'without'} colours",
-            f"  {size[0]:.4g} x {size[1]:.4g} x {size[2]:.4g} in the file's unit"]
+    return [
+        "a mesh",
+        f"  {len(vertices)} vertices, {'no' if faces is None else len(faces)} triangles, {'with' if colors is not None else 'without'} colours",
+        f"  {size[0]:.4g} x {size[1]:.4g} x {size[2]:.4g} in the file's unit",
+    ]
+
 
 def _run(path):
-    config = path/"config.json"
+    config = path / "config.json"
     if not config.is_file():
         inside = sorted(p.name for p in path.iterdir())
         return ["a folder", f"  {len(inside)} entries: {', '.join(inside[:12])}"]
-    done = sorted((path/"steps").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    done = sorted((path / "steps").glob("*.json"), key=lambda p: p.stat().st_mtime)
     models = sorted(p.parent.name for p in path.glob("checkpoints/*/model.safetensors"))
-    return ["a run of the chain", f"  steps done: {', '.join(p.stem for p in done) or 'none'}", f"  checkpoints: {', '.join(models) or 'none'}",
-            f"  report: {path/'report.html' if (path/'report.html').is_file() else 'not yet'}"]
+    return [
+        "a run of the chain",
+        f"  steps done: {', '.join(p.stem for p in done) or 'none'}",
+        f"  checkpoints: {', '.join(models) or 'none'}",
+        f"  report: {path / 'report.html' if (path / 'report.html').is_file() else 'not yet'}",
+    ]
 
 # %% ../nbs/87_inspect.ipynb #dbc3503f
 MESHES, ARRAYS = (".obj", ".ply", ".wrl", ".glb", ".stl", ".off"), (".npz", ".npy", ".pkl", ".pickle")
 
+
 def describe(
-    path:str|Path,                # a file or a folder
-) -> str:                         # a few lines
+    path: str | Path,  # a file or a folder
+) -> str:  # a few lines
     "Say what a file is and holds; raise `FileNotFoundError` or a `ValueError` that names it."
     path = Path(path)
-    if path.is_dir(): lines = _run(path)
-    elif not path.is_file(): raise FileNotFoundError(f"there is no file {path}; check the path")
-    elif not path.stat().st_size: raise ValueError(f"{path} is empty; copy or make it again")
-    elif path.suffix == ".safetensors": lines = _checkpoint(path)
-    elif path.stat().st_size > LARGEST: raise ValueError(f"{path} is larger than any file of FIELDS ({path.stat().st_size/1e9:.1f} GB); it is not opened")
-    elif path.suffix.lower() in MESHES or path.name.lower().endswith((".obj.gz", ".ply.gz", ".wrl.gz")): lines = _mesh(path)
-    elif path.suffix.lower() in ARRAYS: lines = _arrays(path)
-    elif path.suffix.lower() == ".json": lines = ["JSON"] + [f"  {k}" for k in _json(path)][:40]
-    else: raise ValueError(f"{path} is of no kind that FIELDS writes or reads; known are .safetensors, .json, {', '.join(ARRAYS + MESHES)} and run folders")
-    if path.is_file(): lines += [f"  {'sha256':<24} {sha256(path)}"]
+    if path.is_dir():
+        lines = _run(path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
+    elif not path.stat().st_size:
+        raise ValueError(f"{path} is empty; copy or make it again")
+    elif path.suffix == ".safetensors":
+        lines = _checkpoint(path)
+    elif path.stat().st_size > LARGEST:
+        raise ValueError(
+            f"{path} is larger than any file of FIELDS ({path.stat().st_size / 1e9:.1f} GB); it is not opened"
+        )
+    elif path.suffix.lower() in MESHES or path.name.lower().endswith((".obj.gz", ".ply.gz", ".wrl.gz")):
+        lines = _mesh(path)
+    elif path.suffix.lower() in ARRAYS:
+        lines = _arrays(path)
+    elif path.suffix.lower() == ".json":
+        lines = ["JSON"] + [f"  {k}" for k in _json(path)][:40]
+    else:
+        raise ValueError(
+            f"{path} is of no kind that FIELDS writes or reads; known are .safetensors, .json, {', '.join(ARRAYS + MESHES)} and run folders"
+        )
+    if path.is_file():
+        lines += [f"  {'sha256':<24} {sha256(path)}"]
     return f"{path.name}: " + "\n".join(lines)
 
+
 def _json(path):
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({str(e)[:80]}); make it again") from None
-    return [f"{k}: {json.dumps(v)[:80]}" for k, v in found.items()] if isinstance(found, dict) else [f"a list of {len(found)}" if isinstance(found, list) else str(found)[:80]]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({str(e)[:80]}); make it again") from None
+    return (
+        [f"{k}: {json.dumps(v)[:80]}" for k, v in found.items()]
+        if isinstance(found, dict)
+        else [f"a list of {len(found)}" if isinstance(found, list) else str(found)[:80]]
+    )

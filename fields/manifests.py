@@ -16,83 +16,93 @@ from .config import find_root
 @dataclass(frozen=True)
 class Layout:
     "How a dataset lies on disk."
-    folder:str                    # below the root of all datasets
-    tree:list[str]                # examples of paths, for people
-    roles:dict[str, list[str]]    # role -> accepted places, relative to the folder, the preferred one first
-    suffixes:dict[str, list[str]] # role -> accepted file suffixes
-    frames_per_clip:int = 0       # frames in every clip; 0: no clips, or clips of different lengths
-    frames_per_second:float = 0.  # of the clips or sequences; 0: none
-    keep_frames:int = 0           # frames kept of each clip of official data; 0: all
-    frame_offset:int = 0          # scan number minus picture number
-    unit:str = ""                 # of scans and 3D landmarks: mm | cm | m
+
+    folder: str  # below the root of all datasets
+    tree: list[str]  # examples of paths, for people
+    roles: dict[str, list[str]]  # role -> accepted places, relative to the folder, the preferred one first
+    suffixes: dict[str, list[str]]  # role -> accepted file suffixes
+    frames_per_clip: int = 0  # frames in every clip; 0: no clips, or clips of different lengths
+    frames_per_second: float = 0.0  # of the clips or sequences; 0: none
+    keep_frames: int = 0  # frames kept of each clip of official data; 0: all
+    frame_offset: int = 0  # scan number minus picture number
+    unit: str = ""  # of scans and 3D landmarks: mm | cm | m
+
 
 @dataclass(frozen=True)
 class Counts:
     "How many samples the official release holds; zeros where that is not known."
-    of:str                        # images | clips
-    train:int
-    val:int
-    test:int
-    source:str                    # official | paper | reported | unknown
+
+    of: str  # images | clips
+    train: int
+    val: int
+    test: int
+    source: str  # official | paper | reported | unknown
 
 # %% ../nbs/02_manifests.ipynb #6b6b3c4f
 @dataclass(frozen=True)
 class Splits:
     "Who is in training, validation and test."
-    by:str                        # subject | folder | file | metadata
-    source:str                    # official | paper | ours
-    train:list[str] = field(default_factory=list)
-    val:list[str] = field(default_factory=list)
-    test:list[str] = field(default_factory=list)
-    others:str = ""               # split of subjects that are not listed; empty: they are unknown
+
+    by: str  # subject | folder | file | metadata
+    source: str  # official | paper | ours
+    train: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    others: str = ""  # split of subjects that are not listed; empty: they are unknown
 
     def of(self, subject):
         "Return the split of a subject, or an empty string."
         return next((s for s in ("train", "val", "test") if subject in getattr(self, s)), self.others)
 
+
 @dataclass(frozen=True)
 class Sampling:
     "Share of a training batch (section 6 of the paper)."
-    share:float                   # in the second stage, or in both
-    first_stage:float = 0.        # in the first stage; 0: what BP4D leaves, in proportion
+
+    share: float  # in the second stage, or in both
+    first_stage: float = 0.0  # in the first stage; 0: what BP4D leaves, in proportion
 
 # %% ../nbs/02_manifests.ipynb #74341e3c
 @dataclass(frozen=True)
 class Label:
     "A field that a sample of this dataset carries."
-    name:str
-    kind:str                      # class | value | identity | scan | points | none
-    why:str
-    values:dict[int, str] = field(default_factory=dict)  # class number -> name
-    dropped:dict[int, str] = field(default_factory=dict) # class numbers whose samples are left out, with the reason
-    range:list[float] = field(default_factory=list)      # smallest and largest value
+
+    name: str
+    kind: str  # class | value | identity | scan | points | none
+    why: str
+    values: dict[int, str] = field(default_factory=dict)  # class number -> name
+    dropped: dict[int, str] = field(default_factory=dict)  # class numbers whose samples are left out, with the reason
+    range: list[float] = field(default_factory=list)  # smallest and largest value
+
 
 @dataclass(frozen=True)
 class Check:
     "A rule the reader applies."
-    rule:str
-    value:object
-    why:str
+
+    rule: str
+    value: object
+    why: str
 
 # %% ../nbs/02_manifests.ipynb #e63e4519
 @dataclass(frozen=True)
 class Manifest:
     "All that is known about a dataset without having it."
-    name:str
-    title:str
-    source:str                    # where it is described and asked for
-    licence:str
-    ask:str                       # how to ask for it
-    citation:str
-    layout:Layout
-    counts:Counts
-    splits:Splits
-    sampling:Sampling
-    labels:list[Label]
-    checks:list[Check]
-    strata:dict[str, dict[str, str]] = field(default_factory=dict) # who assigned them -> subject -> stratum
-    notes:list[str] = field(default_factory=list)
-    path:str = ""                 # the file it was read from
+
+    name: str
+    title: str
+    source: str  # where it is described and asked for
+    licence: str
+    ask: str  # how to ask for it
+    citation: str
+    layout: Layout
+    counts: Counts
+    splits: Splits
+    sampling: Sampling
+    labels: list[Label]
+    checks: list[Check]
+    strata: dict[str, dict[str, str]] = field(default_factory=dict)  # who assigned them -> subject -> stratum
+    notes: list[str] = field(default_factory=list)
+    path: str = ""  # the file it was read from
 
     def check(self, rule):
         "Return the value of a rule, or None."
@@ -111,140 +121,213 @@ def _build(kind, value, where):
     "Return plain YAML values as a manifest type, or raise a `ValueError` that names the place."
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict): raise ValueError(f"{where} must be a group of keys, not {value!r}")
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a group of keys, not {value!r}")
         hints = {n: h for n, h in typing.get_type_hints(kind).items() if n != "path"}
         unknown = [k for k in value if k not in hints]
-        if unknown: raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(hints)}")
-        missing = [f.name for f in dataclasses.fields(kind) if f.name not in value and f.name in hints
-                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-        if missing: raise ValueError(f"{where} lacks the key {missing[0]!r}")
+        if unknown:
+            raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(hints)}")
+        missing = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.name not in value
+            and f.name in hints
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ValueError(f"{where} lacks the key {missing[0]!r}")
         return kind(**{k: _build(hints[k], v, f"{where}.{k}") for k, v in value.items()})
     if origin is list:
-        if not isinstance(value, list): raise ValueError(f"{where} must be a list, not {value!r}")
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, not {value!r}")
         return [_build(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
-        if not isinstance(value, dict): raise ValueError(f"{where} must be a group of keys, not {value!r}")
-        return {_build(inner[0], k, f"the key {k!r} of {where}"): _build(inner[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is object: return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool): raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}")
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a group of keys, not {value!r}")
+        return {
+            _build(inner[0], k, f"the key {k!r} of {where}"): _build(inner[1], v, f"{where}.{k}")
+            for k, v in value.items()
+        }
+    if kind is object:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}")
     return value
 
 # %% ../nbs/02_manifests.ipynb #54263671
 def _rules(m):
     "Yield one sentence for each rule that a manifest breaks."
     folder = m.layout.folder
-    for where, paths in [("layout.folder", [folder]), ("layout.tree", m.layout.tree)] + [(f"layout.roles.{k}", v) for k, v in m.layout.roles.items()]:
+    for where, paths in [("layout.folder", [folder]), ("layout.tree", m.layout.tree)] + [
+        (f"layout.roles.{k}", v) for k, v in m.layout.roles.items()
+    ]:
         for p in paths:
-            if not p or ".." in PurePosixPath(p).parts or PurePosixPath(p).is_absolute() or "\\" in p or ":" in p.split("/")[0]:
+            if (
+                not p
+                or ".." in PurePosixPath(p).parts
+                or PurePosixPath(p).is_absolute()
+                or "\\" in p
+                or ":" in p.split("/")[0]
+            ):
                 yield f"{where} holds {p!r}; a path must be relative, without '..', and use '/'"
     for role, suffixes in m.layout.suffixes.items():
         for s in suffixes:
-            if not s.startswith(".") or s != s.lower(): yield f"layout.suffixes.{role} holds {s!r}; a suffix starts with a dot and is in small letters"
+            if not s.startswith(".") or s != s.lower():
+                yield f"layout.suffixes.{role} holds {s!r}; a suffix starts with a dot and is in small letters"
     for name in ("share", "first_stage"):
         value = getattr(m.sampling, name)
-        if not 0 <= value <= 1: yield f"sampling.{name} is {value}; a share lies between 0 and 1"
+        if not 0 <= value <= 1:
+            yield f"sampling.{name} is {value}; a share lies between 0 and 1"
     for name in ("train", "val", "test"):
-        if getattr(m.counts, name) < 0: yield f"counts.{name} is negative"
-    for part, key, allowed in [(m.counts, "of", ("images", "clips")), (m.counts, "source", ("official", "paper", "reported", "unknown")),
-                               (m.splits, "by", ("subject", "folder", "file", "metadata")), (m.splits, "source", ("official", "paper", "ours")),
-                               (m.splits, "others", ("", "train", "val", "test")), (m.layout, "unit", ("", "mm", "cm", "m"))]:
-        if getattr(part, key) not in allowed: yield f"{type(part).__name__.lower()}.{key} is {getattr(part, key)!r}; it must be one of {', '.join(a or 'nothing' for a in allowed)}"
+        if getattr(m.counts, name) < 0:
+            yield f"counts.{name} is negative"
+    for part, key, allowed in [
+        (m.counts, "of", ("images", "clips")),
+        (m.counts, "source", ("official", "paper", "reported", "unknown")),
+        (m.splits, "by", ("subject", "folder", "file", "metadata")),
+        (m.splits, "source", ("official", "paper", "ours")),
+        (m.splits, "others", ("", "train", "val", "test")),
+        (m.layout, "unit", ("", "mm", "cm", "m")),
+    ]:
+        if getattr(part, key) not in allowed:
+            yield f"{type(part).__name__.lower()}.{key} is {getattr(part, key)!r}; it must be one of {', '.join(a or 'nothing' for a in allowed)}"
     everyone = [s for split in ("train", "val", "test") for s in getattr(m.splits, split)]
-    for s in sorted({s for s in everyone if everyone.count(s) > 1}): yield f"splits names the subject {s} twice"
+    for s in sorted({s for s in everyone if everyone.count(s) > 1}):
+        yield f"splits names the subject {s} twice"
     for who, group in m.strata.items():
         for s in group:
-            if s not in everyone: yield f"strata.{who} names {s}, who is in no split"
+            if s not in everyone:
+                yield f"strata.{who} names {s}, who is in no split"
     for l in m.labels:
-        if l.kind not in ("class", "value", "identity", "scan", "points", "none"): yield f"the label {l.name} is of kind {l.kind!r}, which does not exist"
-        if l.range and (len(l.range) != 2 or l.range[0] >= l.range[1]): yield f"the label {l.name} has the range {l.range}; give the smallest and the largest value"
-        for k in set(l.values) & set(l.dropped): yield f"the label {l.name} both keeps and drops the value {k}"
+        if l.kind not in ("class", "value", "identity", "scan", "points", "none"):
+            yield f"the label {l.name} is of kind {l.kind!r}, which does not exist"
+        if l.range and (len(l.range) != 2 or l.range[0] >= l.range[1]):
+            yield f"the label {l.name} has the range {l.range}; give the smallest and the largest value"
+        for k in set(l.values) & set(l.dropped):
+            yield f"the label {l.name} both keeps and drops the value {k}"
 
 # %% ../nbs/02_manifests.ipynb #76de5390
 def parse_manifest(
-    text:str,                     # YAML
-    where:str="manifest",         # file name, for messages
-) -> Manifest:                    # a valid manifest
+    text: str,  # YAML
+    where: str = "manifest",  # file name, for messages
+) -> Manifest:  # a valid manifest
     "Read a manifest; raise `ValueError` with a sentence for whatever is wrong with it."
     import yaml
-    class Strict(yaml.SafeLoader): pass
+
+    class Strict(yaml.SafeLoader):
+        pass
+
     def mapping(loader, node):
         keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
         twice = [k for k in keys if keys.count(k) > 1]
-        if twice: raise ValueError(f"{where} line {node.start_mark.line + 1} has the key {twice[0]!r} twice")
+        if twice:
+            raise ValueError(f"{where} line {node.start_mark.line + 1} has the key {twice[0]!r} twice")
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try: values = Strict(text).get_single_data()
-    except RecursionError: raise ValueError(f"{where} is nested too deeply to be a manifest") from None
-    except yaml.YAMLError as e: raise ValueError(f"{where} is not YAML: {' '.join(str(e).split())[:160]}") from None
+    try:
+        values = Strict(text).get_single_data()
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be a manifest") from None
+    except yaml.YAMLError as e:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(e).split())[:160]}") from None
     manifest = _build(Manifest, values, where)
     problem = next(iter(_rules(manifest)), None)
-    if problem: raise ValueError(f"{where}: {problem}")
+    if problem:
+        raise ValueError(f"{where}: {problem}")
     return manifest
 
 # %% ../nbs/02_manifests.ipynb #9f3c6eec
-def manifest_folder() -> Path:    # folder with the YAML files
+def manifest_folder() -> Path:  # folder with the YAML files
     "Return the folder of the manifests; raise `FileNotFoundError` if there is none."
     root = find_root()
     here = Path(__file__).resolve().parent if "__file__" in globals() else None
-    for folder in [root/"data_manifests" if root else None, here/"data_manifests" if here else None]:
-        if folder is not None and any(folder.glob("*.yaml")): return folder
-    raise FileNotFoundError("the folder data_manifests is missing; install the package again or work inside the repository")
+    for folder in [root / "data_manifests" if root else None, here / "data_manifests" if here else None]:
+        if folder is not None and any(folder.glob("*.yaml")):
+            return folder
+    raise FileNotFoundError(
+        "the folder data_manifests is missing; install the package again or work inside the repository"
+    )
 
-def manifest_names() -> list[str]: # names in alphabetical order
+
+def manifest_names() -> list[str]:  # names in alphabetical order
     "List the datasets that have a manifest."
     return sorted(p.stem for p in manifest_folder().glob("*.yaml"))
 
+
 def load_manifest(
-    name:str|Path,                # dataset name, or the path of a YAML file
-) -> Manifest:                    # the manifest
+    name: str | Path,  # dataset name, or the path of a YAML file
+) -> Manifest:  # the manifest
     "Read the manifest of a dataset; raise `ValueError` for an unknown name or a faulty file."
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else manifest_folder()/f"{name}.yaml"
-    if not path.is_file(): raise ValueError(f"there is no manifest for {str(name)!r}; there is one for {', '.join(manifest_names())}")
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else manifest_folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no manifest for {str(name)!r}; there is one for {', '.join(manifest_names())}")
     manifest = parse_manifest(path.read_text(encoding="utf-8"), path.name)
-    if manifest.name != path.stem: raise ValueError(f"{path.name} calls itself {manifest.name!r}; file and name must agree")
+    if manifest.name != path.stem:
+        raise ValueError(f"{path.name} calls itself {manifest.name!r}; file and name must agree")
     return dataclasses.replace(manifest, path=str(path))
 
 # %% ../nbs/02_manifests.ipynb #dbc3503f
 def describe(
-    manifest:Manifest,            # a dataset's manifest
-) -> str:                         # a few lines of text
+    manifest: Manifest,  # a dataset's manifest
+) -> str:  # a few lines of text
     "Say what a dataset is, what its licence is, how to get it and where to put it."
     m = manifest
     counts = ", ".join(f"{getattr(m.counts, s):,} {s}" for s in ("train", "val", "test") if getattr(m.counts, s))
-    return "\n".join([m.title, f"  source   {m.source}", f"  licence  {m.licence}", f"  how      {m.ask}", f"  cite     {m.citation}",
-                      f"  put it   ROOT/{m.layout.folder}/{m.layout.tree[0]}", f"  holds    {counts or 'not published'} ({m.counts.of}, {m.counts.source})"])
+    return "\n".join(
+        [
+            m.title,
+            f"  source   {m.source}",
+            f"  licence  {m.licence}",
+            f"  how      {m.ask}",
+            f"  cite     {m.citation}",
+            f"  put it   ROOT/{m.layout.folder}/{m.layout.tree[0]}",
+            f"  holds    {counts or 'not published'} ({m.counts.of}, {m.counts.source})",
+        ]
+    )
 
 # %% ../nbs/02_manifests.ipynb #6f45a48a
 @dataclass(frozen=True)
 class Twin:
     "What `twin.json` says about a dataset of the demo world."
-    world:str                     # version of the world
-    dataset:str
-    counts:dict                   # split -> items
-    seed:int = 0
-    image_size:int = 0
-    frames_per_clip:int = 0
-    subjects:tuple = ()
-    unit:str = ""
-    scan_offset:int = 0
-    head_sha256:str = ""
-    notes:str = ""
+
+    world: str  # version of the world
+    dataset: str
+    counts: dict  # split -> items
+    seed: int = 0
+    image_size: int = 0
+    frames_per_clip: int = 0
+    subjects: tuple = ()
+    unit: str = ""
+    scan_offset: int = 0
+    head_sha256: str = ""
+    notes: str = ""
+
 
 def read_twin(
-    folder:Path,                  # a dataset's folder
-    name:str,                     # the dataset that it should be
-) -> Twin|None:                   # None for official data
+    folder: Path,  # a dataset's folder
+    name: str,  # the dataset that it should be
+) -> Twin | None:  # None for official data
     "Read `twin.json` if it is there; raise `ValueError` for a faulty one."
-    path = Path(folder)/"twin.json"
-    if not path.exists(): return None
-    try: values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not JSON ({e}); make the world again") from None
+    path = Path(folder) / "twin.json"
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); make the world again") from None
     known = {f.name for f in dataclasses.fields(Twin)}
-    if not isinstance(values, dict) or not {"world", "dataset", "counts"} <= set(values): raise ValueError(f"{path} lacks world, dataset or counts; make the world again")
+    if not isinstance(values, dict) or not {"world", "dataset", "counts"} <= set(values):
+        raise ValueError(f"{path} lacks world, dataset or counts; make the world again")
     unknown = sorted(set(values) - known)
-    if unknown: raise ValueError(f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if unknown:
+        raise ValueError(f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
     twin = Twin(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    if twin.dataset != name: raise ValueError(f"{path} belongs to {twin.dataset!r}, not to {name!r}; the folder has the wrong name")
-    if not isinstance(twin.counts, dict) or not all(isinstance(v, int) and v >= 0 for v in twin.counts.values()): raise ValueError(f"{path} has counts that are not whole numbers; make the world again")
+    if twin.dataset != name:
+        raise ValueError(f"{path} belongs to {twin.dataset!r}, not to {name!r}; the folder has the wrong name")
+    if not isinstance(twin.counts, dict) or not all(isinstance(v, int) and v >= 0 for v in twin.counts.values()):
+        raise ValueError(f"{path} has counts that are not whole numbers; make the world again")
     return twin

@@ -14,10 +14,17 @@ import numpy as np
 def _to_rgb(image):
     "Return a Pillow image as (H,W,3) uint8, whatever its mode."
     from PIL import Image
+
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
         grey = np.asarray(image, np.float64)
-        top = 1.0 if image.mode == "F" and np.nanmax(grey) <= 1 else 65535.0 if image.mode != "F" or np.nanmax(grey) > 255 else 255.0
-        grey = (np.nan_to_num(grey)/top*255 + .5).clip(0, 255).astype(np.uint8)
+        top = (
+            1.0
+            if image.mode == "F" and np.nanmax(grey) <= 1
+            else 65535.0
+            if image.mode != "F" or np.nanmax(grey) > 255
+            else 255.0
+        )
+        grey = (np.nan_to_num(grey) / top * 255 + 0.5).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, -1)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -26,14 +33,22 @@ def _to_rgb(image):
 
 # %% ../nbs/07_media.ipynb #ee2f102d
 def read_image(
-    path:Path|str,                # an image file
-) -> np.ndarray:                  # (H,W,3) uint8 RGB, upright
+    path: Path | str,  # an image file
+) -> np.ndarray:  # (H,W,3) uint8 RGB, upright
     "Read a picture of any kind as 8-bit RGB; raise `FileNotFoundError` or a `ValueError` that names the file."
     from PIL import Image, ImageOps
+
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"there is no file {path}; check the path")
-    if path.is_dir(): raise ValueError(f"{path} is a folder, not a picture; give one of the files in it" if os.access(path, os.R_OK | os.X_OK) else f"{path} may not be read; change its permissions")
-    if path.stat().st_size == 0: raise ValueError(f"{path} is empty; copy or download it again")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not a picture; give one of the files in it"
+            if os.access(path, os.R_OK | os.X_OK)
+            else f"{path} may not be read; change its permissions"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; copy or download it again")
     try:
         with Image.open(path) as image:
             image.seek(0)
@@ -43,12 +58,14 @@ def read_image(
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has more pixels than is safe to decode; scale it down first") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e:
-        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}); copy or download it again") from None
+        raise ValueError(
+            f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__}); copy or download it again"
+        ) from None
 
 # %% ../nbs/07_media.ipynb #80a0ebe9
 def check_image(
-    path:Path,                    # an image file
-) -> tuple[str, str]|None:        # kind of problem and message, or None
+    path: Path,  # an image file
+) -> tuple[str, str] | None:  # kind of problem and message, or None
     "Look at both ends of an image file."
     try:
         with open(path, "rb") as file:
@@ -56,54 +73,73 @@ def check_image(
             size = file.seek(0, 2)
             file.seek(max(0, size - 4096))
             tail = file.read()
-    except FileNotFoundError: return "missing", "the file is not there"
-    except OSError as e: return "corrupt", f"the file cannot be read ({e.strerror})"
-    if size == 0: return "truncated", "the file is empty"
-    if head[:3] == b"\xff\xd8\xff": return None if b"\xff\xd9" in tail else ("truncated", "the JPEG has no end")
-    if head[:8] == b"\x89PNG\r\n\x1a\n": return None if b"IEND" in tail else ("truncated", "the PNG has no end")
-    if head[:4] in (b"RIFF", b"II*\0", b"MM\0*", b"GIF8") or head[:2] == b"BM": return None
+    except FileNotFoundError:
+        return "missing", "the file is not there"
+    except OSError as e:
+        return "corrupt", f"the file cannot be read ({e.strerror})"
+    if size == 0:
+        return "truncated", "the file is empty"
+    if head[:3] == b"\xff\xd8\xff":
+        return None if b"\xff\xd9" in tail else ("truncated", "the JPEG has no end")
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return None if b"IEND" in tail else ("truncated", "the PNG has no end")
+    if head[:4] in (b"RIFF", b"II*\0", b"MM\0*", b"GIF8") or head[:2] == b"BM":
+        return None
     return "corrupt", "the content is no image"
 
+
 def check_clip(
-    path:Path,                    # an mp4 file
-) -> int|tuple[str, str]:         # number of frames, or kind of problem and message
+    path: Path,  # an mp4 file
+) -> int | tuple[str, str]:  # number of frames, or kind of problem and message
     "Read the number of frames from a video's index."
-    try: data, at, index = open(path, "rb"), 0, None
-    except FileNotFoundError: return "missing", "the file is not there"
+    try:
+        data, at, index = open(path, "rb"), 0, None
+    except FileNotFoundError:
+        return "missing", "the file is not there"
     with data:
         size = data.seek(0, 2)
-        if size == 0: return "truncated", "the file is empty"
+        if size == 0:
+            return "truncated", "the file is empty"
         while at + 8 <= size:
             data.seek(at)
             length, kind = struct.unpack(">I4s", data.read(8))
             length = struct.unpack(">Q", data.read(8))[0] if length == 1 else size - at if length == 0 else length
-            if at == 0 and kind not in (b"ftyp", b"mdat", b"moov", b"free", b"skip", b"wide"): return "corrupt", "the content is no mp4 video"
-            if length < 8 or at + length > size: return "truncated", "the video is cut off"
+            if at == 0 and kind not in (b"ftyp", b"mdat", b"moov", b"free", b"skip", b"wide"):
+                return "corrupt", "the content is no mp4 video"
+            if length < 8 or at + length > size:
+                return "truncated", "the video is cut off"
             if kind == b"moov":
                 data.seek(at)
                 index = data.read(length)
             at += length
-    if index is None: return "truncated", "the video has no index"
+    if index is None:
+        return "truncated", "the video has no index"
     for part in index.split(b"trak")[1:]:
         k = part.find(b"stsz")
-        if b"vmhd" in part and 0 <= k <= len(part) - 16: return struct.unpack(">I", part[k + 12:k + 16])[0]
+        if b"vmhd" in part and 0 <= k <= len(part) - 16:
+            return struct.unpack(">I", part[k + 12 : k + 16])[0]
     return "corrupt", "the video holds no picture track"
 
 # %% ../nbs/07_media.ipynb #a4ec2670
 def read_frames(
-    path:Path|str,                # a video
-    frames,                       # frame numbers in ascending order
-) -> list[np.ndarray]:            # (H,W,3) uint8 RGB each
+    path: Path | str,  # a video
+    frames,  # frame numbers in ascending order
+) -> list[np.ndarray]:  # (H,W,3) uint8 RGB each
     "Decode frames of a video in one pass; raise `ValueError` that names the file and the frame."
     import cv2
-    if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}; check the path")
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
     video, wanted, out, n = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG), list(frames), [], 0
     try:
         for frame in wanted:
-            while n < frame and video.grab(): n += 1
+            while n < frame and video.grab():
+                n += 1
             ok, image = video.read() if n == frame else (False, None)
-            if not ok: raise ValueError(f"{path} is damaged: frame {frame} cannot be decoded; copy or download it again")
+            if not ok:
+                raise ValueError(f"{path} is damaged: frame {frame} cannot be decoded; copy or download it again")
             out.append(np.ascontiguousarray(image[..., ::-1]))
             n += 1
-    finally: video.release()
+    finally:
+        video.release()
     return out

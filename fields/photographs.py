@@ -23,63 +23,81 @@ from .refine import LandmarkHead, RefineConfig, Refiner, refine
 
 # %% ../nbs/86_photographs.ipynb #e38a6506
 def held_out(
-    head:Head,                    # the head
-    params:HeadParams,            # (B,...) where the fit starts
-    points:Tensor,                # (B,105,2) detected points, NDC
-    unit:Tensor,                  # (B,) the normaliser
-    config:RefineConfig=RefineConfig(), # trust
-) -> tuple[Tensor, Tensor]:       # (B,) error at the points that were fitted, (B,) at the others
+    head: Head,  # the head
+    params: HeadParams,  # (B,...) where the fit starts
+    points: Tensor,  # (B,105,2) detected points, NDC
+    unit: Tensor,  # (B,) the normaliser
+    config: RefineConfig = RefineConfig(),  # trust
+) -> tuple[Tensor, Tensor]:  # (B,) error at the points that were fitted, (B,) at the others
     "Fit every second point and score the others, both ways round."
-    small, even, fitted, others = LandmarkHead(head, config.shapes), torch.arange(105, device=points.device) % 2 == 0, 0, 0
+    small, even, fitted, others = (
+        LandmarkHead(head, config.shapes),
+        torch.arange(105, device=points.device) % 2 == 0,
+        0,
+        0,
+    )
     for mine in (even, ~even):
         found = refine(head, params, points, mine.float().expand(len(points), -1), config, small)
-        error = (projected(head, found) - points).norm(dim=-1)/unit[:, None]
-        fitted, others = fitted + error[:, mine].mean(1)/2, others + error[:, ~mine].mean(1)/2
+        error = (projected(head, found) - points).norm(dim=-1) / unit[:, None]
+        fitted, others = fitted + error[:, mine].mean(1) / 2, others + error[:, ~mine].mean(1) / 2
     return fitted, others
 
+
 def yaw(
-    rotation:Tensor,              # (B,3) axis-angle
-) -> Tensor:                      # (B,) degrees
+    rotation: Tensor,  # (B,3) axis-angle
+) -> Tensor:  # (B,) degrees
     "Return how far heads are turned to a side."
     r = rodrigues(rotation)
-    return torch.atan2(-r[:, 2, 0], (r[:, 0, 0]**2 + r[:, 1, 0]**2).sqrt()).rad2deg()
+    return torch.atan2(-r[:, 2, 0], (r[:, 0, 0] ** 2 + r[:, 1, 0] ** 2).sqrt()).rad2deg()
+
 
 def answers(
-    head:Head,                    # the head
-    params:HeadParams,            # (B,...) of the network
-    points:Tensor,                # (B,105,2) detected points, NDC
-) -> tuple[dict[str, Tensor], Tensor]: # name -> (B,) error as a share of the normaliser; (B,) yaw in degrees
+    head: Head,  # the head
+    params: HeadParams,  # (B,...) of the network
+    points: Tensor,  # (B,105,2) detected points, NDC
+) -> tuple[dict[str, Tensor], Tensor]:  # name -> (B,) error as a share of the normaliser; (B,) yaw in degrees
     "Score the four answers."
     fitted = fit_pose(head, mean_head(params), points)
     unit = normaliser(fitted.camera)
-    error = lambda p: (projected(head, p) - points).norm(dim=-1).mean(1)/unit
+    error = lambda p: (projected(head, p) - points).norm(dim=-1).mean(1) / unit
     same, other = held_out(head, params, points, unit)
-    return {"network": error(params), "mean_head_network_pose": error(mean_head(params)), "mean_head_fitted_pose": error(fitted),
-            "refined": error(refine(head, params, points)), "refined_fitted_points": same, "refined_other_points": other}, yaw(fitted.rotation)
+    return {
+        "network": error(params),
+        "mean_head_network_pose": error(mean_head(params)),
+        "mean_head_fitted_pose": error(fitted),
+        "refined": error(refine(head, params, points)),
+        "refined_fitted_points": same,
+        "refined_other_points": other,
+    }, yaw(fitted.rotation)
 
 # %% ../nbs/86_photographs.ipynb #d7eee0be
 def gather(
-    folder:Path,                  # pictures and videos
-    reconstructor:Reconstructor,  # for its crops
-    every:int=10,                 # frames of a video that are skipped, plus one
-) -> tuple[list, list, list]:     # names, crops, whether from a video
+    folder: Path,  # pictures and videos
+    reconstructor: Reconstructor,  # for its crops
+    every: int = 10,  # frames of a video that are skipped, plus one
+) -> tuple[list, list, list]:  # names, crops, whether from a video
     "Crop the largest face of every picture; raise `ValueError` for a folder without any."
     names, crops, filmed = [], [], []
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGES + VIDEOS):
         video = path.suffix.lower() in VIDEOS
         for k, image in enumerate(frames(path) if video else [read_image(path)]):
-            if k % every: continue
+            if k % every:
+                continue
             for crop in reconstructor.crop(image):
-                names.append(f"{path.name}#{k}" if video else path.name); crops.append(crop); filmed.append(video)
-    if not crops: raise ValueError(f"{folder} holds no picture with a face; give a folder of photographs")
+                names.append(f"{path.name}#{k}" if video else path.name)
+                crops.append(crop)
+                filmed.append(video)
+    if not crops:
+        raise ValueError(f"{folder} holds no picture with a face; give a folder of photographs")
     return names, crops, filmed
 
+
 def evaluate_photographs(
-    folder:str|Path,              # pictures and videos
-    reconstructor:Reconstructor,  # the model
-    out:str|Path|None=None,       # a .json for the result
-    most_yaw:float=45.,           # faces turned further are counted, not scored
-) -> dict:                        # medians for pictures and videos, counts, milliseconds of a refinement
+    folder: str | Path,  # pictures and videos
+    reconstructor: Reconstructor,  # the model
+    out: str | Path | None = None,  # a .json for the result
+    most_yaw: float = 45.0,  # faces turned further are counted, not scored
+) -> dict:  # medians for pictures and videos, counts, milliseconds of a refinement
     "Score a model on photographs at the detector's points."
     names, crops, filmed = gather(Path(folder), reconstructor)
     head, stage, reconstructor.improve = reconstructor.head, reconstructor.improve, None
@@ -88,20 +106,30 @@ def evaluate_photographs(
     indices = torch.as_tensor(head.embeddings["mediapipe105"].indices).long()
     points = torch.from_numpy(np.stack([c.points for c in crops]))[:, indices, :2]
     scores, turned = answers(head, params, points)
-    use, filmed, result = turned.abs() <= most_yaw, torch.tensor(filmed), {"turned_too_far": int((turned.abs() > most_yaw).sum())}
+    use, filmed, result = (
+        turned.abs() <= most_yaw,
+        torch.tensor(filmed),
+        {"turned_too_far": int((turned.abs() > most_yaw).sum())},
+    )
     for kind, mine in (("photographs", use & ~filmed), ("video_frames", use & filmed)):
-        if mine.any(): result[kind] = {"n": int(mine.sum())} | {k: float(v[mine].median()) for k, v in scores.items()}
-    if "photographs" in result: result["network_over_mean_head"] = result["photographs"]["network"]/result["photographs"]["mean_head_network_pose"]
+        if mine.any():
+            result[kind] = {"n": int(mine.sum())} | {k: float(v[mine].median()) for k, v in scores.items()}
+    if "photographs" in result:
+        result["network_over_mean_head"] = (
+            result["photographs"]["network"] / result["photographs"]["mean_head_network_pose"]
+        )
     result |= {"method": reconstructor.model.method, "refine_milliseconds": cost(head, params, points)}
-    if out: write_json(out, result)
+    if out:
+        write_json(out, result)
     return result
 
+
 def cost(
-    head:Head,                    # the head
-    params:HeadParams,            # (B,...)
-    points:Tensor,                # (B,105,2)
-    repeats:int=7,                # best of these
-) -> dict:                        # milliseconds a face, processor time and clock, alone and in a batch
+    head: Head,  # the head
+    params: HeadParams,  # (B,...)
+    points: Tensor,  # (B,105,2)
+    repeats: int = 7,  # best of these
+) -> dict:  # milliseconds a face, processor time and clock, alone and in a batch
     "Time refinement."
     config, result = RefineConfig(), {}
     small = LandmarkHead(head, config.shapes)
@@ -111,22 +139,28 @@ def cost(
             wall, processor = time.perf_counter(), time.process_time()
             refine(head, params[:count], points[:count], None, config, small)
             times.append((time.process_time() - processor, time.perf_counter() - wall))
-        best = np.array(times).min(0)/count*1000
+        best = np.array(times).min(0) / count * 1000
         result[name] = {"processor": round(float(best[0]), 2), "clock": round(float(best[1]), 2)}
     return result
 
 # %% ../nbs/86_photographs.ipynb #0c4ff098
 def contact_sheet(
-    folder:str|Path,              # pictures
-    reconstructor:Reconstructor,  # the model
-    refined:bool=True,            # refine behind the network
-) -> np.ndarray:                  # (H,W,3) uint8: a panel for each picture, two a row
+    folder: str | Path,  # pictures
+    reconstructor: Reconstructor,  # the model
+    refined: bool = True,  # refine behind the network
+) -> np.ndarray:  # (H,W,3) uint8: a panel for each picture, two a row
     "Draw every photograph with its reconstruction."
     from fields.viz import grid
+
     names, crops, filmed = gather(Path(folder), reconstructor)
     stage, reconstructor.improve = reconstructor.improve, Refiner(reconstructor.head) if refined else None
     prediction = reconstructor.predict(crops)
     reconstructor.improve = stage
     drawn = panel(reconstructor, crops, prediction)
-    rows = [np.concatenate(drawn[k:k + 2], 1) if k + 1 < len(drawn) else np.concatenate([drawn[k], np.full_like(drawn[k], 255)], 1) for k in range(0, len(drawn), 2)]
+    rows = [
+        np.concatenate(drawn[k : k + 2], 1)
+        if k + 1 < len(drawn)
+        else np.concatenate([drawn[k], np.full_like(drawn[k], 255)], 1)
+        for k in range(0, len(drawn), 2)
+    ]
     return np.concatenate(rows)

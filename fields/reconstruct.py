@@ -26,154 +26,192 @@ from .models.fields import FieldsModel
 
 # %% ../nbs/80_reconstruct.ipynb #be6db59e
 def find_checkpoint(
-    path:str|Path|None=None,      # a checkpoint, or None for the one that ships
-) -> Path:                        # the file
+    path: str | Path | None = None,  # a checkpoint, or None for the one that ships
+) -> Path:  # the file
     "Return the given checkpoint, the shipped one, or the newest of the repository's runs; raise `FileNotFoundError` if there is none."
     if path:
-        if not Path(path).is_file(): raise FileNotFoundError(f"there is no checkpoint {path}; give a .safetensors file that `fields chain` wrote")
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"there is no checkpoint {path}; give a .safetensors file that `fields chain` wrote"
+            )
         return Path(path)
-    try: return package_file("checkpoints/demo.safetensors")
-    except FileNotFoundError: pass
+    try:
+        return package_file("checkpoints/demo.safetensors")
+    except FileNotFoundError:
+        pass
     root = find_root()
     made = sorted(root.glob("runs/*/checkpoints/F4/model.safetensors"), key=lambda p: p.stat().st_mtime) if root else []
-    if made: return made[-1]
+    if made:
+        return made[-1]
     raise FileNotFoundError("no checkpoint was found; run `make demo` to train one, or give one with --checkpoint")
 
 # %% ../nbs/80_reconstruct.ipynb #3d5620f1
-SURE, SMALL = .75, 1/6            # score a second face must have; height of a face over the picture's below which others may be hidden
+SURE, SMALL = (
+    0.75,
+    1 / 6,
+)  # score a second face must have; height of a face over the picture's below which others may be hidden
+
 
 def find_faces(
-    image:np.ndarray,             # (H,W,3) uint8 RGB
-    max_faces:int=1,              # most faces
-) -> list[Face]:                  # largest first
+    image: np.ndarray,  # (H,W,3) uint8 RGB
+    max_faces: int = 1,  # most faces
+) -> list[Face]:  # largest first
     "Find the faces of a picture: the best one always, others only where the detector is sure."
-    if max_faces == 1: return detect(image, 1)
-    first = cached_detector(max_faces, .1, .85, None, 0, os.getpid())(image)
+    if max_faces == 1:
+        return detect(image, 1)
+    first = cached_detector(max_faces, 0.1, 0.85, None, 0, os.getpid())(image)
     faces = [f for f in first if f.score >= SURE]
-    if not faces or max(f.box[3] - f.box[1] for f in faces) < SMALL*min(image.shape[:2]):
+    if not faces or max(f.box[3] - f.box[1] for f in faces) < SMALL * min(image.shape[:2]):
         found = detect(image, max_faces)
         faces = [f for f in found if f.score >= SURE] or sorted(found, key=lambda f: -f.score)[:1]
     apart = []
     for face in faces:
-        if all(overlap(face, other) < .4 for other in apart): apart.append(face)
+        if all(overlap(face, other) < 0.4 for other in apart):
+            apart.append(face)
     return apart
 
 # %% ../nbs/80_reconstruct.ipynb #a41681a8
-SCALE = 1.4                       # crop scale of evaluation and users (SMIRK's demo)
+SCALE = 1.4  # crop scale of evaluation and users (SMIRK's demo)
+
 
 def pick_device(
-    name:str="auto",              # auto | cpu | cuda
-) -> str:                         # cpu or cuda
+    name: str = "auto",  # auto | cpu | cuda
+) -> str:  # cpu or cuda
     "Return a device that exists; raise `ValueError` for another."
-    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda"): raise ValueError(f"there is no device {name!r}; use auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {name} was asked for, but torch finds no GPU; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"there is no device {name!r}; use auto, cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch finds no GPU; use --device cpu")
     return name
 
 # %% ../nbs/80_reconstruct.ipynb #046bc216
 class Reconstructor:
     "A trained model with its head: faces in, `Prediction` out."
-    def __init__(self,
-        model:FieldsModel,        # trained model, on its device
-        head:Head,                # the head the model was trained on
-        improve=None,             # function(prediction, points (B,478,2)) -> prediction, run behind the network
+
+    def __init__(
+        self,
+        model: FieldsModel,  # trained model, on its device
+        head: Head,  # the head the model was trained on
+        improve=None,  # function(prediction, points (B,478,2)) -> prediction, run behind the network
     ):
         self.model, self.head, self.improve = model.eval(), head, improve
         self.size, self.device = model.config.image_size, next(model.parameters()).device
 
     @classmethod
-    def load(cls,
-        checkpoint:str|Path|None=None, # None: the one that ships
-        head:str|Path="open",     # "open", or the path of a FLAME file
-        device:str="auto",        # auto | cpu | cuda
+    def load(
+        cls,
+        checkpoint: str | Path | None = None,  # None: the one that ships
+        head: str | Path = "open",  # "open", or the path of a FLAME file
+        device: str = "auto",  # auto | cpu | cuda
     ) -> "Reconstructor":
         "Load a model and its head; raise `ValueError` where the two do not belong together."
         device = pick_device(device)
         head = Head.load(head)
         return cls(FieldsModel.load(find_checkpoint(checkpoint), head).to(device), head.to(device))
 
-    def crop(self,
-        image:np.ndarray,         # (H,W,3) uint8 RGB
-        max_faces:int=1,          # most faces
-    ) -> list[FaceCrop]:          # largest first
+    def crop(
+        self,
+        image: np.ndarray,  # (H,W,3) uint8 RGB
+        max_faces: int = 1,  # most faces
+    ) -> list[FaceCrop]:  # largest first
         "Find and crop the faces of a picture."
         return [crop_face(image, f.points478, self.size, SCALE) for f in find_faces(image, max_faces)]
 
-    def __call__(self,
-        images,                   # pictures (H,W,3) uint8 RGB, one or a list; or crops (B,3,S,S) in [0,1]
-        max_faces:int=1,          # most faces of a picture
-    ) -> Prediction:              # one row a face; ids are "picture_face"
+    def __call__(
+        self,
+        images,  # pictures (H,W,3) uint8 RGB, one or a list; or crops (B,3,S,S) in [0,1]
+        max_faces: int = 1,  # most faces of a picture
+    ) -> Prediction:  # one row a face; ids are "picture_face"
         "Reconstruct faces; raise `ValueError` for a picture without one."
-        if isinstance(images, torch.Tensor): return self.encode(images)
+        if isinstance(images, torch.Tensor):
+            return self.encode(images)
         crops, ids = [], []
         for n, image in enumerate([images] if isinstance(images, np.ndarray) and images.ndim == 3 else images):
             found = self.crop(image, max_faces)
-            if not found: raise ValueError(f"no face was found in picture {n}; leave it out, or crop it yourself and pass a tensor")
+            if not found:
+                raise ValueError(
+                    f"no face was found in picture {n}; leave it out, or crop it yourself and pass a tensor"
+                )
             crops, ids = crops + found, ids + [f"{n}_{k}" for k in range(len(found))]
         return self.predict(crops, ids)
 
-    def predict(self,
-        crops:list[FaceCrop],     # faces
-        ids:list[str]|None=None,  # a name each
-    ) -> Prediction:              # with boxes, and improved where the reconstructor has a second stage
+    def predict(
+        self,
+        crops: list[FaceCrop],  # faces
+        ids: list[str] | None = None,  # a name each
+    ) -> Prediction:  # with boxes, and improved where the reconstructor has a second stage
         "Run the network, and what comes behind it, on cropped faces; raise `ValueError` if there are none."
-        if not crops: raise ValueError("there is no face to reconstruct; give at least one crop")
+        if not crops:
+            raise ValueError("there is no face to reconstruct; give at least one crop")
         prediction = self.encode(self.stack(crops), ids)
-        if self.improve: prediction = self.improve(prediction, torch.from_numpy(np.stack([c.points for c in crops]))[..., :2])
+        if self.improve:
+            prediction = self.improve(prediction, torch.from_numpy(np.stack([c.points for c in crops]))[..., :2])
         return dataclasses.replace(prediction, boxes=torch.tensor([c.box.row() for c in crops]))
 
-    def stack(self, crops:list[FaceCrop]) -> torch.Tensor:
+    def stack(self, crops: list[FaceCrop]) -> torch.Tensor:
         "Crops as a tensor (B,3,S,S) in [0,1] on the model's device."
-        return torch.from_numpy(np.stack([c.image for c in crops])).permute(0, 3, 1, 2).to(self.device).float()/255
+        return torch.from_numpy(np.stack([c.image for c in crops])).permute(0, 3, 1, 2).to(self.device).float() / 255
 
-    def encode(self, crops:torch.Tensor, ids:list[str]|None=None) -> Prediction:
+    def encode(self, crops: torch.Tensor, ids: list[str] | None = None) -> Prediction:
         "Run the network on crops (B,3,S,S) in [0,1]."
         return self.model.predict(crops, ids or [str(i) for i in range(len(crops))])
 
 # %% ../nbs/80_reconstruct.ipynb #7040cb72
 @torch.no_grad()
 def panel(
-    reconstructor:Reconstructor,  # the model
-    crops:list[FaceCrop],         # faces
-    prediction:Prediction,        # their parameters
-    views:np.ndarray|None=None,   # (B,S,S,3) uint8 the same boxes, finer; None: the crops
-    tokens=None,                  # (4,B,256) appearance; None: of the faces themselves
-) -> np.ndarray:                  # (B,S,4*S,3) uint8: input | overlay | mesh | synthesis
+    reconstructor: Reconstructor,  # the model
+    crops: list[FaceCrop],  # faces
+    prediction: Prediction,  # their parameters
+    views: np.ndarray | None = None,  # (B,S,S,3) uint8 the same boxes, finer; None: the crops
+    tokens=None,  # (4,B,256) appearance; None: of the faces themselves
+) -> np.ndarray:  # (B,S,4*S,3) uint8: input | overlay | mesh | synthesis
     "Draw each face beside its reconstruction."
     from fields.render.shade import geometry_image, smooth_geometry_image
+
     head, device, model = reconstructor.head, reconstructor.device, reconstructor.model
     image, params = reconstructor.stack(crops), prediction.params.to(device)
-    view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float()/255
+    view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float() / 255
     vertices = head(params).vertices
-    (mesh, mesh_share), (face, face_share) = (smooth_geometry_image(vertices, part, params.camera, view.shape[-1]) for part in (head.faces, head.mask_faces("face")))
-    overlay = view*(1 - .65*face_share) + .65*face
+    (mesh, mesh_share), (face, face_share) = (
+        smooth_geometry_image(vertices, part, params.camera, view.shape[-1])
+        for part in (head.faces, head.mask_faces("face"))
+    )
+    overlay = view * (1 - 0.65 * face_share) + 0.65 * face
     small, small_mask = geometry_image(vertices, head.mask_faces("face"), params.camera, reconstructor.size)
-    hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(device).float()/255
-    synthesis = model.synthesize(small, masked_background(image, hull, small_mask), model.tokens(image) if tokens is None else tokens)
-    if synthesis.shape != view.shape: synthesis = torch.nn.functional.interpolate(synthesis, view.shape[-1], mode="bicubic", antialias=True)
+    hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(device).float() / 255
+    synthesis = model.synthesize(
+        small, masked_background(image, hull, small_mask), model.tokens(image) if tokens is None else tokens
+    )
+    if synthesis.shape != view.shape:
+        synthesis = torch.nn.functional.interpolate(synthesis, view.shape[-1], mode="bicubic", antialias=True)
     return to_uint8(torch.cat([view, overlay, mesh + 1 - mesh_share, synthesis.clamp(0, 1)], 3))
 
 # %% ../nbs/80_reconstruct.ipynb #bbba8413
-VIEW = 224                        # side of the pictures in a panel, pixels
+VIEW = 224  # side of the pictures in a panel, pixels
+
 
 @dataclass
 class Found:
     "One picture of a file, with its faces; or why the file ended."
-    path:Path
-    label:str = ""                # name of its results
-    crops:list = field(default_factory=list) # FaceCrop, largest first
-    views:list = field(default_factory=list) # (VIEW,VIEW,3) uint8 the same boxes, for panels
-    frame:int|None = None         # number in a video
-    last:bool = False             # no more pictures of this file
-    problem:str = ""              # one sentence
+
+    path: Path
+    label: str = ""  # name of its results
+    crops: list = field(default_factory=list)  # FaceCrop, largest first
+    views: list = field(default_factory=list)  # (VIEW,VIEW,3) uint8 the same boxes, for panels
+    frame: int | None = None  # number in a video
+    last: bool = False  # no more pictures of this file
+    problem: str = ""  # one sentence
+
 
 def look(
-    reconstructor:Reconstructor,  # for the size of crops
-    files:list,                   # what `list_files` returned
-    max_faces:int,                # most faces of a picture
-    views:bool,                   # cut the pictures of panels too
-):                                # yields Found
+    reconstructor: Reconstructor,  # for the size of crops
+    files: list,  # what `list_files` returned
+    max_faces: int,  # most faces of a picture
+    views: bool,  # cut the pictures of panels too
+):  # yields Found
     "Read files and find their faces; never raises for the sake of one file, but with FIELDS_DEBUG for a fault of ours."
     for path, name in files:
         problem = ""
@@ -183,20 +221,31 @@ def look(
                 crops = reconstructor.crop(image, max_faces)
                 cut = [crop_image(image, c.box, max(VIEW, reconstructor.size)) for c in crops] if views else []
                 yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
-        except (ValueError, OSError, MemoryError) as e: problem = f"{path}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e) or "there is not enough memory"
+        except (ValueError, OSError, MemoryError) as e:
+            problem = (
+                f"{path}: {e.strerror}"
+                if isinstance(e, OSError) and e.strerror
+                else str(e) or "there is not enough memory"
+            )
         except Exception as e:
             ours = isinstance(e, OUR_FAULTS)
-            if ours and os.environ.get("FIELDS_DEBUG"): raise
-            problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); " + ("a fault of fields, which FIELDS_DEBUG=1 shows" if ours else "convert the file to JPEG, PNG or MP4")
-        yield Found(path, name, last=True, problem=problem if not problem or str(path) in problem else f"{path}: {problem}")
+            if ours and os.environ.get("FIELDS_DEBUG"):
+                raise
+            problem = f"{type(e).__name__} ({' '.join(str(e).split())[:100]}); " + (
+                "a fault of fields, which FIELDS_DEBUG=1 shows" if ours else "convert the file to JPEG, PNG or MP4"
+            )
+        yield Found(
+            path, name, last=True, problem=problem if not problem or str(path) in problem else f"{path}: {problem}"
+        )
 
 # %% ../nbs/80_reconstruct.ipynb #12b71c3e
 @dataclass
 class Summary:
     "What `reconstruct_files` did."
-    out:Path
-    faces:int = 0
-    failed:list = field(default_factory=list) # (file, sentence)
+
+    out: Path
+    faces: int = 0
+    failed: list = field(default_factory=list)  # (file, sentence)
 
     def __str__(self):
         lines = [f"{self.faces} face{'s' if self.faces != 1 else ''} reconstructed, written to {self.out}"]
@@ -205,72 +254,98 @@ class Summary:
 # %% ../nbs/80_reconstruct.ipynb #a60d0179
 class Saver:
     "Write faces: parameters, meshes and panels, one file after the other, each whole or not at all."
-    def __init__(self,
-        reconstructor:Reconstructor, # for its head
-        out:Path,                 # folder
-        meshes:tuple=(".obj", ".glb"), # kinds of mesh
+
+    def __init__(
+        self,
+        reconstructor: Reconstructor,  # for its head
+        out: Path,  # folder
+        meshes: tuple = (".obj", ".glb"),  # kinds of mesh
     ):
         self.head, self.device, self.out, self.meshes = reconstructor.head, reconstructor.device, out, meshes
         self.faces = self.head.faces.cpu().numpy()
-        self.triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (self.faces + 1).tolist()) # the same in every file
-        self.line = "v %.9g %.9g %.9g\n"*len(self.head.template)
+        self.triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (self.faces + 1).tolist())  # the same in every file
+        self.line = "v %.9g %.9g %.9g\n" * len(self.head.template)
 
     def mesh(self, path, vertices):
         "Write one mesh."
         if path.suffix != ".obj":
-            part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") # its ending chooses the writer
+            part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # its ending chooses the writer
             os.replace(write_mesh(part, vertices, self.faces), path)
             return
-        with atomic(path) as temporary: temporary.write_text(self.line % tuple(vertices.ravel().tolist()) + self.triangles)
+        with atomic(path) as temporary:
+            temporary.write_text(self.line % tuple(vertices.ravel().tolist()) + self.triangles)
 
     @torch.no_grad()
     def __call__(self, labels, crops, prediction, pictures=None) -> list[dict]:
         "Write faces and return their rows of predictions.csv; raise `OSError` if the disk does not take them."
         params, rows = prediction.params.to(self.device), []
         output = self.head(params)
-        points = {f"landmarks_{n}": self.head.landmarks(output, n).cpu().numpy()
-                  for n, part in (("mediapipe105", "mediapipe105"), ("fan68", "contour17")) if part in self.head.embeddings}
+        points = {
+            f"landmarks_{n}": self.head.landmarks(output, n).cpu().numpy()
+            for n, part in (("mediapipe105", "mediapipe105"), ("fan68", "contour17"))
+            if part in self.head.embeddings
+        }
         values = {f.name: getattr(params, f.name).cpu().numpy() for f in dataclasses.fields(HeadParams)} | points
         vertices = output.vertices.cpu().numpy()
         for k, (label, crop) in enumerate(zip(labels, crops)):
-            arrays = {n: v[k] for n, v in values.items()} | {"box": np.array(crop.box.row()), "detected478": crop.points}
-            with atomic(self.out/f"{label}.npz") as temporary, open(temporary, "wb") as file: np.savez(file, head_sha256=self.head.sha256, **arrays)
-            for suffix in self.meshes: self.mesh(self.out/f"{label}{suffix}", vertices[k])
-            if pictures is not None: save_picture(self.out/f"{label}.png", pictures[k])
-            rows.append({"name": label} | emotion_columns(prediction[k]) | {f"box_{n}": round(v, 2) for n, v in zip(("cx", "cy", "side"), crop.box.row())})
+            arrays = {n: v[k] for n, v in values.items()} | {
+                "box": np.array(crop.box.row()),
+                "detected478": crop.points,
+            }
+            with atomic(self.out / f"{label}.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, head_sha256=self.head.sha256, **arrays)
+            for suffix in self.meshes:
+                self.mesh(self.out / f"{label}{suffix}", vertices[k])
+            if pictures is not None:
+                save_picture(self.out / f"{label}.png", pictures[k])
+            rows.append(
+                {"name": label}
+                | emotion_columns(prediction[k])
+                | {f"box_{n}": round(v, 2) for n, v in zip(("cx", "cy", "side"), crop.box.row())}
+            )
         return rows
 
+
 def save_picture(
-    path:Path,                    # a .png file
-    picture:np.ndarray,           # (H,W,3) uint8
+    path: Path,  # a .png file
+    picture: np.ndarray,  # (H,W,3) uint8
 ):
     "Write a PNG, atomically."
     from PIL import Image
-    with atomic(path) as temporary: Image.fromarray(picture).save(temporary, format="png", compress_level=3)
+
+    with atomic(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="png", compress_level=3)
+
 
 def emotion_columns(prediction):
     "Return class, probabilities, valence and arousal of one face; nothing for a method without an emotion head."
-    if prediction.logits is None: return {}
+    if prediction.logits is None:
+        return {}
     chance = prediction.logits[0].softmax(0).cpu()
-    return {"emotion": EMOTIONS[int(chance.argmax())], **{f"p_{e}": round(float(p), 4) for e, p in zip(EMOTIONS, chance)},
-            "valence": round(float(prediction.valence[0]), 4), "arousal": round(float(prediction.arousal[0]), 4)}
+    return {
+        "emotion": EMOTIONS[int(chance.argmax())],
+        **{f"p_{e}": round(float(p), 4) for e, p in zip(EMOTIONS, chance)},
+        "valence": round(float(prediction.valence[0]), 4),
+        "arousal": round(float(prediction.arousal[0]), 4),
+    }
 
 # %% ../nbs/80_reconstruct.ipynb #c91937e8
 def reconstruct_files(
-    reconstructor:Reconstructor,  # the model
-    inputs:list[str|Path],        # images, videos or folders
-    out:str|Path,                 # folder for the results, made if needed
-    panel_pictures:bool=True,     # write the panel of each face
-    max_faces:int=10,             # most faces of a picture
-    quiet:bool=False,             # no progress bar
-    finish=None,                  # function(video, items (Found, face), prediction) -> prediction, for all faces of a video
-    film=None,                    # function(path of an .mp4, video) -> object with add(picture) and close()
-    meshes:tuple=(".obj", ".glb"), # kinds of mesh
-    batch:int=16,                 # faces of pictures that share a call of the network
-    piece:int=1000,               # most frames of a video that are kept
-) -> Summary:                     # what was done
+    reconstructor: Reconstructor,  # the model
+    inputs: list[str | Path],  # images, videos or folders
+    out: str | Path,  # folder for the results, made if needed
+    panel_pictures: bool = True,  # write the panel of each face
+    max_faces: int = 10,  # most faces of a picture
+    quiet: bool = False,  # no progress bar
+    finish=None,  # function(video, items (Found, face), prediction) -> prediction, for all faces of a video
+    film=None,  # function(path of an .mp4, video) -> object with add(picture) and close()
+    meshes: tuple = (".obj", ".glb"),  # kinds of mesh
+    batch: int = 16,  # faces of pictures that share a call of the network
+    piece: int = 1000,  # most frames of a video that are kept
+) -> Summary:  # what was done
     "Reconstruct every face of every file; raise only if an input does not exist or the folder cannot be written."
     from tqdm import tqdm
+
     files, out = list_files(inputs), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     save, summary, rows, kept, reel = Saver(reconstructor, out, meshes), Summary(out), [], [], []
@@ -278,39 +353,60 @@ def reconstruct_files(
     def flush(clip=None):
         items = [(f, k) for f in kept for k in range(len(f.crops))]
         kept.clear()
-        if not items: return
+        if not items:
+            return
         crops = [f.crops[k] for f, k in items]
-        prediction = concatenate([reconstructor.predict(crops[i:i + batch]) for i in range(0, len(crops), batch)])
-        if clip and finish: prediction = finish(clip, items, prediction)
+        prediction = concatenate([reconstructor.predict(crops[i : i + batch]) for i in range(0, len(crops), batch)])
+        if clip and finish:
+            prediction = finish(clip, items, prediction)
         for i in range(0, len(items), batch):
-            part, some = items[i:i + batch], prediction[i:i + batch]
-            pictures = panel(reconstructor, crops[i:i + batch], some, np.stack([f.views[k] for f, k in part])) if panel_pictures else None
+            part, some = items[i : i + batch], prediction[i : i + batch]
+            pictures = (
+                panel(reconstructor, crops[i : i + batch], some, np.stack([f.views[k] for f, k in part]))
+                if panel_pictures
+                else None
+            )
             labels = [f.label if len(f.crops) == 1 else f"{f.label}_{k}" for f, k in part]
-            rows.extend({"file": str(f.path)} | row for (f, _), row in zip(part, save(labels, crops[i:i + batch], some, pictures)))
-            if not clip or not film or pictures is None: continue
-            if not reel: reel.append(film(out/f"{part[0][0].label.rsplit('_f', 1)[0]}.mp4", clip))
+            rows.extend(
+                {"file": str(f.path)} | row
+                for (f, _), row in zip(part, save(labels, crops[i : i + batch], some, pictures))
+            )
+            if not clip or not film or pictures is None:
+                continue
+            if not reel:
+                reel.append(film(out / f"{part[0][0].label.rsplit('_f', 1)[0]}.mp4", clip))
             for (f, k), picture in zip(part, pictures):
-                if k == 0: reel[0].add(picture)
+                if k == 0:
+                    reel[0].add(picture)
 
-    faces, bar = 0, tqdm(total=len(files), disable=quiet, desc="reconstruct", unit="file", mininterval=.5)
+    faces, bar = 0, tqdm(total=len(files), disable=quiet, desc="reconstruct", unit="file", mininterval=0.5)
     try:
         for found in ahead(look(reconstructor, files, max_faces, panel_pictures)):
-            if found.frame == 0: flush()                                  # pictures that were waiting
-            if found.crops: kept.append(found)
+            if found.frame == 0:
+                flush()  # pictures that were waiting
+            if found.crops:
+                kept.append(found)
             faces += len(found.crops)
             clip = kept[-1].path if kept and kept[-1].frame is not None else None
-            if clip and found.last or len(kept) >= (piece if clip else batch): flush(clip)
-            if found.frame is not None and found.frame % 25 == 0: bar.set_postfix_str(f"frame {found.frame}")
-            if not found.last: continue
-            if found.problem: summary.failed.append((found.path, found.problem))
-            elif not faces: summary.failed.append((found.path, f"{found.path}: no face was found"))
-            if reel: reel.pop().close()
+            if clip and found.last or len(kept) >= (piece if clip else batch):
+                flush(clip)
+            if found.frame is not None and found.frame % 25 == 0:
+                bar.set_postfix_str(f"frame {found.frame}")
+            if not found.last:
+                continue
+            if found.problem:
+                summary.failed.append((found.path, found.problem))
+            elif not faces:
+                summary.failed.append((found.path, f"{found.path}: no face was found"))
+            if reel:
+                reel.pop().close()
             faces = 0
             bar.update()
         flush()
     finally:
         bar.close()
-        if reel: reel.pop().close()
+        if reel:
+            reel.pop().close()
         summary.faces = len(rows)
-        write_table(out/"predictions.csv", rows)
+        write_table(out / "predictions.csv", rows)
     return summary

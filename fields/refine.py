@@ -19,60 +19,72 @@ from .render.camera import fit_camera, normaliser, project
 @dataclass(frozen=True)
 class RefineConfig:
     "Trust in the detected points and in the network, in standard deviations."
-    noise:float = .015            # of a detected point, in normalisers (62 mm x camera scale)
-    shape:float = .8              # of identity around `keep_shape` times the network's
-    keep_shape:float = .7         # share of the network's identity the prior is centred on
-    expression:float = .8         # of expression around `keep` times the network's
-    keep:float = .5               # share of the network's expression the prior is centred on
-    eyelids:float = .4            # of each lid around the network's
-    jaw:float = .15               # of the jaw's opening around the network's, radians
-    jaw_side:float = .04          # of its other two angles around zero, radians
-    limit:float = .02             # softness of the ranges below
-    jaw_range:tuple = (-.02, .55) # opening, radians
-    lid_range:tuple = (-.1, 1.05) # closing
-    shapes:int = 40               # identity components that move
-    robust:float = 3.             # residual, in `noise`, from which a point counts less; 0: all count alike
-    steps:int = 5                 # Levenberg steps after those of the pose
+
+    noise: float = 0.015  # of a detected point, in normalisers (62 mm x camera scale)
+    shape: float = 0.8  # of identity around `keep_shape` times the network's
+    keep_shape: float = 0.7  # share of the network's identity the prior is centred on
+    expression: float = 0.8  # of expression around `keep` times the network's
+    keep: float = 0.5  # share of the network's expression the prior is centred on
+    eyelids: float = 0.4  # of each lid around the network's
+    jaw: float = 0.15  # of the jaw's opening around the network's, radians
+    jaw_side: float = 0.04  # of its other two angles around zero, radians
+    limit: float = 0.02  # softness of the ranges below
+    jaw_range: tuple = (-0.02, 0.55)  # opening, radians
+    lid_range: tuple = (-0.1, 1.05)  # closing
+    shapes: int = 40  # identity components that move
+    robust: float = 3.0  # residual, in `noise`, from which a point counts less; 0: all count alike
+    steps: int = 5  # Levenberg steps after those of the pose
 
 # %% ../nbs/83_refine.ipynb #36377b1d
 def derivatives(
-    axis_angle:Tensor,            # (B,3) radians, float64
-    step:float=1e-5,              # of the central differences
-) -> tuple[Tensor, Tensor]:       # (B,3,3) rotation, (B,3,3,3) its derivative by each component, last
+    axis_angle: Tensor,  # (B,3) radians, float64
+    step: float = 1e-5,  # of the central differences
+) -> tuple[Tensor, Tensor]:  # (B,3,3) rotation, (B,3,3,3) its derivative by each component, last
     "Return a rotation matrix and its derivative; nine smooth numbers, so central differences are exact to 1e-10."
-    moves = step*torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device)
+    moves = step * torch.eye(3, dtype=axis_angle.dtype, device=axis_angle.device)
     both = rodrigues(torch.cat([axis_angle[:, None], axis_angle[:, None] + moves, axis_angle[:, None] - moves], 1))
-    return both[:, 0], ((both[:, 1:4] - both[:, 4:])/(2*step)).movedim(1, -1)
+    return both[:, 0], ((both[:, 1:4] - both[:, 4:]) / (2 * step)).movedim(1, -1)
 
 # %% ../nbs/83_refine.ipynb #6c76981d
 def _product(table, by):
     "Sum a table (L,3,K) over its coefficients (B,K)."
     return torch.nn.functional.linear(by, table.flatten(0, 1)).unflatten(1, table.shape[:2])
 
+
 class LandmarkHead:
     "A head restricted to one set of landmarks, in float64: coefficients, jaw and rotation in, points and their derivatives out."
-    def __init__(self,
-        head:Head,                # the whole head
-        shapes:int=40,            # identity components that are free
-        which:str="mediapipe105", # landmark set
+
+    def __init__(
+        self,
+        head: Head,  # the whole head
+        shapes: int = 40,  # identity components that are free
+        which: str = "mediapipe105",  # landmark set
     ):
         at, bary = getattr(head, f"_faces_{which}"), getattr(head, f"_bary_{which}").double()
         corners, basis = head.faces[at], head.basis.unflatten(1, (-1, 3))
-        jaw = head.weights.double()[corners, 2]*bary
+        jaw = head.weights.double()[corners, 2] * bary
         mix = lambda table, weight: torch.einsum("klcx,lc->lxk", table[:, corners].double(), weight)
-        self.tables = [(mix(head.template[None], w)[..., 0], mix(basis[:411], w)) for w in (bary, jaw)] # lids 2, jaw pose 9, shape 300, expression 100
+        self.tables = [
+            (mix(head.template[None], w)[..., 0], mix(basis[:411], w)) for w in (bary, jaw)
+        ]  # lids 2, jaw pose 9, shape 300, expression 100
         self.jaw_weight, self.shapes = jaw.sum(1), shapes
         rows = head.joint_basis.double().unflatten(1, (-1, 3))[:, [0, 2]]
         self.joints = head.joint_template.double()[[0, 2]], torch.cat([rows.new_zeros(11, 2, 3), rows]).permute(1, 2, 0)
-        self.free = [0, 1, *range(11, 11 + shapes), *range(311, 361)]         # lids, identity, expression
+        self.free = [0, 1, *range(11, 11 + shapes), *range(311, 361)]  # lids, identity, expression
         A, W, J = (t[..., self.free].contiguous() for t in (self.tables[0][1], self.tables[1][1], self.joints[1]))
-        wide = lambda table: table.movedim(1, 0).flatten(1).contiguous()      # (3,L*K), so that one product turns all
-        self.moving, self.root, self.turned = (A, W, J), J[0], (wide(A - J[0]), wide(W - self.jaw_weight[:, None, None]*J[1]))
+        wide = lambda table: table.movedim(1, 0).flatten(1).contiguous()  # (3,L*K), so that one product turns all
+        self.moving, self.root, self.turned = (
+            (A, W, J),
+            J[0],
+            (wide(A - J[0]), wide(W - self.jaw_weight[:, None, None] * J[1])),
+        )
         self.posing = [self.tables[k][1][..., 2:11].contiguous() for k in (0, 1)]
 
     def start(self, params):
         "Return the free coefficients (B,K), and what the fixed ones add to both tables and the joints."
-        full = torch.cat([params.eyelids, params.jaw.new_zeros(len(params), 9), params.shape, params.expression], 1).double()
+        full = torch.cat(
+            [params.eyelids, params.jaw.new_zeros(len(params), 9), params.shape, params.expression], 1
+        ).double()
         full = torch.nn.functional.pad(full, (0, 411 - full.shape[1]))
         free, fixed = full[:, self.free], full.clone()
         fixed[:, self.free] = 0
@@ -83,79 +95,108 @@ class LandmarkHead:
         "Return points (B,L,3) and those of their derivatives that `by` names: by coefficients (B,L,3,K), jaw and rotation (B,L,3,3)."
         turn, turns = derivatives(jaw)
         whole, wholes = derivatives(rotation)
-        feature = (turn - torch.eye(3).to(turn)).flatten(1)                   # R - I, also the jaw's pose feature
+        feature = (turn - torch.eye(3).to(turn)).flatten(1)  # R - I, also the jaw's pose feature
         bend = feature.unflatten(1, (3, 3))
         a, w, j = (s + _product(t, free) for s, t in zip(still, self.moving))
         a, w = a + _product(self.posing[0], feature), w + _product(self.posing[1], feature)
-        lever = w - self.jaw_weight[:, None]*j[:, None, 1]
-        arm = a + lever@bend.mT - j[:, None, 0]
-        points, found = arm@whole.mT + j[:, None, 0], []
-        if "free" in by: found.append((whole@self.turned[0] + whole@bend@self.turned[1]).unflatten(2, (len(lever[0]), -1)).movedim(1, 2) + self.root)
-        if "jaw" in by: found.append(torch.einsum("bxy,blyn->blxn", whole, self._opened(turns, lever, bend)))
-        if "rotation" in by: found.append(torch.einsum("bxyn,bly->blxn", wholes, arm))
+        lever = w - self.jaw_weight[:, None] * j[:, None, 1]
+        arm = a + lever @ bend.mT - j[:, None, 0]
+        points, found = arm @ whole.mT + j[:, None, 0], []
+        if "free" in by:
+            found.append(
+                (whole @ self.turned[0] + whole @ bend @ self.turned[1]).unflatten(2, (len(lever[0]), -1)).movedim(1, 2)
+                + self.root
+            )
+        if "jaw" in by:
+            found.append(torch.einsum("bxy,blyn->blxn", whole, self._opened(turns, lever, bend)))
+        if "rotation" in by:
+            found.append(torch.einsum("bxyn,bly->blxn", wholes, arm))
         return points, *found
 
     def _opened(self, turns, lever, bend):
         "How points move with the jaw (B,L,3,3), before the head turns."
-        moved = [_product(table, turns.flatten(1, 2).mT.flatten(0, 1)).unflatten(0, (-1, 3)).movedim(1, -1) for table in self.posing]
+        moved = [
+            _product(table, turns.flatten(1, 2).mT.flatten(0, 1)).unflatten(0, (-1, 3)).movedim(1, -1)
+            for table in self.posing
+        ]
         return torch.einsum("bxyn,bly->blxn", turns, lever) + moved[0] + torch.einsum("bxy,blyn->blxn", bend, moved[1])
 
 # %% ../nbs/83_refine.ipynb #8a3493f6
 class Posterior:
     "Residuals and Jacobian of a batch of faces for given points."
+
     def __init__(self, small, params, points, weights, config):
         self.small, self.config, self.target, self.weights = small, config, points.double(), weights.double()
         self.free, self.still = small.start(params)
         self.unit = normaliser(params.camera.double())
         K, c = self.free.shape[1], config
         sd = torch.full((K + 3,), c.expression, dtype=torch.float64, device=points.device)
-        sd[:2], sd[2:2 + c.shapes], sd[K], sd[K + 1:] = c.eyelids, c.shape, c.jaw, c.jaw_side
+        sd[:2], sd[2 : 2 + c.shapes], sd[K], sd[K + 1 :] = c.eyelids, c.shape, c.jaw, c.jaw_side
         centre = torch.cat([self.free.clamp(-3, 3), params.jaw.double()], 1)
         centre[:, :2] = centre[:, :2].clamp(0, 1)
-        centre[:, 2:2 + c.shapes] *= c.keep_shape
-        centre[:, 2 + c.shapes:K] *= c.keep
-        centre[:, K], centre[:, K + 1:] = centre[:, K].clamp(*c.jaw_range), 0
+        centre[:, 2 : 2 + c.shapes] *= c.keep_shape
+        centre[:, 2 + c.shapes : K] *= c.keep
+        centre[:, K], centre[:, K + 1 :] = centre[:, K].clamp(*c.jaw_range), 0
         self.sd, self.centre, self.bounded = sd, centre, [0, 1, K]
-        self.low, self.high = (torch.tensor([*[c.lid_range[k]]*2, c.jaw_range[k]], dtype=torch.float64, device=points.device) for k in (0, 1))
+        self.low, self.high = (
+            torch.tensor([*[c.lid_range[k]] * 2, c.jaw_range[k]], dtype=torch.float64, device=points.device)
+            for k in (0, 1)
+        )
 
     def start(self, params):
         "Return the state (B,K+9): coefficients, jaw, rotation, log scale, translation."
         camera = params.camera.double()
-        return torch.cat([self.free, params.jaw.double(), params.rotation.double(), camera[:, :1].log(), camera[:, 1:]], 1)
+        return torch.cat(
+            [self.free, params.jaw.double(), params.rotation.double(), camera[:, :1].log(), camera[:, 1:]], 1
+        )
 
-    def camera(self, x): return torch.cat([x[:, -3:-2].exp(), x[:, -2:]], 1)
+    def camera(self, x):
+        return torch.cat([x[:, -3:-2].exp(), x[:, -2:]], 1)
 
     def __call__(self, x, pose=False, slope=True):
         "Return residuals (B,R), their Jacobian (B,R,K+9) if wanted and the points' share of the residuals, unweighted (B,L); for the pose the points alone and six columns."
         K = self.free.shape[1]
-        points, *by = self.small(x[:, :K], x[:, K:K + 3], x[:, K + 3:K + 6], self.still, () if not slope else ("rotation",) if pose else ("free", "jaw", "rotation"))
-        camera, scale = self.camera(x), 1/(self.config.noise*self.unit)
+        points, *by = self.small(
+            x[:, :K],
+            x[:, K : K + 3],
+            x[:, K + 3 : K + 6],
+            self.still,
+            () if not slope else ("rotation",) if pose else ("free", "jaw", "rotation"),
+        )
+        camera, scale = self.camera(x), 1 / (self.config.noise * self.unit)
         seen = project(points, camera)[..., :2]
-        flip = torch.tensor([1., -1.]).to(x)
-        zoom = camera[:, :1, None]*flip
-        off = (seen - self.target)*scale[:, None, None]
+        flip = torch.tensor([1.0, -1.0]).to(x)
+        zoom = camera[:, :1, None] * flip
+        off = (seen - self.target) * scale[:, None, None]
         far = off.norm(dim=-1)
         k = self.config.robust
-        root = (self.weights*(1/(1 + (far/k)**2) if k else 1)).sqrt()[..., None]
-        residual, jacobian = (off*root).flatten(1), None
+        root = (self.weights * (1 / (1 + (far / k) ** 2) if k else 1)).sqrt()[..., None]
+        residual, jacobian = (off * root).flatten(1), None
         if slope:
-            moved, shift = torch.cat(by, -1)[..., :2, :]*zoom[..., None], torch.diag_embed(zoom.expand(-1, seen.shape[1], -1))
-            jacobian = (torch.cat([moved, seen[..., None], shift], -1)*(root*scale[:, None, None])[..., None]).flatten(1, 2)
-        if pose: return residual, jacobian, far
+            moved, shift = (
+                torch.cat(by, -1)[..., :2, :] * zoom[..., None],
+                torch.diag_embed(zoom.expand(-1, seen.shape[1], -1)),
+            )
+            jacobian = (
+                torch.cat([moved, seen[..., None], shift], -1) * (root * scale[:, None, None])[..., None]
+            ).flatten(1, 2)
+        if pose:
+            return residual, jacobian, far
         value = x[:, self.bounded]
-        past = ((value - self.high).clamp_min(0) - (self.low - value).clamp_min(0))/self.config.limit
-        residual = torch.cat([residual, (x[:, :K + 3] - self.centre)/self.sd, past], 1)
-        if not slope: return residual, None, far
-        prior = torch.cat([torch.diag(1/self.sd), self.sd.new_zeros(K + 3, 6)], 1).expand(len(x), -1, -1)
+        past = ((value - self.high).clamp_min(0) - (self.low - value).clamp_min(0)) / self.config.limit
+        residual = torch.cat([residual, (x[:, : K + 3] - self.centre) / self.sd, past], 1)
+        if not slope:
+            return residual, None, far
+        prior = torch.cat([torch.diag(1 / self.sd), self.sd.new_zeros(K + 3, 6)], 1).expand(len(x), -1, -1)
         fence = x.new_zeros(len(x), 3, x.shape[1])
-        fence[:, range(3), self.bounded] = (past != 0).to(x)/self.config.limit
+        fence[:, range(3), self.bounded] = (past != 0).to(x) / self.config.limit
         return residual, torch.cat([jacobian, prior, fence], 1), far
 
     def cost(self, residual, far):
         "Return the posterior's value (B,), with the robust loss in place of squares."
-        k, count = self.config.robust, 2*far.shape[1]
-        data = k*k*torch.log1p((far/k)**2) if k else far**2
-        return (self.weights*data).sum(1) + (residual[:, count:]**2).sum(1)
+        k, count = self.config.robust, 2 * far.shape[1]
+        data = k * k * torch.log1p((far / k) ** 2) if k else far**2
+        return (self.weights * data).sum(1) + (residual[:, count:] ** 2).sum(1)
 
 # %% ../nbs/83_refine.ipynb #c05995a2
 def levenberg(posterior, x, steps, pose=False):
@@ -164,70 +205,88 @@ def levenberg(posterior, x, steps, pose=False):
     residual, j, far = posterior(x, pose)
     cost, damping = posterior.cost(residual, far), x.new_full((len(x), 1), 1e-3)
     for left in reversed(range(steps)):
-        normal = j.mT@j
+        normal = j.mT @ j
         diagonal = normal.diagonal(dim1=1, dim2=2)
-        factor = torch.linalg.cholesky(normal + torch.diag_embed(damping*diagonal + 1e-9))
-        move = torch.cholesky_solve((j.mT@residual[..., None]), factor)[..., 0]
+        factor = torch.linalg.cholesky(normal + torch.diag_embed(damping * diagonal + 1e-9))
+        move = torch.cholesky_solve((j.mT @ residual[..., None]), factor)[..., 0]
         trial = x.clone()
         trial[:, free] -= move
         new = posterior(trial, pose, slope=left > 0)
         value = posterior.cost(new[0], new[2])
-        better = value < cost                                                 # False for NaN as well
-        pick = lambda a, b: torch.where(better.view(-1, *[1]*(a.dim() - 1)), a, b)
+        better = value < cost  # False for NaN as well
+        pick = lambda a, b: torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b)
         x, cost, residual = pick(trial, x), pick(value, cost), pick(new[0], residual)
-        if left: j = pick(new[1], j)
-        damping = pick(damping/10, damping*10).clamp(1e-8, 1e4)
+        if left:
+            j = pick(new[1], j)
+        damping = pick(damping / 10, damping * 10).clamp(1e-8, 1e4)
     return x
+
 
 @torch.no_grad()
 def refine(
-    head:Head,                    # the head of the parameters
-    params:HeadParams,            # (B,...) what the network said
-    points:Tensor,                # (B,105,2) detected points, NDC of the crop
-    weights:Tensor|None=None,     # (B,105) weight of each point, 0 leaves it out; None: all alike
-    config:RefineConfig=RefineConfig(), # trust
-    small:LandmarkHead|None=None, # the head's landmarks, to be made once for many calls
-) -> HeadParams:                  # the same, refined
+    head: Head,  # the head of the parameters
+    params: HeadParams,  # (B,...) what the network said
+    points: Tensor,  # (B,105,2) detected points, NDC of the crop
+    weights: Tensor | None = None,  # (B,105) weight of each point, 0 leaves it out; None: all alike
+    config: RefineConfig = RefineConfig(),  # trust
+    small: LandmarkHead | None = None,  # the head's landmarks, to be made once for many calls
+) -> HeadParams:  # the same, refined
     "Fit parameters to detected points; raise `ValueError` for points of another number."
-    if points.shape[1:] != (105, 2): raise ValueError(f"refinement needs (B,105,2) points of the detector, not {tuple(points.shape)}")
+    if points.shape[1:] != (105, 2):
+        raise ValueError(f"refinement needs (B,105,2) points of the detector, not {tuple(points.shape)}")
     small = small or LandmarkHead(head, config.shapes)
     weights = torch.ones_like(points[..., 0]) if weights is None else weights
-    weights = weights*points.isfinite().all(-1)
+    weights = weights * points.isfinite().all(-1)
     points = points.nan_to_num()
-    known = weights.sum(1) > 8                                                # too few points say nothing: the network stands
+    known = weights.sum(1) > 8  # too few points say nothing: the network stands
     start = _placed(small, params, points, torch.where(known[:, None], weights, torch.ones_like(weights)))
-    posterior = Posterior(small, start, points, weights*known[:, None], config)
+    posterior = Posterior(small, start, points, weights * known[:, None], config)
     x = levenberg(posterior, posterior.start(start), 3, pose=True)
     x = levenberg(posterior, x, config.steps)
     K = posterior.free.shape[1]
     shape = params.shape.clone()
-    shape[:, :config.shapes] = x[:, 2:2 + config.shapes].to(shape.dtype)
+    shape[:, : config.shapes] = x[:, 2 : 2 + config.shapes].to(shape.dtype)
     like = lambda t: t.to(params.shape.dtype)
-    fitted = HeadParams(shape, like(x[:, 2 + config.shapes:K]), like(x[:, :2].clamp(0, 1)), like(x[:, K:K + 3]), like(x[:, K + 3:K + 6]), like(posterior.camera(x)))
+    fitted = HeadParams(
+        shape,
+        like(x[:, 2 + config.shapes : K]),
+        like(x[:, :2].clamp(0, 1)),
+        like(x[:, K : K + 3]),
+        like(x[:, K + 3 : K + 6]),
+        like(posterior.camera(x)),
+    )
     back = lambda new, old: torch.where(known[:, None] & new.isfinite().all(1, keepdim=True), new, old)
     return HeadParams(*(back(getattr(fitted, f.name), getattr(params, f.name)) for f in dataclasses.fields(HeadParams)))
+
 
 def _placed(small, params, points, weights):
     "Return the parameters with the camera that suits the points, so that a poor first camera does no harm."
     free, still = small.start(params)
-    camera = fit_camera(small(free, params.jaw.double(), params.rotation.double(), still, ())[0], points.double(), weights.double())
-    good = camera[:, :1] > .25*params.camera[:, :1]                           # a pose that looks away gives a senseless scale
+    camera = fit_camera(
+        small(free, params.jaw.double(), params.rotation.double(), still, ())[0], points.double(), weights.double()
+    )
+    good = camera[:, :1] > 0.25 * params.camera[:, :1]  # a pose that looks away gives a senseless scale
     return dataclasses.replace(params, camera=torch.where(good, camera.to(params.camera.dtype), params.camera))
 
 # %% ../nbs/83_refine.ipynb #a8b643c0
 class Refiner:
     "Refine predictions with the points that the detector found in their crops."
-    def __init__(self,
-        head:Head,                # the head of the predictions
-        config:RefineConfig=RefineConfig(), # trust
+
+    def __init__(
+        self,
+        head: Head,  # the head of the predictions
+        config: RefineConfig = RefineConfig(),  # trust
     ):
         self.head, self.config, self.small = head, config, LandmarkHead(head, config.shapes)
         self.indices = torch.as_tensor(head.embeddings["mediapipe105"].indices, device=head.template.device).long()
 
-    def __call__(self,
-        prediction:Prediction,    # of the network
-        points:Tensor,            # (B,478,2) detected points, NDC of the crop
-    ) -> Prediction:              # the same with refined parameters; the emotion stays the network's
+    def __call__(
+        self,
+        prediction: Prediction,  # of the network
+        points: Tensor,  # (B,478,2) detected points, NDC of the crop
+    ) -> Prediction:  # the same with refined parameters; the emotion stays the network's
         "Return the refined prediction."
         self_points = points.to(self.head.template.device)[:, self.indices]
-        return dataclasses.replace(prediction, params=refine(self.head, prediction.params, self_points, None, self.config, self.small))
+        return dataclasses.replace(
+            prediction, params=refine(self.head, prediction.params, self_points, None, self.config, self.small)
+        )

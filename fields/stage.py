@@ -18,8 +18,8 @@ from .config import Config, find_root, fingerprint, load_profile, set_up, to_dic
 # %% ../nbs/05_stage.ipynb #4e91475d
 @contextmanager
 def atomic(
-    path:Path|str,                # final name of the file
-):                                # yields a temporary path beside it
+    path: Path | str,  # final name of the file
+):  # yields a temporary path beside it
     "Write to a temporary file that takes its final name only when the block ends without an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,68 +30,150 @@ def atomic(
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_json(
-    path:Path|str,                # file to write
-    values,                       # plain values
+    path: Path | str,  # file to write
+    values,  # plain values
 ):
     "Write sorted JSON atomically; floats keep nine significant digits, so equal results are equal bytes."
+
     def tidy(v):
-        if isinstance(v, dict): return {str(k): tidy(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)): return [tidy(x) for x in v]
-        if hasattr(v, "item") and getattr(v, "ndim", 0) == 0: v = v.item()
-        if hasattr(v, "tolist"): return tidy(v.tolist())
-        if isinstance(v, float): return None if v != v or v in (float("inf"), -float("inf")) else float(f"{v:.9g}")
+        if isinstance(v, dict):
+            return {str(k): tidy(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [tidy(x) for x in v]
+        if hasattr(v, "item") and getattr(v, "ndim", 0) == 0:
+            v = v.item()
+        if hasattr(v, "tolist"):
+            return tidy(v.tolist())
+        if isinstance(v, float):
+            return None if v != v or v in (float("inf"), -float("inf")) else float(f"{v:.9g}")
         return v
+
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(tidy(values), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
+
 def read_json(
-    path:Path|str,                # file to read
-):                                # its values
+    path: Path | str,  # file to read
+):  # its values
     "Read a JSON file; raise `ValueError` with its name if it is missing or broken."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"{path} is missing; run the step that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path} is not valid JSON ({e}); delete it and run its step again") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; run the step that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid JSON ({e}); delete it and run its step again") from None
 
 # %% ../nbs/05_stage.ipynb #dc416e10
 @dataclass(frozen=True)
 class Step:
     "One pipeline notebook with its place in the chain."
-    name:str                      # name used by `--from`, `--to` and steps/NAME.json
-    notebook:str                  # stem under nbs/pipeline
-    needs:tuple                   # names of the steps it reads from
-    outputs:tuple                 # files and folders it writes, relative to the run
-    config:tuple                  # parts of the configuration it depends on
-    method:str = ""               # the method a training step trains
-    minutes:float = 1.0           # share of a run's time, to estimate what is left
+
+    name: str  # name used by `--from`, `--to` and steps/NAME.json
+    notebook: str  # stem under nbs/pipeline
+    needs: tuple  # names of the steps it reads from
+    outputs: tuple  # files and folders it writes, relative to the run
+    config: tuple  # parts of the configuration it depends on
+    method: str = ""  # the method a training step trains
+    minutes: float = 1.0  # share of a run's time, to estimate what is left
+
 
 DATASETS = ("lrw", "celeba", "ffhq", "mead", "affectnet", "bp4d")
 TRAIN = ("seed", "head", "mixing", "network", "loss", "train", "prepare", "data")
 
+
 def plan(
-    config:Config,                # the run's configuration
-) -> list[Step]:                  # steps in running order
+    config: Config,  # the run's configuration
+) -> list[Step]:  # steps in running order
     "List the steps of a run; each method is a step of its own."
     world = "world" if config.data == "world" else ""
     first = (world,) if world else ()
-    methods = [Step(f"train_{m}", "07_train", ("teaser",), (f"checkpoints/{m}",), TRAIN, m, 2.5) for m in config.train.methods]
+    methods = [
+        Step(f"train_{m}", "07_train", ("teaser",), (f"checkpoints/{m}",), TRAIN, m, 2.5) for m in config.train.methods
+    ]
     trained = tuple(s.name for s in methods)
     steps = [
         Step("world", "00_world", (), ("world", "truth"), ("world", "head"), minutes=5),
-        Step("crop_scans", "01_crop_scans", first, ("scans/cropped",), ("scans", "data"), minutes=.5),
-        Step("fit_scans", "02_fit_scans", (*first, "crop_scans"), ("scans/fits", "scans/labels.npz", *(("scans/identity.npz",) if world else ())), ("scans", "head", "data"), minutes=4),
+        Step("crop_scans", "01_crop_scans", first, ("scans/cropped",), ("scans", "data"), minutes=0.5),
+        Step(
+            "fit_scans",
+            "02_fit_scans",
+            (*first, "crop_scans"),
+            ("scans/fits", "scans/labels.npz", *(("scans/identity.npz",) if world else ())),
+            ("scans", "head", "data"),
+            minutes=4,
+        ),
         Step("prepare", "03_prepare", first, ("crops", "metrics/data.json"), ("prepare", "data"), minutes=2),
-        Step("standins", "04_standins", ("prepare", "fit_scans"), ("standins", *(f"crops/{d}/derived.npz" for d in DATASETS)), ("seed", "world", "standins", "network", "head", "prepare", "data"), minutes=3),
-        Step("pretrain", "05_pretrain", ("prepare", "fit_scans", "standins"), ("checkpoints/F0",), (*TRAIN, "pretrain"), minutes=5),
+        Step(
+            "standins",
+            "04_standins",
+            ("prepare", "fit_scans"),
+            ("standins", *(f"crops/{d}/derived.npz" for d in DATASETS)),
+            ("seed", "world", "standins", "network", "head", "prepare", "data"),
+            minutes=3,
+        ),
+        Step(
+            "pretrain",
+            "05_pretrain",
+            ("prepare", "fit_scans", "standins"),
+            ("checkpoints/F0",),
+            (*TRAIN, "pretrain"),
+            minutes=5,
+        ),
         Step("teaser", "06_teaser", ("pretrain",), ("checkpoints/TEASER_init",), TRAIN, minutes=3),
         *methods,
-        Step("predict", "08_predict", (*first, "pretrain", *trained), ("predictions",), ("head", "train", "prepare", "data"), minutes=1),
-        Step("emotion", "09_emotion", ("predict",), ("metrics/emotion.json",), ("seed", "evaluation", "train"), minutes=2),
-        Step("errors", "10_errors", ("predict", "fit_scans"), ("metrics/parameters.json", "metrics/geometry.json", "metrics/landmarks.json"), ("head", "evaluation", "train"), minutes=1),
-        Step("tables", "11_tables", ("emotion", "errors"), ("tables", "metrics/ablation.json", "metrics/training.json"), ("evaluation", "train"), minutes=.3),
-        Step("figures", "12_figures", ("emotion", "errors", "tables"), ("figures",), ("evaluation", "train", "head"), minutes=2),
-        Step("photograph", "13_photograph", trained or ("pretrain",), ("photograph",), ("head", "train", "prepare"), minutes=.3),
-        Step("report", "14_report", ("tables", "figures", "photograph"), ("report.html",), ("evaluation", "train"), minutes=.3),
+        Step(
+            "predict",
+            "08_predict",
+            (*first, "pretrain", *trained),
+            ("predictions",),
+            ("head", "train", "prepare", "data"),
+            minutes=1,
+        ),
+        Step(
+            "emotion", "09_emotion", ("predict",), ("metrics/emotion.json",), ("seed", "evaluation", "train"), minutes=2
+        ),
+        Step(
+            "errors",
+            "10_errors",
+            ("predict", "fit_scans"),
+            ("metrics/parameters.json", "metrics/geometry.json", "metrics/landmarks.json"),
+            ("head", "evaluation", "train"),
+            minutes=1,
+        ),
+        Step(
+            "tables",
+            "11_tables",
+            ("emotion", "errors"),
+            ("tables", "metrics/ablation.json", "metrics/training.json"),
+            ("evaluation", "train"),
+            minutes=0.3,
+        ),
+        Step(
+            "figures",
+            "12_figures",
+            ("emotion", "errors", "tables"),
+            ("figures",),
+            ("evaluation", "train", "head"),
+            minutes=2,
+        ),
+        Step(
+            "photograph",
+            "13_photograph",
+            trained or ("pretrain",),
+            ("photograph",),
+            ("head", "train", "prepare"),
+            minutes=0.3,
+        ),
+        Step(
+            "report",
+            "14_report",
+            ("tables", "figures", "photograph"),
+            ("report.html",),
+            ("evaluation", "train"),
+            minutes=0.3,
+        ),
     ]
     return [s for s in steps if s.name != "world" or world]
 
@@ -99,11 +181,17 @@ def plan(
 def _imports(source, package=()):
     "Names of the library's modules that a source text imports; `package` resolves relative imports."
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join((*package[:len(package) - node.level + 1], *([node.module] if node.module else []))) if node.level else node.module
+            base = (
+                ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
+                if node.level
+                else node.module
+            )
             yield base
             yield from (f"{base}.{a.name}" for a in node.names)
+
 
 @functools.lru_cache(maxsize=None)
 def _read_module(path, name, changed):
@@ -111,13 +199,18 @@ def _read_module(path, name, changed):
     data = path.read_bytes()
     return tuple(_imports(data.decode(), tuple(name.split(".")[:-1]))), hashlib.sha256(data).hexdigest()
 
+
 def imported_modules(
-    source:str,                   # Python source
-    package:tuple=(),             # package of the source, for relative imports
-    root:Path|None=None,          # folder that holds `fields`
-) -> dict[str, Path]:             # module name -> file
+    source: str,  # Python source
+    package: tuple = (),  # package of the source, for relative imports
+    root: Path | None = None,  # folder that holds `fields`
+) -> dict[str, Path]:  # module name -> file
     "Find every module of the library that a source imports, directly or not."
-    root, found, waiting = Path(root or Path(sys.modules["fields"].__file__).parents[1]), {}, list(_imports(source, tuple(package)))
+    root, found, waiting = (
+        Path(root or Path(sys.modules["fields"].__file__).parents[1]),
+        {},
+        list(_imports(source, tuple(package))),
+    )
     while waiting:
         name = waiting.pop()
         path = root.joinpath(*name.split(".")).with_suffix(".py")
@@ -126,119 +219,165 @@ def imported_modules(
             waiting.extend(_read_module(path, name, path.stat().st_mtime_ns)[0])
     return found
 
+
 def code_hash(
-    notebook:Path,                # a pipeline notebook
-) -> str:                         # 16 hexadecimal digits
+    notebook: Path,  # a pipeline notebook
+) -> str:  # 16 hexadecimal digits
     "Hash the code cells of a notebook and the library modules they import."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
+    code = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])
+    ]
     modules = imported_modules("\n".join(code))
     return fingerprint([code, {n: _read_module(p, n, p.stat().st_mtime_ns)[1] for n, p in sorted(modules.items())}])
 
 # %% ../nbs/05_stage.ipynb #cb471a88
 class RunDir(type(Path())):
     "A run's folder; `run / 'metrics'` is a plain path."
-    def key(self, step:Step, config:Config, notebook:Path) -> str:
+
+    def key(self, step: Step, config: Config, notebook: Path) -> str:
         "Hash what decides the step's results: parameters, code, head file and the digests of the steps it reads from."
         values = to_dict(config)
         file = package_file("head/open_head.npz") if config.head == "open" else Path(config.head)
         head = sha256(file) if "head" in step.config and file.is_file() else ""
         needs = {n: (self.done(n) or {}).get("digest") for n in step.needs}
-        return fingerprint([step.name, step.method, head, {k: values[k] for k in step.config}, code_hash(notebook), needs])
+        return fingerprint(
+            [step.name, step.method, head, {k: values[k] for k in step.config}, code_hash(notebook), needs]
+        )
 
-    def done(self, name:str) -> dict|None:
+    def done(self, name: str) -> dict | None:
         "Return what a finished step recorded, or None."
-        path = self/"steps"/f"{name}.json"
-        try: return read_json(path) if path.is_file() else None
-        except ValueError: return None
+        path = self / "steps" / f"{name}.json"
+        try:
+            return read_json(path) if path.is_file() else None
+        except ValueError:
+            return None
 
-    def finished(self, step:Step, key:str) -> bool:
+    def finished(self, step: Step, key: str) -> bool:
         "Say whether a step is done with this key and its outputs are still there, size by size."
         done = self.done(step.name)
-        return bool(done) and done["key"] == key and all((self/n).is_file() and (self/n).stat().st_size == size for n, (size, _) in done["outputs"].items())
+        return (
+            bool(done)
+            and done["key"] == key
+            and all(
+                (self / n).is_file() and (self / n).stat().st_size == size for n, (size, _) in done["outputs"].items()
+            )
+        )
 
-    def record(self, step:Step, key:str, seconds:float):
+    def record(self, step: Step, key: str, seconds: float):
         "Write the step's record; raise `ValueError` if an output it declares is missing."
         outputs = {}
         for declared in step.outputs:
-            path = self/declared
-            if not path.exists(): raise ValueError(f"step {step.name} ended without writing {declared}; run it again")
+            path = self / declared
+            if not path.exists():
+                raise ValueError(f"step {step.name} ended without writing {declared}; run it again")
             for file in sorted(p for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()):
-                with open(file, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+                with open(file, "rb") as f:
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()
                 outputs[str(file.relative_to(self))] = [file.stat().st_size, digest]
-        write_json(self/"timing"/f"step_{step.name}.json", {"seconds": seconds})
-        write_json(self/"steps"/f"{step.name}.json", {"key": key, "digest": fingerprint(outputs), "outputs": outputs})
+        write_json(self / "timing" / f"step_{step.name}.json", {"seconds": seconds})
+        write_json(
+            self / "steps" / f"{step.name}.json", {"key": key, "digest": fingerprint(outputs), "outputs": outputs}
+        )
 
-    def clear(self, step:Step):
+    def clear(self, step: Step):
         "Remove a step's record and everything it wrote."
-        (self/"steps"/f"{step.name}.json").unlink(missing_ok=True)
+        (self / "steps" / f"{step.name}.json").unlink(missing_ok=True)
         for declared in step.outputs:
-            path = self/declared
+            path = self / declared
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 # %% ../nbs/05_stage.ipynb #ca6d0e3a
 class Stage:
     "One step being executed: its configuration, its run folder, its device and its progress."
-    def __init__(self, step:Step, config:Config, run:RunDir, key:str, device:str):
-        self.step, self.config, self.run, self.key, self.device, self.start = step, config, run, key, device, time.monotonic()
+
+    def __init__(self, step: Step, config: Config, run: RunDir, key: str, device: str):
+        self.step, self.config, self.run, self.key, self.device, self.start = (
+            step,
+            config,
+            run,
+            key,
+            device,
+            time.monotonic(),
+        )
         self._told = 0.0
 
     @classmethod
-    def open(cls,
-        name:str,                 # name of the step, or the stem of its notebook
-        run:str,                  # folder of the run
-        profile:str,              # profile of the configuration
-        overrides:list[str]=(),   # dotted overrides
-        method:str="",            # method, for training steps
+    def open(
+        cls,
+        name: str,  # name of the step, or the stem of its notebook
+        run: str,  # folder of the run
+        profile: str,  # profile of the configuration
+        overrides: list[str] = (),  # dotted overrides
+        method: str = "",  # method, for training steps
     ) -> "Stage":
         "Open a step; raise `ValueError` for unknown names, or when a step it reads from is not done."
-        if os.environ.get("FIELDS_CHAIN"): die_with_parent()
+        if os.environ.get("FIELDS_CHAIN"):
+            die_with_parent()
         config = load_profile(profile, list(overrides))
         steps = [s for s in plan(config) if name in (s.name, s.notebook) and (not method or s.method == method)]
-        if len(steps) != 1: raise ValueError(f"no single step {name!r} {method} in this run; steps: {', '.join(s.name for s in plan(config))}")
+        if len(steps) != 1:
+            raise ValueError(
+                f"no single step {name!r} {method} in this run; steps: {', '.join(s.name for s in plan(config))}"
+            )
         step, root = steps[0], find_root()
-        if root is None: raise ValueError("the pipeline notebooks run inside the repository; no settings.ini was found above this folder")
-        run = RunDir(root/run if not Path(run).is_absolute() else run)
+        if root is None:
+            raise ValueError(
+                "the pipeline notebooks run inside the repository; no settings.ini was found above this folder"
+            )
+        run = RunDir(root / run if not Path(run).is_absolute() else run)
         for need in step.needs:
-            if run.done(need) is None: raise ValueError(f"step {step.name} needs {need}, which is not done in {run}; run `fields chain --to {need}` first")
-        key = run.key(step, config, root/"nbs"/"pipeline"/f"{step.notebook}.ipynb")
-        started = run/"steps"/f"{step.name}.started"
-        if not (started.is_file() and started.read_text() == key): run.clear(step)
-        (run/"steps"/f"{step.name}.json").unlink(missing_ok=True)
-        with atomic(started) as temporary: temporary.write_text(key)
-        write_json(run/"config.json", to_dict(config))
-        if step.method: config = dataclasses.replace(config, threads=method_threads(config))
+            if run.done(need) is None:
+                raise ValueError(
+                    f"step {step.name} needs {need}, which is not done in {run}; run `fields chain --to {need}` first"
+                )
+        key = run.key(step, config, root / "nbs" / "pipeline" / f"{step.notebook}.ipynb")
+        started = run / "steps" / f"{step.name}.started"
+        if not (started.is_file() and started.read_text() == key):
+            run.clear(step)
+        (run / "steps" / f"{step.name}.json").unlink(missing_ok=True)
+        with atomic(started) as temporary:
+            temporary.write_text(key)
+        write_json(run / "config.json", to_dict(config))
+        if step.method:
+            config = dataclasses.replace(config, threads=method_threads(config))
         return cls(step, config, run, key, set_up(config))
 
     @property
     def data(self) -> Path:
         "Folder that holds the datasets: the run's demo world, or the licensed data."
-        return self.run/"world" if self.config.data == "world" else Path(self.config.data)
+        return self.run / "world" if self.config.data == "world" else Path(self.config.data)
 
     @property
     def datasets(self) -> list[str]:
         "Names of the datasets with scans: BP4D, and the stand-in's identities in the demo world."
         return ["bp4d", "identity"] if self.config.data == "world" else ["bp4d"]
 
-    def inputs(self, *names:str) -> list[Path]:
+    def inputs(self, *names: str) -> list[Path]:
         "Return paths under the run; raise `ValueError` naming the first that is missing."
-        paths = [self.run/n for n in names]
+        paths = [self.run / n for n in names]
         for p in paths:
-            if not p.exists(): raise ValueError(f"{p} is missing; run the step that writes it")
+            if not p.exists():
+                raise ValueError(f"{p} is missing; run the step that writes it")
         return paths
 
 # %% ../nbs/05_stage.ipynb #5aaf8905
-def progress(self, done:int, total:int, label:str=""):
+def progress(self, done: int, total: int, label: str = ""):
     "Tell the chain how far this step is; cheap enough to be called at every item."
     now = time.monotonic()
-    if now - self._told < .5 and done < total: return
+    if now - self._told < 0.5 and done < total:
+        return
     self._told = now
-    write_json(self.run/"logs"/f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
+    write_json(self.run / "logs" / f"progress_{self.step.name}.json", {"done": done, "total": total, "label": label})
+
 
 def finish(self) -> list[str]:
     "Record the step as done and return the names of its outputs."
     self.run.record(self.step, self.key, time.monotonic() - self.start)
-    return [f"{n}: {len(list((self.run/n).rglob('*'))) or 1} files" for n in self.step.outputs]
+    return [f"{n}: {len(list((self.run / n).rglob('*'))) or 1} files" for n in self.step.outputs]
+
 
 Stage.progress, Stage.finish = progress, finish
 
@@ -247,70 +386,92 @@ def die_with_parent():
     "On Linux, end this process when the process that started it ends, so that a killed chain leaves nothing running."
     if sys.platform.startswith("linux"):
         import ctypes, multiprocessing
+
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
         parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive(): os._exit(1)      # it ended while this process began
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # it ended while this process began
+
 
 @contextmanager
 def one_thread(
-    *libraries:str,               # of cv2, numba and torch, beside those that threadpoolctl finds
+    *libraries: str,  # of cv2, numba and torch, beside those that threadpoolctl finds
 ):
     "Keep array libraries to one thread inside the block: processes share the cores, and results do not depend on their number."
     from threadpoolctl import threadpool_limits
-    calls = {"cv2": ("getNumThreads", "setNumThreads"), "numba": ("get_num_threads", "set_num_threads"), "torch": ("get_num_threads", "set_num_threads")}
+
+    calls = {
+        "cv2": ("getNumThreads", "setNumThreads"),
+        "numba": ("get_num_threads", "set_num_threads"),
+        "torch": ("get_num_threads", "set_num_threads"),
+    }
     pairs = [[getattr(importlib.import_module(n), call) for call in calls[n]] for n in libraries]
     before = [get() for get, _ in pairs]
-    for _, change in pairs: change(1)
+    for _, change in pairs:
+        change(1)
     try:
-        with threadpool_limits(1): yield
+        with threadpool_limits(1):
+            yield
     finally:
-        for (_, change), n in zip(pairs, before): change(n)
+        for (_, change), n in zip(pairs, before):
+            change(n)
 
-_FOR_LIFE = []                    # what a worker holds until it ends
+
+_FOR_LIFE = []  # what a worker holds until it ends
+
 
 def begin_worker(
-    *libraries:str,               # see `one_thread`
+    *libraries: str,  # see `one_thread`
 ):
     "Prepare a worker process: one thread, and an end with the process that started it."
     die_with_parent()
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")   # for libraries that are loaded later
+    os.environ |= dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    )  # for libraries that are loaded later
     _FOR_LIFE.append(one_thread(*libraries))
     _FOR_LIFE[-1].__enter__()
 
+
 def work_together(
-    function,                     # of one job; a module's function, as the jobs go to other processes
-    jobs:list,                    # its arguments
-    workers:int,                  # processes, this one among them
-    *libraries:str,               # that the workers keep to one thread, see `one_thread`
-):                                # results, in no order
+    function,  # of one job; a module's function, as the jobs go to other processes
+    jobs: list,  # its arguments
+    workers: int,  # processes, this one among them
+    *libraries: str,  # that the workers keep to one thread, see `one_thread`
+):  # results, in no order
     "Do jobs here and in further processes: these begin at the front, this one at the end, until they meet."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
+
     if workers <= 1:
         yield from map(function, jobs)
         return
     helpers = ProcessPoolExecutor(workers - 1, get_context("spawn"), begin_worker, libraries)
     try:
         futures = [helpers.submit(function, j) for j in jobs]
-        for future, job in zip(futures[::-1], jobs[::-1]): yield function(job) if future.cancel() else future.result()
-    finally: helpers.shutdown(cancel_futures=True)
+        for future, job in zip(futures[::-1], jobs[::-1]):
+            yield function(job) if future.cancel() else future.result()
+    finally:
+        helpers.shutdown(cancel_futures=True)
 
 # %% ../nbs/05_stage.ipynb #da2c4eba
 def processes(
-    config:Config,                # the run's configuration
-) -> int:                         # worker processes
+    config: Config,  # the run's configuration
+) -> int:  # worker processes
     "Return how many worker processes the data stages use."
     return config.workers or os.cpu_count() or 1
 
+
 def jobs(
-    config:Config,                # the run's configuration
-) -> int:                         # steps at work at the same time
+    config: Config,  # the run's configuration
+) -> int:  # steps at work at the same time
     "Return how many steps of the chain run side by side."
     import torch
+
     return config.jobs or (1 if torch.cuda.is_available() and config.device != "cpu" else min(4, os.cpu_count() or 1))
 
+
 def method_threads(
-    config:Config,                # the run's configuration
-) -> int:                         # CPU threads of one training
+    config: Config,  # the run's configuration
+) -> int:  # CPU threads of one training
     "Return the threads of a method's training: its share of the cores, whether or not another method is at work, so that a resumed run computes the same bits."
-    return config.threads or max(1, (os.cpu_count() or 1)//min(jobs(config), len(config.train.methods) or 1))
+    return config.threads or max(1, (os.cpu_count() or 1) // min(jobs(config), len(config.train.methods) or 1))

@@ -14,12 +14,12 @@ import torch
 
 # %% ../nbs/88_timing.ipynb #0e43727e
 def measure(
-    calls:dict,                   # name -> function without arguments
-    each:int = 1,                 # results of one call: times are divided by it
-    rounds:int = 11,              # how often; one round before them warms up
-    threads:int = 1,              # of torch and numba
-    device = "cpu",               # waited for after each call, if it is a GPU
-) -> dict:                        # name -> {"wall_ms", "processor_ms"}, medians
+    calls: dict,  # name -> function without arguments
+    each: int = 1,  # results of one call: times are divided by it
+    rounds: int = 11,  # how often; one round before them warms up
+    threads: int = 1,  # of torch and numba
+    device="cpu",  # waited for after each call, if it is a GPU
+) -> dict:  # name -> {"wall_ms", "processor_ms"}, medians
     "Time functions turn by turn."
     before, wait = torch.get_num_threads(), torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
     times = {name: [] for name in calls}
@@ -32,30 +32,44 @@ def measure(
                 call()
                 wait()
                 times[name].append((time.perf_counter() - wall, time.process_time() - used))
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     medians = {name: np.median(t[1:], axis=0) * 1e3 / each for name, t in times.items()}
-    return {name: {"wall_ms": round(float(m[0]), 4), "processor_ms": round(float(m[1]), 4)} for name, m in medians.items()}
+    return {
+        name: {"wall_ms": round(float(m[0]), 4), "processor_ms": round(float(m[1]), 4)} for name, m in medians.items()
+    }
+
 
 def compare(
-    times:dict,                   # from `measure`
-    peer:str,                     # whose time is 1
-    clock:str = "processor_ms",   # or "wall_ms"
-) -> dict:                        # name -> times as long as the peer
+    times: dict,  # from `measure`
+    peer: str,  # whose time is 1
+    clock: str = "processor_ms",  # or "wall_ms"
+) -> dict:  # name -> times as long as the peer
     "Return ratios of times."
     return {name: round(t[clock] / times[peer][clock], 3) for name, t in times.items() if name != peer}
 
 # %% ../nbs/88_timing.ipynb #aa56010b
 def clock_of(
-    threads:int,
+    threads: int,
     device,
-) -> str:                         # key of `measure`'s results
+) -> str:  # key of `measure`'s results
     "Return the clock by which ratios are taken."
     return "processor_ms" if threads == 1 and device == "cpu" else "wall_ms"
 
 # %% ../nbs/88_timing.ipynb #7817c52b
-def machine() -> dict:            # what figures depend on; no names of hosts or users
+def machine() -> dict:  # what figures depend on; no names of hosts or users
     "Describe this machine."
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {"processor": names[0] if names else "unknown", "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__, "numpy": np.__version__}
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return {
+        "processor": names[0] if names else "unknown",
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

@@ -15,89 +15,104 @@ from .types import HeadParams, Prediction
 from .head.geometry import matrix_to_axis_angle, rodrigues
 
 # %% ../nbs/84_tracks.ipynb #efc73717
-LIGHT, HEAVY = .3, 1e4            # range of the weight, for speech at its fastest and for a still face
-CAUTION = 1.2                     # plain cross-validation (1) is prone to follow the noise
+LIGHT, HEAVY = 0.3, 1e4  # range of the weight, for speech at its fastest and for a still face
+CAUTION = 1.2  # plain cross-validation (1) is prone to follow the noise
+
 
 def smooth_curves(
-    values:np.ndarray,            # (T,C) one curve a column, evenly sampled
-    weight:float|None=None,       # lambda for all curves; None: chosen for each
-    least:float=LIGHT,            # smallest weight that is chosen
-) -> np.ndarray:                  # (T,C)
+    values: np.ndarray,  # (T,C) one curve a column, evenly sampled
+    weight: float | None = None,  # lambda for all curves; None: chosen for each
+    least: float = LIGHT,  # smallest weight that is chosen
+) -> np.ndarray:  # (T,C)
     "Smooth curves without lag; raise `ValueError` for values that are not finite."
     from scipy.fft import dct, idct
+
     y = np.asarray(values, np.float64)
-    if not np.isfinite(y).all(): raise ValueError("a track holds values that are not finite; leave those frames out")
+    if not np.isfinite(y).all():
+        raise ValueError("a track holds values that are not finite; leave those frames out")
     T = len(y)
-    if T < 4: return y.copy()
-    rough = (2 - 2*np.cos(np.pi*np.arange(T)/T))[:, None]**2
+    if T < 4:
+        return y.copy()
+    rough = (2 - 2 * np.cos(np.pi * np.arange(T) / T))[:, None] ** 2
     wave = dct(y, axis=0, norm="ortho")
     tries = np.geomspace(least, HEAVY, 40) if weight is None else np.array([weight])
     best, score = None, np.full(y.shape[1], np.inf)
     for w in tries:
-        keep = 1/(1 + w*rough)
-        error = (((1 - keep)*wave)**2).mean(0)/(1 - CAUTION*keep.mean())**2
-        best = keep*np.ones_like(wave) if best is None else np.where(error < score, keep, best)
+        keep = 1 / (1 + w * rough)
+        error = (((1 - keep) * wave) ** 2).mean(0) / (1 - CAUTION * keep.mean()) ** 2
+        best = keep * np.ones_like(wave) if best is None else np.where(error < score, keep, best)
         score = np.minimum(score, error)
-    return idct(best*wave, axis=0, norm="ortho")
+    return idct(best * wave, axis=0, norm="ortho")
 
 # %% ../nbs/84_tracks.ipynb #dd70fee7
 def jitter(
-    points:np.ndarray,            # (T,L,2) projected points of one face, NDC
-    normaliser:float,             # 62 mm in NDC
-) -> float:                       # percent of the normaliser
+    points: np.ndarray,  # (T,L,2) projected points of one face, NDC
+    normaliser: float,  # 62 mm in NDC
+) -> float:  # percent of the normaliser
     "Return how much a track trembles; raise `ValueError` for fewer than three frames."
-    if len(points) < 3: raise ValueError("jitter needs three frames or more")
+    if len(points) < 3:
+        raise ValueError("jitter needs three frames or more")
     p = points - points.mean(1, keepdims=True)
-    reference, z = p.mean(0), p[..., 0] + 1j*p[..., 1]
-    r = reference[:, 0] + 1j*reference[:, 1]
-    z = z*(np.vdot(r, r)/(z.conj()*r).sum(1).conj())[:, None]                  # the similarity that takes each frame to the mean
-    return float(100*np.sqrt((np.abs(np.diff(z, 2, axis=0))**2).mean())/normaliser)
+    reference, z = p.mean(0), p[..., 0] + 1j * p[..., 1]
+    r = reference[:, 0] + 1j * reference[:, 1]
+    z = z * (np.vdot(r, r) / (z.conj() * r).sum(1).conj())[:, None]  # the similarity that takes each frame to the mean
+    return float(100 * np.sqrt((np.abs(np.diff(z, 2, axis=0)) ** 2).mean()) / normaliser)
+
 
 def lag(
-    curve:np.ndarray,             # (T,) for instance the mouth opening of a smoothed track
-    truth:np.ndarray,             # (T,)
-    most:int=8,                   # frames that are tried either way
-) -> float:                       # frames by which the curve is late
+    curve: np.ndarray,  # (T,) for instance the mouth opening of a smoothed track
+    truth: np.ndarray,  # (T,)
+    most: int = 8,  # frames that are tried either way
+) -> float:  # frames by which the curve is late
     "Return the delay of a curve by the peak of its cross-correlation."
     a, b = curve - curve.mean(), truth - truth.mean()
     shifts = np.arange(-most, most + 1)
-    score = np.array([np.corrcoef(a[max(0, s):len(a) + min(0, s)], b[max(0, -s):len(b) + min(0, -s)])[0, 1] for s in shifts])
+    score = np.array(
+        [np.corrcoef(a[max(0, s) : len(a) + min(0, s)], b[max(0, -s) : len(b) + min(0, -s)])[0, 1] for s in shifts]
+    )
     k = int(score[1:-1].argmax()) + 1
-    bend = score[k - 1] - 2*score[k] + score[k + 1]
-    return float(shifts[k] + (.5*(score[k - 1] - score[k + 1])/bend if bend else 0))
+    bend = score[k - 1] - 2 * score[k] + score[k + 1]
+    return float(shifts[k] + (0.5 * (score[k - 1] - score[k + 1]) / bend if bend else 0))
 
 # %% ../nbs/84_tracks.ipynb #a8c5b8ee
 def in_picture(
-    camera:Tensor,                # (T,3) scale and translation in the crop
-    boxes:Tensor,                 # (T,3) centre and side of the crop, pixels
-) -> Tensor:                      # (T,3) log of pixels a metre, and where the head's origin lies, pixels
+    camera: Tensor,  # (T,3) scale and translation in the crop
+    boxes: Tensor,  # (T,3) centre and side of the crop, pixels
+) -> Tensor:  # (T,3) log of pixels a metre, and where the head's origin lies, pixels
     "Express a camera in the picture instead of in its crop."
-    scale, half = camera[:, :1], boxes[:, 2:]/2
-    flip = torch.tensor([1., -1.], dtype=camera.dtype)
-    return torch.cat([(scale*half).log(), boxes[:, :2] + half*scale*camera[:, 1:]*flip], 1)
+    scale, half = camera[:, :1], boxes[:, 2:] / 2
+    flip = torch.tensor([1.0, -1.0], dtype=camera.dtype)
+    return torch.cat([(scale * half).log(), boxes[:, :2] + half * scale * camera[:, 1:] * flip], 1)
+
 
 def in_crop(
-    placed:Tensor,                # (T,3) what `in_picture` returned
-    boxes:Tensor,                 # (T,3) crops
-) -> Tensor:                      # (T,3) cameras
+    placed: Tensor,  # (T,3) what `in_picture` returned
+    boxes: Tensor,  # (T,3) crops
+) -> Tensor:  # (T,3) cameras
     "Undo `in_picture`."
-    half, flip = boxes[:, 2:]/2, torch.tensor([1., -1.], dtype=placed.dtype)
-    scale = placed[:, :1].exp()/half
-    return torch.cat([scale, (placed[:, 1:] - boxes[:, :2])/(half*scale)*flip], 1)
+    half, flip = boxes[:, 2:] / 2, torch.tensor([1.0, -1.0], dtype=placed.dtype)
+    scale = placed[:, :1].exp() / half
+    return torch.cat([scale, (placed[:, 1:] - boxes[:, :2]) / (half * scale) * flip], 1)
+
 
 def mean_rotation(
-    rotations:Tensor,             # (T,3,3)
-) -> Tensor:                      # (3,3)
+    rotations: Tensor,  # (T,3,3)
+) -> Tensor:  # (3,3)
     "Return the rotation nearest to all."
     u, _, v = torch.linalg.svd(rotations.mean(0))
-    return u @ torch.diag(torch.stack([torch.ones_like(u[0, 0]), torch.ones_like(u[0, 0]), torch.linalg.det(u @ v).sign()])) @ v
+    return (
+        u
+        @ torch.diag(torch.stack([torch.ones_like(u[0, 0]), torch.ones_like(u[0, 0]), torch.linalg.det(u @ v).sign()]))
+        @ v
+    )
+
 
 def smooth_track(
-    params:HeadParams,            # (T,...) one face, frame after frame
-    boxes:Tensor,                 # (T,3) its crops
-    frames:np.ndarray|None=None,  # (T,) numbers of the frames; None: without gaps
-    weight:float|None=None,       # of `smooth_curves`
-) -> HeadParams:                  # (T,...) smoothed
+    params: HeadParams,  # (T,...) one face, frame after frame
+    boxes: Tensor,  # (T,3) its crops
+    frames: np.ndarray | None = None,  # (T,) numbers of the frames; None: without gaps
+    weight: float | None = None,  # of `smooth_curves`
+) -> HeadParams:  # (T,...) smoothed
     "Smooth everything but identity, which a clip shares: it becomes the median over the frames."
     T = len(params)
     frames = np.arange(T) if frames is None else np.asarray(frames)
@@ -107,52 +122,77 @@ def smooth_track(
     tangent = matrix_to_axis_angle(middle.mT @ rotation)
     parts = [params.expression, params.eyelids, params.jaw, tangent, in_picture(params.camera.double(), boxes.double())]
     table = torch.cat([p.double() for p in parts], 1).numpy()
-    full = np.stack([np.interp(every, frames, c) for c in table.T], 1)        # frames without the face are bridged, then left out
+    full = np.stack(
+        [np.interp(every, frames, c) for c in table.T], 1
+    )  # frames without the face are bridged, then left out
     even = torch.from_numpy(smooth_curves(full, weight)[frames - frames[0]])
     expression, eyelids, jaw, tangent, placed = even.split([p.shape[1] for p in parts], 1)
     like = lambda t: t.to(params.shape.dtype)
-    return HeadParams(params.shape.median(0).values.expand(T, -1).clone(), like(expression), like(eyelids), like(jaw),
-                      like(matrix_to_axis_angle(middle @ rodrigues(tangent))), like(in_crop(placed, boxes.double())))
+    return HeadParams(
+        params.shape.median(0).values.expand(T, -1).clone(),
+        like(expression),
+        like(eyelids),
+        like(jaw),
+        like(matrix_to_axis_angle(middle @ rodrigues(tangent))),
+        like(in_crop(placed, boxes.double())),
+    )
 
 # %% ../nbs/84_tracks.ipynb #4f0aa52d
 def link(
-    frames:list[int],             # frame number of each face, ascending
-    boxes:np.ndarray,             # (N,3) centre and side of each face's box
-    patience:int=15,              # frames a face may be missing
-    reach:float=.5,               # distance over the side within which boxes belong together
-) -> np.ndarray:                  # (N,) number of the track
+    frames: list[int],  # frame number of each face, ascending
+    boxes: np.ndarray,  # (N,3) centre and side of each face's box
+    patience: int = 15,  # frames a face may be missing
+    reach: float = 0.5,  # distance over the side within which boxes belong together
+) -> np.ndarray:  # (N,) number of the track
     "Follow faces from frame to frame, the nearest pairs first."
-    tracks, last = np.full(len(frames), -1), []                               # last: row of each track's latest face
+    tracks, last = np.full(len(frames), -1), []  # last: row of each track's latest face
     for frame in sorted(set(frames)):
         rows = [r for r, f in enumerate(frames) if f == frame]
         open_tracks = [k for k, r in enumerate(last) if frame - frames[r] <= patience]
-        near = sorted((np.linalg.norm(boxes[r, :2] - boxes[last[k], :2])/max(boxes[r, 2], 1e-9) + abs(np.log(boxes[r, 2]/boxes[last[k], 2])), r, k)
-                      for r in rows for k in open_tracks)
+        near = sorted(
+            (
+                np.linalg.norm(boxes[r, :2] - boxes[last[k], :2]) / max(boxes[r, 2], 1e-9)
+                + abs(np.log(boxes[r, 2] / boxes[last[k], 2])),
+                r,
+                k,
+            )
+            for r in rows
+            for k in open_tracks
+        )
         used = set()
         for distance, r, k in near:
-            if distance < reach and tracks[r] < 0 and k not in used: tracks[r] = k; used.add(k)
+            if distance < reach and tracks[r] < 0 and k not in used:
+                tracks[r] = k
+                used.add(k)
         for r in rows:
-            if tracks[r] < 0: tracks[r] = len(last); last.append(r)
-            else: last[tracks[r]] = r
+            if tracks[r] < 0:
+                tracks[r] = len(last)
+                last.append(r)
+            else:
+                last[tracks[r]] = r
     return tracks
 
+
 def smooth_clip(
-    clip:Path,                    # the video, for messages
-    items:list,                   # (Found, number of the face in it) of each row
-    prediction:Prediction,        # (N,...) with boxes
-) -> Prediction:                  # smoothed, row by row the same faces
+    clip: Path,  # the video, for messages
+    items: list,  # (Found, number of the face in it) of each row
+    prediction: Prediction,  # (N,...) with boxes
+) -> Prediction:  # smoothed, row by row the same faces
     "Smooth every face of a clip; the emotion is smoothed too, being read off the same frames."
     frames = [found.frame for found, _ in items]
     tracks, new = link(frames, prediction.boxes.numpy()), prediction._map(torch.clone)
     for k in range(tracks.max() + 1):
         rows = np.flatnonzero(tracks == k)
-        if len(rows) < 4: continue
+        if len(rows) < 4:
+            continue
         at, mine = torch.from_numpy(rows), np.array([frames[r] for r in rows])
         even = smooth_track(prediction.params[at].to("cpu"), prediction.boxes[at], mine)
-        for f in dataclasses.fields(HeadParams): getattr(new.params, f.name)[at] = getattr(even, f.name).to(new.params.shape.device)
+        for f in dataclasses.fields(HeadParams):
+            getattr(new.params, f.name)[at] = getattr(even, f.name).to(new.params.shape.device)
         for name in ("logits", "valence", "arousal"):
             value = getattr(prediction, name)
-            if value is None: continue
+            if value is None:
+                continue
             table = value[at].cpu().numpy().reshape(len(rows), -1)
             getattr(new, name)[at] = torch.from_numpy(smooth_curves(table)).to(value).reshape(value[at].shape)
     return new
@@ -160,31 +200,48 @@ def smooth_clip(
 # %% ../nbs/84_tracks.ipynb #b9aec111
 class Film:
     "Write pictures to an .mp4 with the frame rate of a video; complete when closed."
-    def __init__(self,
-        path:Path,                # the .mp4
-        clip:Path|None=None,      # where the frame rate is taken from; None: 25 a second
+
+    def __init__(
+        self,
+        path: Path,  # the .mp4
+        clip: Path | None = None,  # where the frame rate is taken from; None: 25 a second
     ):
         import cv2
-        self.path, self.part, self.writer, self.rate = Path(path), Path(path).with_name(f".{Path(path).stem}.part.mp4"), None, 25.
+
+        self.path, self.part, self.writer, self.rate = (
+            Path(path),
+            Path(path).with_name(f".{Path(path).stem}.part.mp4"),
+            None,
+            25.0,
+        )
         if clip:
             video = cv2.VideoCapture(str(clip))
             rate = video.get(cv2.CAP_PROP_FPS)
             video.release()
-            if np.isfinite(rate) and 1 <= rate <= 240: self.rate = rate
+            if np.isfinite(rate) and 1 <= rate <= 240:
+                self.rate = rate
 
     def add(self, picture):
         "Append a picture (H,W,3) uint8; raise `ValueError` if the file cannot be written."
         import cv2
+
         h, w = (n - n % 2 for n in picture.shape[:2])
         if self.writer is None:
-            self.size, self.writer = (w, h), cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (w, h))
-            if not self.writer.isOpened(): raise ValueError(f"{self.path} cannot be written; check the folder and its free space, or leave the film out with --no-panel")
+            self.size, self.writer = (
+                (w, h),
+                cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (w, h)),
+            )
+            if not self.writer.isOpened():
+                raise ValueError(
+                    f"{self.path} cannot be written; check the folder and its free space, or leave the film out with --no-panel"
+                )
         picture = picture[:h, :w] if (w, h) == self.size else cv2.resize(picture, self.size)
         self.writer.write(np.ascontiguousarray(picture[..., ::-1]))
 
     def close(self):
         "Finish the file."
-        if self.writer is None: return
+        if self.writer is None:
+            return
         self.writer.release()
         self.writer = None
         self.part.replace(self.path)

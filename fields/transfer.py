@@ -20,10 +20,10 @@ from .reconstruct import Reconstructor, Saver, VIEW, save_picture
 
 # %% ../nbs/85_transfer.ipynb #f81d9fcb
 def with_expression(
-    of:HeadParams,                # (B,...) whose head, pose and camera
-    expression:HeadParams,        # (B,...) whose expression, lids and jaw
-    share:float=1.0,              # 0 keeps the first's expression, 1 takes the second's; more exaggerates
-) -> HeadParams:                  # (B,...)
+    of: HeadParams,  # (B,...) whose head, pose and camera
+    expression: HeadParams,  # (B,...) whose expression, lids and jaw
+    share: float = 1.0,  # 0 keeps the first's expression, 1 takes the second's; more exaggerates
+) -> HeadParams:  # (B,...)
     "Put an expression on a head."
     mix = lambda n: torch.lerp(getattr(of, n), getattr(expression, n), share)
     return dataclasses.replace(of, expression=mix("expression"), eyelids=mix("eyelids").clamp(0, 1), jaw=mix("jaw"))
@@ -31,26 +31,30 @@ def with_expression(
 # %% ../nbs/85_transfer.ipynb #210dd62a
 COLUMNS = ("photo", "head", "other's expression", "painted", "other's expression", "other's tokens")
 
+
 @dataclass
 class Swap:
     "Two faces and what became of them."
-    prediction:Prediction         # (2,...) as reconstructed
-    moved:HeadParams              # (2,...) each with the other's expression
-    crops:list                    # 2 FaceCrop
-    picture:np.ndarray            # (H,W,3) uint8: COLUMNS, one row a face
+
+    prediction: Prediction  # (2,...) as reconstructed
+    moved: HeadParams  # (2,...) each with the other's expression
+    crops: list  # 2 FaceCrop
+    picture: np.ndarray  # (H,W,3) uint8: COLUMNS, one row a face
+
 
 @torch.no_grad()
 def swap(
-    reconstructor:Reconstructor,  # a model; tokens need one with a token encoder
-    first:np.ndarray,             # (H,W,3) uint8 RGB
-    second:np.ndarray,            # (H,W,3) uint8 RGB
-    share:float=1.0,              # of the other's expression
-) -> Swap:                        # parameters and picture
+    reconstructor: Reconstructor,  # a model; tokens need one with a token encoder
+    first: np.ndarray,  # (H,W,3) uint8 RGB
+    second: np.ndarray,  # (H,W,3) uint8 RGB
+    share: float = 1.0,  # of the other's expression
+) -> Swap:  # parameters and picture
     "Exchange expressions and tokens of two pictures' largest faces; raise `ValueError` where there is none."
     images, crops = (first, second), []
     for which, image in zip(("first", "second"), images):
         found = reconstructor.crop(image)
-        if not found: raise ValueError(f"no face was found in the {which} picture; choose one that shows a face")
+        if not found:
+            raise ValueError(f"no face was found in the {which} picture; choose one that shows a face")
         crops += found[:1]
     prediction = reconstructor.predict(crops, ["first", "second"])
     other, model = torch.tensor([1, 0]), reconstructor.model
@@ -59,35 +63,43 @@ def swap(
     tokens = model.tokens(image)
     paint = lambda params, t: _paint(reconstructor, crops, image, params, t)
     views = np.stack([crop_image(i, c.box, VIEW) for i, c in zip(images, crops)])
-    tiles = [to_uint8(views), _head(reconstructor, prediction.params), _head(reconstructor, moved), paint(prediction.params, tokens),
-             paint(moved, tokens), paint(prediction.params, None if tokens is None else tokens[:, other])]
+    tiles = [
+        to_uint8(views),
+        _head(reconstructor, prediction.params),
+        _head(reconstructor, moved),
+        paint(prediction.params, tokens),
+        paint(moved, tokens),
+        paint(prediction.params, None if tokens is None else tokens[:, other]),
+    ]
     rows = [np.concatenate([labelled(tile[k], title) for tile, title in zip(tiles, COLUMNS)], 1) for k in (0, 1)]
     return Swap(prediction, moved, crops, np.concatenate(rows))
+
 
 def _head(reconstructor, params):
     head = reconstructor.head
     picture, share = smooth_geometry_image(head(params).vertices, head.faces, params.camera, VIEW)
     return to_uint8(picture + 1 - share)
 
+
 def _paint(reconstructor, crops, image, params, tokens):
     head, size = reconstructor.head, reconstructor.size
     face, mask = geometry_image(head(params).vertices, head.mask_faces("face"), params.camera, size)
-    hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(image.device).float()/255
+    hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(image.device).float() / 255
     painted = reconstructor.model.synthesize(face, masked_background(image, hull, mask), tokens).clamp(0, 1)
     return to_uint8(torch.nn.functional.interpolate(painted, VIEW, mode="bicubic", antialias=True))
 
 # %% ../nbs/85_transfer.ipynb #52ff3752
 def transfer_files(
-    reconstructor:Reconstructor,  # a model
-    first:str|Path,               # a picture
-    second:str|Path,              # a picture
-    out:str|Path,                 # folder for the results, made if needed
-    share:float=1.0,              # of the other's expression
-) -> list[Path]:                  # what was written
+    reconstructor: Reconstructor,  # a model
+    first: str | Path,  # a picture
+    second: str | Path,  # a picture
+    out: str | Path,  # folder for the results, made if needed
+    share: float = 1.0,  # of the other's expression
+) -> list[Path]:  # what was written
     "Write `transfer.png`, and parameters and meshes of each head with the other's expression."
     both, out = swap(reconstructor, read_image(first), read_image(second), share), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     labels = ["first_with_second", "second_with_first"]
     Saver(reconstructor, out)(labels, both.crops, dataclasses.replace(both.prediction, params=both.moved))
-    save_picture(out/"transfer.png", both.picture)
-    return [out/"transfer.png", *(out/f"{label}{s}" for label in labels for s in (".npz", ".obj", ".glb"))]
+    save_picture(out / "transfer.png", both.picture)
+    return [out / "transfer.png", *(out / f"{label}{s}" for label in labels for s in (".npz", ".obj", ".glb"))]

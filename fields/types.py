@@ -15,6 +15,7 @@ from torch import Tensor
 # %% ../nbs/04_types.ipynb #cf06d402
 class Batched:
     "Methods of a dataclass whose tensors share the batch axis; fields may be None."
+
     def _map(self, function):
         new = {}
         for f in dataclasses.fields(self):
@@ -24,17 +25,22 @@ class Batched:
 
     def to(self, *args, **kwargs):
         "Move and convert the floating tensors as `Tensor.to` does; integer tensors only change device."
+
         def move(t):
-            if t.is_floating_point(): return t.to(*args, **kwargs)
+            if t.is_floating_point():
+                return t.to(*args, **kwargs)
             device = kwargs.get("device", next((a for a in args if isinstance(a, (str, torch.device))), None))
             return t.to(device) if device is not None else t
+
         return self._map(move)
 
-    def detach(self): return self._map(lambda t: t.detach())
+    def detach(self):
+        return self._map(lambda t: t.detach())
 
     def __getitem__(self, index):
         "Index the batch axis; lists of ids follow."
-        if isinstance(index, int): index = slice(index, index + 1 if index != -1 else None)
+        if isinstance(index, int):
+            index = slice(index, index + 1 if index != -1 else None)
         new = self._map(lambda t: t[index])
         for f in dataclasses.fields(new):
             v = getattr(new, f.name)
@@ -46,33 +52,38 @@ class Batched:
     def __len__(self):
         for f in dataclasses.fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, (Tensor, list, Batched)): return len(v)
+            if isinstance(v, (Tensor, list, Batched)):
+                return len(v)
         return 0
 
 # %% ../nbs/04_types.ipynb #3669cf78
 def concatenate(
-    parts:list,                   # objects of one type
-):                                # one object of that type
+    parts: list,  # objects of one type
+):  # one object of that type
     "Join objects of one type along the batch axis; other fields are taken from the first."
     first, new = parts[0], {}
     for f in dataclasses.fields(first):
         values = [getattr(p, f.name) for p in parts]
         v = values[0]
-        if isinstance(v, Tensor): new[f.name] = torch.cat(values)
-        elif isinstance(v, Batched): new[f.name] = concatenate(values)
-        elif isinstance(v, list): new[f.name] = sum(values, [])
+        if isinstance(v, Tensor):
+            new[f.name] = torch.cat(values)
+        elif isinstance(v, Batched):
+            new[f.name] = concatenate(values)
+        elif isinstance(v, list):
+            new[f.name] = sum(values, [])
     return dataclasses.replace(first, **new)
 
 # %% ../nbs/04_types.ipynb #16b155c6
 @dataclass
 class HeadParams(Batched):
     "Parameters that one image gives: shape, expression, lids, jaw, head rotation and camera."
-    shape:Tensor                  # (B,300) identity coefficients beta, in standard deviations
-    expression:Tensor             # (B,50) expression coefficients psi, in standard deviations
-    eyelids:Tensor                # (B,2) closing of the subject's left and right lid, 0 open, 1 closed
-    jaw:Tensor                    # (B,3) axis-angle, radians; x opens
-    rotation:Tensor               # (B,3) axis-angle of the whole head, radians
-    camera:Tensor                 # (B,3) scale, and translation in metres
+
+    shape: Tensor  # (B,300) identity coefficients beta, in standard deviations
+    expression: Tensor  # (B,50) expression coefficients psi, in standard deviations
+    eyelids: Tensor  # (B,2) closing of the subject's left and right lid, 0 open, 1 closed
+    jaw: Tensor  # (B,3) axis-angle, radians; x opens
+    rotation: Tensor  # (B,3) axis-angle of the whole head, radians
+    camera: Tensor  # (B,3) scale, and translation in metres
 
     @classmethod
     def neutral(cls, batch=1, device="cpu", dtype=torch.float32, scale=7.0):
@@ -94,74 +105,101 @@ class HeadParams(Batched):
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        with np.load(path, allow_pickle=False) as z: return cls(*(torch.from_numpy(z[f.name]) for f in dataclasses.fields(cls)))
+        with np.load(path, allow_pickle=False) as z:
+            return cls(*(torch.from_numpy(z[f.name]) for f in dataclasses.fields(cls)))
 
 # %% ../nbs/04_types.ipynb #dd2ec7e3
 @dataclass
 class HeadOutput(Batched):
     "What the head layer returns."
-    vertices:Tensor               # (B,V,3) posed vertices, metres
-    joints:Tensor                 # (B,5,3) posed joints, metres
-    rotation:Tensor               # (B,3,3) rotation of head and neck together, for the contour landmarks
+
+    vertices: Tensor  # (B,V,3) posed vertices, metres
+    joints: Tensor  # (B,5,3) posed joints, metres
+    rotation: Tensor  # (B,3,3) rotation of head and neck together, for the contour landmarks
 
 # %% ../nbs/04_types.ipynb #8bf1ef56
 @dataclass
 class Batch(Batched):
     "Training samples; image landmarks in NDC of the crop."
-    image:Tensor                  # (B,3,H,W) RGB in [0,1]
-    hull:Tensor                   # (B,1,H,W) 1 inside the convex hull of the face's landmarks
-    mediapipe:Tensor              # (B,105,2) MediaPipe points, NDC
-    contour:Tensor                # (B,17,2) contour points of the FAN set, NDC
-    has_contour:Tensor            # (B,) bool
-    points203:Tensor              # (B,203,2) NDC
-    has_points203:Tensor          # (B,) bool
-    identity:Tensor               # (B,300) identity target (MICA or its stand-in)
-    has_identity:Tensor           # (B,) bool
-    expression:Tensor             # (B,50) expression fitted to a scan
-    jaw:Tensor                    # (B,3) jaw fitted to a scan, radians
-    eyelids:Tensor                # (B,2) lids fitted to a scan
-    has_expression:Tensor         # (B,) bool
-    emotion:Tensor                # (B,) class, long
-    valence:Tensor                # (B,) in [-1,1]
-    arousal:Tensor                # (B,) in [-1,1]
-    has_emotion:Tensor            # (B,) bool
-    dataset:Tensor                # (B,) index into DATASETS, long
-    ids:list                      # B strings, `dataset/...`
+
+    image: Tensor  # (B,3,H,W) RGB in [0,1]
+    hull: Tensor  # (B,1,H,W) 1 inside the convex hull of the face's landmarks
+    mediapipe: Tensor  # (B,105,2) MediaPipe points, NDC
+    contour: Tensor  # (B,17,2) contour points of the FAN set, NDC
+    has_contour: Tensor  # (B,) bool
+    points203: Tensor  # (B,203,2) NDC
+    has_points203: Tensor  # (B,) bool
+    identity: Tensor  # (B,300) identity target (MICA or its stand-in)
+    has_identity: Tensor  # (B,) bool
+    expression: Tensor  # (B,50) expression fitted to a scan
+    jaw: Tensor  # (B,3) jaw fitted to a scan, radians
+    eyelids: Tensor  # (B,2) lids fitted to a scan
+    has_expression: Tensor  # (B,) bool
+    emotion: Tensor  # (B,) class, long
+    valence: Tensor  # (B,) in [-1,1]
+    arousal: Tensor  # (B,) in [-1,1]
+    has_emotion: Tensor  # (B,) bool
+    dataset: Tensor  # (B,) index into DATASETS, long
+    ids: list  # B strings, `dataset/...`
+
 
 DATASETS = ("lrw", "celeba", "ffhq", "mead", "affectnet", "bp4d")
 EMOTIONS = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger")
 
 # %% ../nbs/04_types.ipynb #7e057a72
 def empty_batch(
-    images:Tensor,                # (B,3,H,W) RGB in [0,1]
-) -> Batch:                       # a batch whose every flag is False
+    images: Tensor,  # (B,3,H,W) RGB in [0,1]
+) -> Batch:  # a batch whose every flag is False
     "Wrap images that have no labels at all."
     B, _, H, W = images.shape
     z = lambda *s, **k: torch.zeros(B, *s, device=images.device, **k)
     no, label = lambda: z(dtype=torch.bool), lambda: z(dtype=torch.long)
-    return Batch(images, z(1, H, W), z(105, 2), z(17, 2), no(), z(203, 2), no(), z(300), no(), z(50), z(3), z(2), no(),
-                 label(), z(), z(), no(), label(), [str(i) for i in range(B)])
+    return Batch(
+        images,
+        z(1, H, W),
+        z(105, 2),
+        z(17, 2),
+        no(),
+        z(203, 2),
+        no(),
+        z(300),
+        no(),
+        z(50),
+        z(3),
+        z(2),
+        no(),
+        label(),
+        z(),
+        z(),
+        no(),
+        label(),
+        [str(i) for i in range(B)],
+    )
 
 # %% ../nbs/04_types.ipynb #83727674
 @dataclass
 class Prediction(Batched):
     "Parameters and emotion that a method predicts for a list of images."
-    params:HeadParams
-    ids:list                      # B strings
-    head_sha256:str               # the head these coefficients belong to
-    method:str = ""
-    logits:Tensor|None = None     # (B,C) emotion classes
-    valence:Tensor|None = None    # (B,)
-    arousal:Tensor|None = None    # (B,)
-    boxes:Tensor|None = None      # (B,3) crop box: centre x, centre y, side, pixels of the original image
+
+    params: HeadParams
+    ids: list  # B strings
+    head_sha256: str  # the head these coefficients belong to
+    method: str = ""
+    logits: Tensor | None = None  # (B,C) emotion classes
+    valence: Tensor | None = None  # (B,)
+    arousal: Tensor | None = None  # (B,)
+    boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
 
     def save(self, path):
         "Write a plain `.npz`."
         arrays = {f.name: getattr(self.params, f.name).detach().cpu().numpy() for f in dataclasses.fields(HeadParams)}
         for name in ("logits", "valence", "arousal", "boxes"):
-            if getattr(self, name) is not None: arrays[name] = getattr(self, name).detach().cpu().numpy()
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name).detach().cpu().numpy()
         with open(path, "wb") as file:
-            np.savez(file, ids=np.array(self.ids, dtype=np.str_), head_sha256=self.head_sha256, method=self.method, **arrays)
+            np.savez(
+                file, ids=np.array(self.ids, dtype=np.str_), head_sha256=self.head_sha256, method=self.method, **arrays
+            )
 
     @classmethod
     def load(cls, path):
@@ -170,13 +208,25 @@ class Prediction(Batched):
             with np.load(path, allow_pickle=False) as z:
                 t = lambda n: torch.from_numpy(z[n]) if n in z.files else None
                 params = HeadParams(*(torch.from_numpy(z[f.name]) for f in dataclasses.fields(HeadParams)))
-                return cls(params, [str(i) for i in z["ids"]], str(z["head_sha256"]), str(z["method"]),
-                           t("logits"), t("valence"), t("arousal"), t("boxes"))
+                return cls(
+                    params,
+                    [str(i) for i in z["ids"]],
+                    str(z["head_sha256"]),
+                    str(z["method"]),
+                    t("logits"),
+                    t("valence"),
+                    t("arousal"),
+                    t("boxes"),
+                )
         except (KeyError, ValueError, OSError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is not a prediction file ({e}); make it again with `fields chain` or `Prediction.save`") from None
+            raise ValueError(
+                f"{path} is not a prediction file ({e}); make it again with `fields chain` or `Prediction.save`"
+            ) from None
 
     def check_head(self, sha256):
         "Raise `ValueError` unless the coefficients belong to the head with this sha256."
         if self.head_sha256 != sha256:
-            raise ValueError(f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, not {sha256[:12]}; "
-                             "coefficients of two heads are not interchangeable")
+            raise ValueError(
+                f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, not {sha256[:12]}; "
+                "coefficients of two heads are not interchangeable"
+            )

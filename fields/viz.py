@@ -14,205 +14,262 @@ import numpy as np
 # %% ../nbs/03_viz.ipynb #6dd0fe80
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 
+
 def color(
-    index:int,                    # any whole number; the palette repeats
-) -> str:                         # "#rrggbb"
+    index: int,  # any whole number; the palette repeats
+) -> str:  # "#rrggbb"
     "Return a colour of the palette."
     return PALETTE[index % len(PALETTE)]
 
+
 def color_rgb(
-    index:int,                    # any whole number; the palette repeats
-) -> tuple[int, int, int]:        # red, green and blue, 0-255
+    index: int,  # any whole number; the palette repeats
+) -> tuple[int, int, int]:  # red, green and blue, 0-255
     "Return a colour of the palette as three bytes."
-    return tuple(int(color(index)[i:i + 2], 16) for i in (1, 3, 5))
+    return tuple(int(color(index)[i : i + 2], 16) for i in (1, 3, 5))
 
 # %% ../nbs/03_viz.ipynb #ae78945d
 def to_uint8(
-    images,                       # (N,H,W,3), (N,3,H,W), (N,H,W) or one image without N; bytes, or floats in [0,1]; or a list
-) -> np.ndarray|list:             # (N,H,W,3) uint8, or a list of such where the sizes differ
+    images,  # (N,H,W,3), (N,3,H,W), (N,H,W) or one image without N; bytes, or floats in [0,1]; or a list
+) -> np.ndarray | list:  # (N,H,W,3) uint8, or a list of such where the sizes differ
     "Return images as bytes with the channels last; raise `ValueError` for another shape."
     if isinstance(images, (list, tuple)):
         items = [to_uint8(i)[0] for i in images]
         return np.stack(items) if len({i.shape for i in items}) == 1 else items
-    a = images.detach().cpu().float().numpy() if hasattr(images, "detach") and images.dtype.is_floating_point else np.asarray(images)
-    if a.ndim == 2: a = a[None, ..., None]
-    elif a.ndim == 3: a = a[None] if a.shape[-1] in (1, 3, 4) or a.shape[0] in (1, 3, 4) else a[..., None]
-    if a.ndim == 4 and a.shape[-1] not in (1, 3, 4) and a.shape[1] in (1, 3, 4): a = np.moveaxis(a, 1, -1)
+    a = (
+        images.detach().cpu().float().numpy()
+        if hasattr(images, "detach") and images.dtype.is_floating_point
+        else np.asarray(images)
+    )
+    if a.ndim == 2:
+        a = a[None, ..., None]
+    elif a.ndim == 3:
+        a = a[None] if a.shape[-1] in (1, 3, 4) or a.shape[0] in (1, 3, 4) else a[..., None]
+    if a.ndim == 4 and a.shape[-1] not in (1, 3, 4) and a.shape[1] in (1, 3, 4):
+        a = np.moveaxis(a, 1, -1)
     if a.ndim != 4 or a.shape[-1] not in (1, 3, 4):
         raise ValueError(f"shape {tuple(np.shape(images))} is not that of images; give (N,H,W,3) or (N,3,H,W)")
-    if a.dtype == bool: a = a.astype(np.float32)
-    if a.dtype != np.uint8: a = (np.nan_to_num(a).clip(0, 1)*255 + .5).astype(np.uint8) if a.dtype.kind == "f" else a.clip(0, 255).astype(np.uint8)
+    if a.dtype == bool:
+        a = a.astype(np.float32)
+    if a.dtype != np.uint8:
+        a = (
+            (np.nan_to_num(a).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+            if a.dtype.kind == "f"
+            else a.clip(0, 255).astype(np.uint8)
+        )
     return np.repeat(a, 3, -1) if a.shape[-1] == 1 else np.ascontiguousarray(a[..., :3])
 
 # %% ../nbs/03_viz.ipynb #73db013b
 def resize(
-    image:np.ndarray,             # (H,W,3) uint8
-    size:int,                     # longer side of the result, pixels
-) -> np.ndarray:                  # (size,size,3) uint8, padded with white
+    image: np.ndarray,  # (H,W,3) uint8
+    size: int,  # longer side of the result, pixels
+) -> np.ndarray:  # (size,size,3) uint8, padded with white
     "Return an image inside a white square of the given side, its proportions kept."
     from PIL import Image
+
     h, w = image.shape[:2]
-    scale = size/max(h, w)
-    new = (max(1, round(w*scale)), max(1, round(h*scale)))
+    scale = size / max(h, w)
+    new = (max(1, round(w * scale)), max(1, round(h * scale)))
     small = np.asarray(Image.fromarray(image).resize(new, Image.LANCZOS if scale < 1 else Image.BICUBIC))
     out = np.full((size, size, 3), 255, np.uint8)
-    y, x = (size - new[1])//2, (size - new[0])//2
-    out[y:y + new[1], x:x + new[0]] = small
+    y, x = (size - new[1]) // 2, (size - new[0]) // 2
+    out[y : y + new[1], x : x + new[0]] = small
     return out
 
+
 def grid(
-    images,                       # anything `to_uint8` takes
-    columns:int=8,                # images in a row
-    size:int|None=None,           # side of a tile, pixels; None keeps the images as they are
-    gap:int=2,                    # white pixels between tiles
-) -> np.ndarray:                  # (H,W,3) uint8
+    images,  # anything `to_uint8` takes
+    columns: int = 8,  # images in a row
+    size: int | None = None,  # side of a tile, pixels; None keeps the images as they are
+    gap: int = 2,  # white pixels between tiles
+) -> np.ndarray:  # (H,W,3) uint8
     "Tile images into one, row by row; the last row is filled with white."
     items = to_uint8(images)
-    if size is None and isinstance(items, list): size = max(max(i.shape[:2]) for i in items)
-    if size is not None: items = [resize(i, size) for i in items]
-    if len(items) == 0: raise ValueError("there are no images to tile; give at least one")
+    if size is None and isinstance(items, list):
+        size = max(max(i.shape[:2]) for i in items)
+    if size is not None:
+        items = [resize(i, size) for i in items]
+    if len(items) == 0:
+        raise ValueError("there are no images to tile; give at least one")
     h, w = items[0].shape[:2]
     columns = min(columns, len(items))
-    rows = -(-len(items)//columns)
-    out = np.full((rows*(h + gap) - gap, columns*(w + gap) - gap, 3), 255, np.uint8)
+    rows = -(-len(items) // columns)
+    out = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
     for n, item in enumerate(items):
-        y, x = n//columns*(h + gap), n % columns*(w + gap)
-        out[y:y + h, x:x + w] = item
+        y, x = n // columns * (h + gap), n % columns * (w + gap)
+        out[y : y + h, x : x + w] = item
     return out
 
 # %% ../nbs/03_viz.ipynb #31a923dd
 def labelled(
-    image:np.ndarray,             # (H,W,3) uint8
-    title:str,                    # one short line; longer ones are cut at the tile's edge
-    height:int=14,                # pixels added on top
-) -> np.ndarray:                  # (H+height,W,3) uint8
+    image: np.ndarray,  # (H,W,3) uint8
+    title: str,  # one short line; longer ones are cut at the tile's edge
+    height: int = 14,  # pixels added on top
+) -> np.ndarray:  # (H+height,W,3) uint8
     "Write a title above an image."
     from PIL import Image, ImageDraw
+
     strip = Image.new("RGB", (image.shape[1], height), "white")
     ImageDraw.Draw(strip).text((2, 1), str(title), fill="black")
     return np.concatenate([np.asarray(strip), image])
 
+
 def jpeg(
-    image:np.ndarray,             # (H,W,3) uint8
-    quality:int=80,               # JPEG quality
-) -> bytes:                       # the file's content
+    image: np.ndarray,  # (H,W,3) uint8
+    quality: int = 80,  # JPEG quality
+) -> bytes:  # the file's content
     "Encode an image as JPEG."
     from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
 
+
 def show_images(
-    images,                       # (N,H,W,3) bytes or floats, (N,3,H,W) tensor, or a list of different sizes
-    titles=None,                  # N short strings
-    columns:int=8,                # images in a row
-    size:int=96,                  # side of a tile, pixels
-    quality:int=80,               # JPEG quality
-):                                # IPython Image, displayed as a cell's last value
+    images,  # (N,H,W,3) bytes or floats, (N,3,H,W) tensor, or a list of different sizes
+    titles=None,  # N short strings
+    columns: int = 8,  # images in a row
+    size: int = 96,  # side of a tile, pixels
+    quality: int = 80,  # JPEG quality
+):  # IPython Image, displayed as a cell's last value
     "Return images side by side as a small JPEG for a notebook; raise `ValueError` if titles and images differ in number."
     from IPython.display import Image as Picture
+
     items = [resize(i, size) for i in to_uint8(images)]
     if titles is not None:
         titles = list(titles)
-        if len(titles) != len(items): raise ValueError(f"{len(titles)} titles for {len(items)} images; give one each")
+        if len(titles) != len(items):
+            raise ValueError(f"{len(titles)} titles for {len(items)} images; give one each")
         items = [labelled(i, t) for i, t in zip(items, titles)]
     return Picture(data=jpeg(grid(items, columns), quality), format="jpeg")
 
 # %% ../nbs/03_viz.ipynb #7bd7086b
 def draw_points(
-    image,                        # one image, anything `to_uint8` takes
-    points,                       # (L,2) or (L,3) pixels: x to the right, y down
-    index:int=3,                  # colour of the palette
-    radius:int=1,                 # half the side of a square, pixels
-) -> np.ndarray:                  # (H,W,3) uint8, a copy
+    image,  # one image, anything `to_uint8` takes
+    points,  # (L,2) or (L,3) pixels: x to the right, y down
+    index: int = 3,  # colour of the palette
+    radius: int = 1,  # half the side of a square, pixels
+) -> np.ndarray:  # (H,W,3) uint8, a copy
     "Return the image with its points marked."
     out = to_uint8(image)[0].copy()
     points = np.asarray(points.detach().cpu() if hasattr(points, "detach") else points, np.float64)[:, :2]
     for x, y in np.round(points[np.isfinite(points).all(1)]).astype(int):
         if 0 <= x < out.shape[1] and 0 <= y < out.shape[0]:
-            out[max(0, y - radius):y + radius + 1, max(0, x - radius):x + radius + 1] = color_rgb(index)
+            out[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1] = color_rgb(index)
     return out
 
 # %% ../nbs/03_viz.ipynb #f85bdc67
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .3, "grid.linewidth": .5,
-         "font.size": 9, "axes.titlesize": 9, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4,
-         "svg.hashsalt": "fields", "figure.autolayout": False}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.5,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "svg.hashsalt": "fields",
+    "figure.autolayout": False,
+}
+
 
 def figure(
-    rows:int=1,                   # rows of axes
-    columns:int=1,                # columns of axes
-    width:float=5.5,              # inches, whole figure
-    height:float=2.6,             # inches, whole figure
-    **kwargs,                     # passed to `Figure.subplots`
-):                                # (figure, axes); axes as `Figure.subplots` returns them
+    rows: int = 1,  # rows of axes
+    columns: int = 1,  # columns of axes
+    width: float = 5.5,  # inches, whole figure
+    height: float = 2.6,  # inches, whole figure
+    **kwargs,  # passed to `Figure.subplots`
+):  # (figure, axes); axes as `Figure.subplots` returns them
     "Open a figure in the house style, outside of pyplot's global state."
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": matplotlib.cycler(color=PALETTE)}):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(fig)
         return fig, fig.subplots(rows, columns, **kwargs)
 
+
 def picture(
-    fig,                          # matplotlib figure
-    dpi:int=72,                   # dots per inch
-):                                # IPython Image
+    fig,  # matplotlib figure
+    dpi: int = 72,  # dots per inch
+):  # IPython Image
     "Return a figure as a small PNG for a notebook."
     from IPython.display import Image as Picture
+
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return Picture(data=buffer.getvalue(), format="png")
 
+
 def save_figure(
-    fig,                          # matplotlib figure
-    path:Path|str,                # where to; the suffix chooses png, svg or pdf
-    dpi:int=150,                  # of a png
-) -> Path:                        # the path
+    fig,  # matplotlib figure
+    path: Path | str,  # where to; the suffix chooses png, svg or pdf
+    dpi: int = 150,  # of a png
+) -> Path:  # the path
     "Write a figure to a file without a date in it, making its folder."
     import matplotlib
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    with matplotlib.rc_context(STYLE): fig.savefig(path, dpi=dpi, metadata=metadata)
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(
+        path.suffix.lower()
+    )
+    with matplotlib.rc_context(STYLE):
+        fig.savefig(path, dpi=dpi, metadata=metadata)
     return path
 
 # %% ../nbs/03_viz.ipynb #8525aaa8
 def lines(
-    series:dict,                  # name -> y values, or name -> (x values, y values)
-    xlabel:str="",                # label of the x axis
-    ylabel:str="",                # label of the y axis
-    title:str="",                 # title
-    logy:bool=False,              # logarithmic y axis
-    width:float=5.5,              # inches
-    height:float=2.6,             # inches
-):                                # matplotlib figure
+    series: dict,  # name -> y values, or name -> (x values, y values)
+    xlabel: str = "",  # label of the x axis
+    ylabel: str = "",  # label of the y axis
+    title: str = "",  # title
+    logy: bool = False,  # logarithmic y axis
+    width: float = 5.5,  # inches
+    height: float = 2.6,  # inches
+):  # matplotlib figure
     "Draw one line for each series."
     fig, ax = figure(width=width, height=height)
     for name, values in series.items():
         x, y = values if isinstance(values, tuple) else (np.arange(len(values)), values)
         ax.plot(np.asarray(x), np.asarray(y, np.float64), lw=1.4, label=str(name))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if logy: ax.set_yscale("log")
-    if len(series) > 1: ax.legend(frameon=False, fontsize=8)
+    if logy:
+        ax.set_yscale("log")
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize=8)
     return fig
 
+
 def bars(
-    series:dict,                  # name -> one value for each group
-    groups,                       # names of the groups
-    errors:dict|None=None,        # name -> half the length of the error bars
-    ylabel:str="",                # label of the y axis
-    title:str="",                 # title
-    width:float=5.5,              # inches
-    height:float=2.6,             # inches
-):                                # matplotlib figure
+    series: dict,  # name -> one value for each group
+    groups,  # names of the groups
+    errors: dict | None = None,  # name -> half the length of the error bars
+    ylabel: str = "",  # label of the y axis
+    title: str = "",  # title
+    width: float = 5.5,  # inches
+    height: float = 2.6,  # inches
+):  # matplotlib figure
     "Draw grouped bars, one colour for each series."
     fig, ax = figure(width=width, height=height)
-    groups, span = list(groups), .8/max(1, len(series))
+    groups, span = list(groups), 0.8 / max(1, len(series))
     for n, (name, values) in enumerate(series.items()):
-        at = np.arange(len(groups)) + (n - (len(series) - 1)/2)*span
-        ax.bar(at, np.asarray(values, np.float64), span*.92, yerr=None if errors is None else errors.get(name), label=str(name), color=color(n))
+        at = np.arange(len(groups)) + (n - (len(series) - 1) / 2) * span
+        ax.bar(
+            at,
+            np.asarray(values, np.float64),
+            span * 0.92,
+            yerr=None if errors is None else errors.get(name),
+            label=str(name),
+            color=color(n),
+        )
     ax.set_xticks(np.arange(len(groups)), groups)
     ax.set(ylabel=ylabel, title=title)
-    if len(series) > 1: ax.legend(frameon=False, fontsize=8)
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize=8)
     return fig

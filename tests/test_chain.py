@@ -1,4 +1,5 @@
 """The smoke chain, end to end: it runs, resumes, reuses, and says in one sentence what is wrong."""
+
 import json
 import os
 import shutil
@@ -19,7 +20,11 @@ def smoke(tmp_path_factory):
     """One smoke run; its training steps could not open the truth."""
     run = tmp_path_factory.mktemp("smoke") / "run"
     started = time.monotonic()
-    for arguments, environment in ((["--to", "world"], {}), (["--to", "train_F4"], {"PYTHONPATH": str(ROOT / "tests" / "forbid")}), ([], {})):
+    for arguments, environment in (
+        (["--to", "world"], {}),
+        (["--to", "train_F4"], {"PYTHONPATH": str(ROOT / "tests" / "forbid")}),
+        ([], {}),
+    ):
         code, out, err = finish(chain(run, *arguments, **environment))
         assert code == 0, err[-2000:]
     print(f"smoke chain: {time.monotonic() - started:.0f} s")
@@ -29,9 +34,21 @@ def smoke(tmp_path_factory):
 def test_the_chain_ends_with_a_report(smoke):
     report = (smoke / "report.html").read_text(encoding="utf-8")
     assert "demo world" in report.lower() and "never results of the paper" in report and len(report) > 50_000
-    assert not [w for w in ('src="http', 'href="http://cdn', "<script src") if w in report], "the report must open offline"
-    assert {p.stem for p in (smoke / "notebooks").glob("*.ipynb")} >= {"world", "fit_scans", "pretrain", "train_F1", "train_F4", "emotion", "report"}
-    assert {"emotion.json", "parameters.json", "geometry.json", "landmarks.json", "ablation.json"} <= set(metrics(smoke))
+    assert not [w for w in ('src="http', 'href="http://cdn', "<script src") if w in report], (
+        "the report must open offline"
+    )
+    assert {p.stem for p in (smoke / "notebooks").glob("*.ipynb")} >= {
+        "world",
+        "fit_scans",
+        "pretrain",
+        "train_F1",
+        "train_F4",
+        "emotion",
+        "report",
+    }
+    assert {"emotion.json", "parameters.json", "geometry.json", "landmarks.json", "ablation.json"} <= set(
+        metrics(smoke)
+    )
 
 
 def test_metrics_hold_no_time_host_or_path(smoke):
@@ -53,7 +70,10 @@ def test_controls_on_held_out_images(smoke):
     for method, record in held["methods"].items():
         assert oracle["ci_high"] >= record["accuracy"]["ci_low"], method
     for control in ("constant", "shuffled"):
-        assert abs(held["controls"][control]["accuracy"]["mean"] - held["chance"]["accuracy"]) <= 2 * held["chance"]["accuracy_band"], control
+        assert (
+            abs(held["controls"][control]["accuracy"]["mean"] - held["chance"]["accuracy"])
+            <= 2 * held["chance"]["accuracy_band"]
+        ), control
     assert abs(held["controls"]["constant"]["V-CCC"]["mean"]) <= held["chance"]["ccc_band"]
 
 
@@ -75,16 +95,35 @@ def test_a_changed_parameter_runs_what_depends_on_it(smoke, tmp_path):
 
 
 def test_plain_papermill_runs_one_notebook(smoke, tmp_path):
-    command = [sys.executable, "-m", "papermill", "nbs/pipeline/11_tables.ipynb", str(tmp_path / "out.ipynb"), "-p", "run", str(smoke), "-p", "profile", "smoke", "-k", "python3"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "nbs/pipeline/11_tables.ipynb",
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "run",
+        str(smoke),
+        "-p",
+        "profile",
+        "smoke",
+        "-k",
+        "python3",
+    ]
     for _ in range(3):  # papermill alone uses ports, which a kernel started at the same moment may take
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if "Address already in use" not in done.stderr: break
+        if "Address already in use" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-1500:]
 
 
 def test_kernels_of_the_chain_take_no_ports(tmp_path):
     """Two kernels that start together must not race for a port: each has a folder of its own, gone afterwards."""
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("from ipykernel.connect import get_connection_info\nprint(get_connection_info())")])
+    book = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("from ipykernel.connect import get_connection_info\nprint(get_connection_info())")
+        ]
+    )
     book.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(book, tmp_path / "a.ipynb")
     execute(tmp_path / "a.ipynb", tmp_path / "out.ipynb", {})
@@ -92,10 +131,16 @@ def test_kernels_of_the_chain_take_no_ports(tmp_path):
     assert told["transport"] == "ipc" and not Path(told["ip"]).parent.exists()
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--set", "train.stepz=4"], "unknown key"), (["--set", "train.steps=x"], "is not a int"), (["--to", "bake"], "unknown step"),
-    (["--from", "emotion", *MINI], "which is not done"),
-], ids=["key", "type", "step", "missing input"])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--set", "train.stepz=4"], "unknown key"),
+        (["--set", "train.steps=x"], "is not a int"),
+        (["--to", "bake"], "unknown step"),
+        (["--from", "emotion", *MINI], "which is not done"),
+    ],
+    ids=["key", "type", "step", "missing input"],
+)
 def test_mistakes_are_one_sentence(tmp_path, arguments, said):
     code, out, err = finish(chain(tmp_path / "run", *arguments))
     assert code == 1 and said in err and one_sentence(err), err
@@ -121,7 +166,8 @@ def test_two_chains_in_one_folder(tmp_path):
 def _threads_of(number):
     import cv2
     import torch
-    time.sleep(.05)
+
+    time.sleep(0.05)
     return number, os.getpid(), torch.get_num_threads(), cv2.getNumThreads()
 
 
@@ -130,9 +176,14 @@ def test_work_is_shared_by_processes_of_one_thread():
     import cv2
     import torch
     from fields.stage import one_thread, work_together
-    threads, before = lambda: (torch.get_num_threads(), cv2.getNumThreads()), (torch.get_num_threads(), cv2.getNumThreads())
+
+    threads, before = (
+        lambda: (torch.get_num_threads(), cv2.getNumThreads()),
+        (torch.get_num_threads(), cv2.getNumThreads()),
+    )
     torch.set_num_threads(2), cv2.setNumThreads(2)
-    with one_thread("cv2", "torch"): done = list(work_together(_threads_of, list(range(200)), 2, "cv2", "torch"))
+    with one_thread("cv2", "torch"):
+        done = list(work_together(_threads_of, list(range(200)), 2, "cv2", "torch"))
     assert sorted(d[0] for d in done) == list(range(200))
     assert len({d[1] for d in done}) == 2 and os.getpid() in {d[1] for d in done}
     assert {d[2:] for d in done} == {(1, 1)} and threads() == (2, 2)

@@ -1,4 +1,5 @@
 """A miniature chain that is killed, or runs out of disk, ends with the same files as one that was not."""
+
 import os
 import random
 import signal
@@ -24,7 +25,7 @@ def test_a_killed_chain_ends_with_the_same_metrics(whole, tmp_path):
     for k in range(3):
         process = chain(killed, *MINI)
         try:
-            process.wait(timeout=seconds * draw.uniform(.15, .4))
+            process.wait(timeout=seconds * draw.uniform(0.15, 0.4))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -37,7 +38,10 @@ def test_a_full_disk_is_one_sentence(whole, tmp_path):
     """A disk of 4 MB is full before the world is written; nothing counts as done."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True).returncode
+    ):
         pytest.skip("a small disk can be mounted by root only")
     try:
         code, out, err = finish(chain(disk / "run", *MINI, "--to", "world"))

@@ -1,4 +1,5 @@
 """The public names, and what the command line says to those who make mistakes."""
+
 import json
 import os
 import subprocess
@@ -48,17 +49,21 @@ def test_doctor_never_fails(tmp_path, monkeypatch):
     assert code == 0 and "mica" in text and "bp4d" in text and "licence" in text.lower() or "non-commercial" in text
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["chain", "--profile", "huge"], "choose one of"),
-    (["chain", "--set", "train.steps"], "KEY=VALUE"),
-    (["chain", "--set", "loss.nothing=1"], "unknown key"),
-    (["prepare", "imagenet", "--root", "x", "--out", "y"], "imagenet"),
-    (["prepare", "ffhq", "--root", "nowhere", "--out", "y"], "nowhere"),
-    (["reconstruct", "photo.jpg", "--out", "o", "--checkpoint", "none.safetensors"], "none.safetensors"),
-    (["reconstruct", "photo.jpg", "--out", "o", "--device", "cuda"], "GPU"),
-    (["reconstruct", "photo.jpg", "--out", "o", "--head", "none.pkl"], "none.pkl"),
-    (["fit-scan", "none.obj", "--landmarks", "none.npy", "--out", "o"], "none.obj"),
-], ids=["profile", "set", "key", "dataset", "root", "checkpoint", "device", "head", "scan"])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["chain", "--profile", "huge"], "choose one of"),
+        (["chain", "--set", "train.steps"], "KEY=VALUE"),
+        (["chain", "--set", "loss.nothing=1"], "unknown key"),
+        (["prepare", "imagenet", "--root", "x", "--out", "y"], "imagenet"),
+        (["prepare", "ffhq", "--root", "nowhere", "--out", "y"], "nowhere"),
+        (["reconstruct", "photo.jpg", "--out", "o", "--checkpoint", "none.safetensors"], "none.safetensors"),
+        (["reconstruct", "photo.jpg", "--out", "o", "--device", "cuda"], "GPU"),
+        (["reconstruct", "photo.jpg", "--out", "o", "--head", "none.pkl"], "none.pkl"),
+        (["fit-scan", "none.obj", "--landmarks", "none.npy", "--out", "o"], "none.obj"),
+    ],
+    ids=["profile", "set", "key", "dataset", "root", "checkpoint", "device", "head", "scan"],
+)
 def test_mistakes(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").touch()
@@ -85,7 +90,16 @@ def test_fit_scan_of_the_open_head(tmp_path):
     output = head(params)
     write_mesh(tmp_path / "scan.obj", output.vertices[0].numpy(), head.faces.numpy())
     np.save(tmp_path / "marks.npy", head.landmarks(output, "static51")[0].double().numpy())
-    code, text = say("fit-scan", tmp_path / "scan.obj", "--landmarks", tmp_path / "marks.npy", "--unit", "m", "--out", tmp_path / "out")
+    code, text = say(
+        "fit-scan",
+        tmp_path / "scan.obj",
+        "--landmarks",
+        tmp_path / "marks.npy",
+        "--unit",
+        "m",
+        "--out",
+        tmp_path / "out",
+    )
     assert code == 0, text
     fit = json.loads((tmp_path / "out" / "fit.json").read_text())
     assert fit["scan_to_surface_mm"]["median"] < 0.5 and fit["head_sha256"] == head.sha256

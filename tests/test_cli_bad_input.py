@@ -1,4 +1,5 @@
 """Sixty kinds of bad input through the command line: one sentence each, no traceback, the right exit code, and everything else done."""
+
 import csv
 import io
 import os
@@ -56,7 +57,12 @@ def chunk(kind, data):
 
 def claimed_png(width, height, data=b""):
     """A PNG whose header claims any size."""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def archive():
@@ -173,7 +179,9 @@ def test_one_broken_file_in_a_hundred(checkpoint, tmp_path):
     for k in range(24):
         (tmp_path / f"{k:03d}.jpg").write_bytes(jpeg())
     (tmp_path / "013.jpg").write_bytes(jpeg()[:500])
-    code, text, error = say("reconstruct", tmp_path, "--out", tmp_path / "out", "--checkpoint", checkpoint, "--no-panel")
+    code, text, error = say(
+        "reconstruct", tmp_path, "--out", tmp_path / "out", "--checkpoint", checkpoint, "--no-panel"
+    )
     assert (code, error) == (2, "") and "23 faces" in text and text.count("not done") == 1 and "013.jpg" in text
 
 
@@ -183,9 +191,18 @@ WRONG = [  # arguments, what is said; {d} is a folder with the files that `mater
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/a.jpg"], "a.jpg"),
     (["reconstruct", "{d}/a.jpg", "--out", "/proc/nothing"], "/proc/nothing"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/none.safetensors"], "no checkpoint"),
-    (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/text.safetensors"], "not a complete safetensors"),
-    (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/cut.safetensors"], "not a complete safetensors"),
-    (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/other.safetensors"], "no checkpoint of FIELDS"),
+    (
+        ["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/text.safetensors"],
+        "not a complete safetensors",
+    ),
+    (
+        ["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/cut.safetensors"],
+        "not a complete safetensors",
+    ),
+    (
+        ["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/other.safetensors"],
+        "no checkpoint of FIELDS",
+    ),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/foreign.safetensors"], "not interchangeable"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/evil.pt"], "not a complete safetensors"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}"], "no checkpoint"),
@@ -255,7 +272,11 @@ def material(tmp_path_factory, checkpoint):
     write("good.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
     write("far.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 999999999\n")
     write("nan.obj", b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
-    write("bomb.ply", b"ply\nformat binary_little_endian 1.0\nelement vertex 4000000000\nproperty float x\nproperty float y\nproperty float z\nend_header\n" + b"\0" * 24)
+    write(
+        "bomb.ply",
+        b"ply\nformat binary_little_endian 1.0\nelement vertex 4000000000\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
+        + b"\0" * 24,
+    )
     np.save(d / "marks.npy", np.random.default_rng(0).normal(size=(51, 3)))
     np.save(d / "seven.npy", np.ones((7, 3)) + np.arange(7)[:, None])
     return d
@@ -267,12 +288,20 @@ def test_one_sentence(arguments, said, material, checkpoint, tmp_path, monkeypat
     if arguments[0] == "bench":
         pytest.importorskip("fields.bench")
     filled = [a.format(d=material, m=checkpoint) for a in arguments]
-    if arguments[0] == "reconstruct" and "--checkpoint" not in arguments and "--head" not in arguments and "--device" not in arguments:
+    if (
+        arguments[0] == "reconstruct"
+        and "--checkpoint" not in arguments
+        and "--head" not in arguments
+        and "--device" not in arguments
+    ):
         filled += ["--checkpoint", str(checkpoint)]
     start = time.time()
     code, text, error = say(*filled)
     spoken = text + error
-    assert code not in (0, None) and said in spoken and "Traceback" not in spoken and "fault of fields" not in spoken, (code, spoken)
+    assert code not in (0, None) and said in spoken and "Traceback" not in spoken and "fault of fields" not in spoken, (
+        code,
+        spoken,
+    )
     assert "\n" not in error and 10 < len(error) < 700 or code == 2 or "not done" in text, spoken
     assert time.time() - start < 30
     assert not list(tmp_path.rglob("unsafe.txt"))
@@ -287,7 +316,12 @@ def test_manifest_with_a_way_out(tmp_path):
     from fields.manifests import manifest_folder, parse_manifest
 
     text = (manifest_folder() / "bp4d.yaml").read_text()
-    for bad in (text.replace("folder: bp4d", "folder: ../../etc"), "name: !!python/object/apply:os.system ['echo unsafe']", "a: &a [*a]", "x: [" * 5000):
+    for bad in (
+        text.replace("folder: bp4d", "folder: ../../etc"),
+        "name: !!python/object/apply:os.system ['echo unsafe']",
+        "a: &a [*a]",
+        "x: [" * 5000,
+    ):
         with pytest.raises((ValueError, RecursionError)):
             parse_manifest(bad, tmp_path / "bp4d.yaml")
 
@@ -296,8 +330,10 @@ def test_interrupt_and_debug(monkeypatch, capsys):
     import fields.cli as cli
 
     for error, code in ((KeyboardInterrupt(), 130), (ValueError("two\nlines"), 1)):
+
         def stop(error=error):
             raise error
+
         monkeypatch.setattr(cli, "app", stop)
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -307,23 +343,38 @@ def test_interrupt_and_debug(monkeypatch, capsys):
 def test_a_folder_without_rights_is_one_sentence(tmp_path):
     """A folder that may not be entered is named and the good picture beside it is done; an output folder that may not be written is one sentence."""
     import shutil, subprocess, sys
-    obey = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []  # root who obeys rights
+
+    obey = (
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    )  # root who obeys rights
     shut, opened, out = tmp_path / "shut", tmp_path / "opened", tmp_path / "out"
     for folder in (shut, opened):
         folder.mkdir()
         (folder / "a.jpg").write_bytes(jpeg())
     shut.chmod(0)
     fails = lambda *command: bool(subprocess.run([*obey, *command], capture_output=True).returncode)
-    if obey and (not shutil.which("setpriv") or fails("true") or not fails("ls", shut)): pytest.skip("root obeys no rights here")
+    if obey and (not shutil.which("setpriv") or fails("true") or not fails("ls", shut)):
+        pytest.skip("root obeys no rights here")
 
     def run(*arguments):
         code = "from fields.cli import main; main()"
-        return subprocess.run([*obey, sys.executable, "-c", code, *map(str, arguments)], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        return subprocess.run(
+            [*obey, sys.executable, "-c", code, *map(str, arguments)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
 
     try:
         done = run("reconstruct", shut, opened, "--no-panel", "--out", out)
-        assert done.returncode == 2 and done.stdout.count("not done") == 1 and "shut" in done.stdout and "may not be read" in done.stdout, done.stdout
+        assert (
+            done.returncode == 2
+            and done.stdout.count("not done") == 1
+            and "shut" in done.stdout
+            and "may not be read" in done.stdout
+        ), done.stdout
         assert "Traceback" not in done.stderr and list(out.glob("a*.obj")), done.stderr
         done = run("reconstruct", opened, "--no-panel", "--out", shut / "out")
         assert done.returncode == 1 and "shut" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    finally: shut.chmod(0o700)
+    finally:
+        shut.chmod(0o700)

@@ -1,4 +1,5 @@
 """Crops: exact maps between picture and crop, for points and for the light itself."""
+
 import numpy as np
 import pytest
 
@@ -47,7 +48,11 @@ def test_smirk_box():
     assert face_box(points * 1.01, 1.4, whole=True).side == 141.0
     assert face_box(points, 2.0).side == 2 * face_box(points, 1.0).side
     nested = to_crop(points, face_box(points, 1.4))
-    np.testing.assert_allclose(between(nested, face_box(points, 1.4), face_box(points, 2.0)), to_crop(points, face_box(points, 2.0)), atol=1e-12)
+    np.testing.assert_allclose(
+        between(nested, face_box(points, 1.4), face_box(points, 2.0)),
+        to_crop(points, face_box(points, 2.0)),
+        atol=1e-12,
+    )
     for bad in (np.zeros((5, 2)), np.full((5, 2), np.nan), np.array([[0, 0], [np.inf, 1]])):
         with pytest.raises(ValueError, match="nothing to crop"):
             face_box(bad)

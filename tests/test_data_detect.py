@@ -1,4 +1,5 @@
 """Pictures of every kind, and the detector on the extra photographs."""
+
 import os
 import subprocess
 import sys
@@ -34,18 +35,37 @@ def test_every_mode(tmp_path):
     for name, image in {"rgb.png": rgb, "rgb.bmp": rgb, "rgb.webp": rgb, "rgb.tif": rgb}.items():
         options = {"lossless": True} if name.endswith("webp") else {}
         np.testing.assert_array_equal(saved(tmp_path, name, image, **options), ramp())
-    for name, image in {"grey.png": grey, "grey.jpg": grey, "deep.png": deep, "deep.tif": deep, "float.tif": Image.fromarray(np.asarray(grey, np.float32) / 255), "int.tif": Image.fromarray(np.asarray(grey, np.int32) * 257)}.items():
+    for name, image in {
+        "grey.png": grey,
+        "grey.jpg": grey,
+        "deep.png": deep,
+        "deep.tif": deep,
+        "float.tif": Image.fromarray(np.asarray(grey, np.float32) / 255),
+        "int.tif": Image.fromarray(np.asarray(grey, np.int32) * 257),
+    }.items():
         found = saved(tmp_path, name, image)
-        assert found.shape == (32, 32, 3) and found.dtype == np.uint8 and np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= (3 if name.endswith("jpg") else 1), name
+        assert (
+            found.shape == (32, 32, 3)
+            and found.dtype == np.uint8
+            and np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= (3 if name.endswith("jpg") else 1)
+        ), name
     transparent = saved(tmp_path, "clear.png", clear)
     np.testing.assert_array_equal(transparent[:, :16], ramp()[:, :16])
     assert (transparent[:, 16:] == 255).all()
     assert saved(tmp_path, "la.png", clear.convert("LA")).shape == (32, 32, 3)
-    assert np.abs(saved(tmp_path, "palette.png", rgb.convert("P", palette=Image.ADAPTIVE)).astype(int) - ramp()).mean() < 8
+    assert (
+        np.abs(saved(tmp_path, "palette.png", rgb.convert("P", palette=Image.ADAPTIVE)).astype(int) - ramp()).mean() < 8
+    )
     assert np.abs(saved(tmp_path, "cmyk.jpg", rgb.convert("CMYK"), quality=95).astype(int) - ramp()).mean() < 8
     assert saved(tmp_path, "bits.png", grey.convert("1")).max() == 255
     animated = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    assert np.abs(saved(tmp_path, "moves.gif", animated[0], save_all=True, append_images=animated[1:])[0, 0].astype(int) - [255, 0, 0]).max() <= 2
+    assert (
+        np.abs(
+            saved(tmp_path, "moves.gif", animated[0], save_all=True, append_images=animated[1:])[0, 0].astype(int)
+            - [255, 0, 0]
+        ).max()
+        <= 2
+    )
     transparent_palette = rgb.convert("P", palette=Image.ADAPTIVE)
     assert saved(tmp_path, "clear_palette.png", transparent_palette, transparency=0).shape == (32, 32, 3)
     assert saved(tmp_path, "one.png", Image.new("RGB", (1, 1))).shape == (1, 1, 3)
@@ -56,7 +76,16 @@ def test_exif(tmp_path, orientation):
     """Whatever way the camera was held, the picture comes out upright."""
     upright = np.zeros((20, 30, 3), np.uint8)
     upright[:8, :10] = 255
-    steps = {1: [], 2: [Image.FLIP_LEFT_RIGHT], 3: [Image.ROTATE_180], 4: [Image.FLIP_TOP_BOTTOM], 5: [Image.TRANSPOSE], 6: [Image.ROTATE_90], 7: [Image.TRANSVERSE], 8: [Image.ROTATE_270]}[orientation]
+    steps = {
+        1: [],
+        2: [Image.FLIP_LEFT_RIGHT],
+        3: [Image.ROTATE_180],
+        4: [Image.FLIP_TOP_BOTTOM],
+        5: [Image.TRANSPOSE],
+        6: [Image.ROTATE_90],
+        7: [Image.TRANSVERSE],
+        8: [Image.ROTATE_270],
+    }[orientation]
     image = Image.fromarray(upright)
     for step in steps:
         image = image.transpose(step)
@@ -66,8 +95,16 @@ def test_exif(tmp_path, orientation):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), upright)
 
 
-BROKEN = {"none.jpg": (None, "there is no file"), "empty.jpg": (b"", "is empty"), "page.png": (b"<html>not found</html>", "not a picture that Pillow knows"), "cut.jpg": ("cut", "is damaged"), "cut.png": ("cut", "is damaged"),
-          "huge.png": ("huge", "more pixels than is safe"), "head.png": (b"\x89PNG\r\n\x1a\n", "not a picture"), "folder.jpg": ("folder", "is a folder")}
+BROKEN = {
+    "none.jpg": (None, "there is no file"),
+    "empty.jpg": (b"", "is empty"),
+    "page.png": (b"<html>not found</html>", "not a picture that Pillow knows"),
+    "cut.jpg": ("cut", "is damaged"),
+    "cut.png": ("cut", "is damaged"),
+    "huge.png": ("huge", "more pixels than is safe"),
+    "head.png": (b"\x89PNG\r\n\x1a\n", "not a picture"),
+    "folder.jpg": ("folder", "is a folder"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -81,8 +118,15 @@ def test_broken_pictures(tmp_path, name):
         import struct
         import zlib
 
-        chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+        chunk = lambda kind, data: (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+        path.write_bytes(
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", b"")
+            + chunk(b"IEND", b"")
+        )
     elif content == "folder":
         path.mkdir()
     elif content is not None:
@@ -96,7 +140,9 @@ def test_quick_checks(tmp_path):
     assert check_image(tmp_path / "no.jpg")[0] == "missing" and check_clip(tmp_path / "no.mp4")[0] == "missing"
     Image.fromarray(ramp()).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"\0" * 100)
-    assert check_image(tmp_path / "a.jpg") is None and check_image(tmp_path / "b.jpg") is None, "padding behind the end is harmless"
+    assert check_image(tmp_path / "a.jpg") is None and check_image(tmp_path / "b.jpg") is None, (
+        "padding behind the end is harmless"
+    )
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_frames(tmp_path / "no.mp4", [0])
 
@@ -110,7 +156,9 @@ def test_frames_of_a_video(tmp_path):
     writer.release()
     assert check_clip(tmp_path / "a.mp4") == 9
     frames = read_frames(tmp_path / "a.mp4", [0, 4, 8])
-    assert [abs(int(f[..., 2].mean()) - 25 * k) < 12 for f, k in zip(frames, (0, 4, 8))] == [True] * 3 and frames[0][..., 0].mean() > 230, "channels are RGB"
+    assert [abs(int(f[..., 2].mean()) - 25 * k) < 12 for f, k in zip(frames, (0, 4, 8))] == [True] * 3 and frames[0][
+        ..., 0
+    ].mean() > 230, "channels are RGB"
     with pytest.raises(ValueError, match="frame 9 cannot be decoded"):
         read_frames(tmp_path / "a.mp4", [2, 9])
 
@@ -122,11 +170,16 @@ def test_windows_cover_and_invert():
             for window in group:
                 points = rng.uniform(0, window.size, (20, 3))
                 face = window.back(Face(points, 1.0))
-                np.testing.assert_allclose(face.points478[:, :2] @ window.matrix[:, :2].T + window.matrix[:, 2], points[:, :2], atol=1e-2)
+                np.testing.assert_allclose(
+                    face.points478[:, :2] @ window.matrix[:, :2].T + window.matrix[:, 2], points[:, :2], atol=1e-2
+                )
     halves = windows(480, 640)[2]
     inside = np.zeros((480, 640), bool)
     for w in halves:
-        inside[int(max(0, w.cy - w.side / 2)): int(w.cy + w.side / 2) + 1, int(max(0, w.cx - w.side / 2)): int(w.cx + w.side / 2) + 1] = True
+        inside[
+            int(max(0, w.cy - w.side / 2)) : int(w.cy + w.side / 2) + 1,
+            int(max(0, w.cx - w.side / 2)) : int(w.cx + w.side / 2) + 1,
+        ] = True
     assert inside.all()
     assert Window(10, 10, 20, 90).cut(np.zeros((20, 20, 3), np.uint8)).shape == (256, 256, 3)
     with pytest.raises(KeyError):
@@ -170,13 +223,18 @@ def test_tasks_interface(monkeypatch, tmp_path):
         def detect(self, image):
             h, w = image.numpy_view().shape[:2]
             assert self.options.min_face_detection_confidence == self.options.min_face_presence_confidence == 0.1
-            points = [type("Point", (), {"x": 0.3 + 0.4 * (k % 22) / 22, "y": 0.3 + 0.4 * (k // 22) / 22, "z": -0.1})() for k in range(478)]
+            points = [
+                type("Point", (), {"x": 0.3 + 0.4 * (k % 22) / 22, "y": 0.3 + 0.4 * (k // 22) / 22, "z": -0.1})()
+                for k in range(478)
+            ]
             return type("Result", (), {"face_landmarks": [points] if w >= 40 else []})()
 
         def close(self):
             pass
 
-    monkeypatch.setattr(vision.FaceLandmarker, "create_from_options", classmethod(lambda cls, options: Landmarker(options)))
+    monkeypatch.setattr(
+        vision.FaceLandmarker, "create_from_options", classmethod(lambda cls, options: Landmarker(options))
+    )
     (tmp_path / "face_landmarker.task").write_bytes(b"model")
     detector = FaceDetector(task=tmp_path / "face_landmarker.task")
     face = detector(np.zeros((50, 80, 3), np.uint8))[0]
@@ -193,7 +251,9 @@ def test_nothing_is_written_to_standard_error():
 
 def test_import_is_light():
     code = "import sys, fields.data.detect, fields.data.readers, fields.data.prepare; print([m for m in ('mediapipe', 'cv2', 'matplotlib', 'pandas', 'onnxruntime', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == "[]"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +299,9 @@ def test_small(photos, side):
     images, points = photos
     for image, p in list(zip(images, points))[::5]:
         canvas = np.full((360, 480, 3), 110, np.uint8)
-        canvas[200: 200 + side, 300: 300 + side] = np.asarray(Image.fromarray(image).resize((side, side), Image.LANCZOS))
+        canvas[200 : 200 + side, 300 : 300 + side] = np.asarray(
+            Image.fromarray(image).resize((side, side), Image.LANCZOS)
+        )
         faces = detect(canvas)
         assert faces and error(faces[0], p * side / 224 + [300, 200]) < 0.1
 
@@ -255,7 +317,7 @@ def test_tight(photos):
 @needs_data
 def test_several_faces(photos):
     images, points = photos
-    canvas = np.concatenate([np.concatenate(images[k: k + 2], 1) for k in (0, 2)])
+    canvas = np.concatenate([np.concatenate(images[k : k + 2], 1) for k in (0, 2)])
     faces = FaceDetector(max_faces=6)(canvas)
     centres = np.array([p.mean(0) + [224 * (k % 2), 224 * (k // 2)] for k, p in enumerate(points[:4])])
     nearest = [np.linalg.norm(centres - f.points478[:, :2].mean(0), axis=1).argmin() for f in faces]
@@ -272,8 +334,13 @@ def test_other_kinds_of_pictures_give_the_same_face(photos, tmp_path):
     exif[274] = 6
     alpha = rgb.convert("RGBA")
     alpha.putalpha(255)
-    kinds = {"alpha.png": (alpha, {}), "turned.png": (rgb.transpose(Image.ROTATE_90), {"exif": exif}), "print.tif": (rgb.convert("CMYK"), {}),
-             "grey.png": (rgb.convert("L"), {}), "deep.png": (Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257), {})}
+    kinds = {
+        "alpha.png": (alpha, {}),
+        "turned.png": (rgb.transpose(Image.ROTATE_90), {"exif": exif}),
+        "print.tif": (rgb.convert("CMYK"), {}),
+        "grey.png": (rgb.convert("L"), {}),
+        "deep.png": (Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257), {}),
+    }
     for name, (picture, options) in kinds.items():
         picture.save(tmp_path / name, **options)
         assert error(detect(tmp_path / name)[0], points) < (0.05 if name in ("grey.png", "deep.png") else 0.02), name

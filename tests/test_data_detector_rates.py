@@ -1,4 +1,5 @@
 """The detector on the twins and on the extra photographs: rates and errors by yaw, as numbers and as a figure in evidence/."""
+
 import dataclasses
 import json
 import os
@@ -50,7 +51,7 @@ def true_points(truth, rows, size):
     params = HeadParams(*(torch.from_numpy(truth[f.name][rows]).float() for f in dataclasses.fields(HeadParams)))
     points = []
     for k in range(0, len(rows), 64):
-        part = params[k: k + 64]
+        part = params[k : k + 64]
         points.append(project(head.landmarks(head(part), "mediapipe105"), part.camera)[..., :2])
     turn = rodrigues(params.rotation).numpy()
     yaw = np.degrees(np.arctan2(-turn[:, 2, 0], np.hypot(turn[:, 0, 0], turn[:, 1, 0])))
@@ -63,8 +64,14 @@ def by_yaw(yaw, found, error):
     for low, high in zip(EDGES, EDGES[1:]):
         inside = (np.abs(yaw) >= low) & (np.abs(yaw) < high)
         errors = error[inside & np.isfinite(error)]
-        rows.append({"yaw": [low, high], "pictures": int(inside.sum()), "found": round(float(found[inside].mean()), 4) if inside.any() else None,
-                     "median_error": round(float(np.median(errors)), 4) if len(errors) else None})
+        rows.append(
+            {
+                "yaw": [low, high],
+                "pictures": int(inside.sum()),
+                "found": round(float(found[inside].mean()), 4) if inside.any() else None,
+                "median_error": round(float(np.median(errors)), 4) if len(errors) else None,
+            }
+        )
     return rows
 
 
@@ -89,8 +96,15 @@ def test_rates_and_errors_by_yaw(tmp_path):
     if pool:
         pool.shutdown()
     yaw, found, error = (np.concatenate(x) for x in zip(*parts))
-    result = {"twins": {"pictures": len(yaw), "found": round(float(found.mean()), 4), "found_within_45": round(float(found[np.abs(yaw) <= 45].mean()), 4),
-                        "error_is": "mean distance of the 105 detected points from those of the oracle's head, over 62 mm times the camera scale", "by_yaw": by_yaw(yaw, found, error)}}
+    result = {
+        "twins": {
+            "pictures": len(yaw),
+            "found": round(float(found.mean()), 4),
+            "found_within_45": round(float(found[np.abs(yaw) <= 45].mean()), 4),
+            "error_is": "mean distance of the 105 detected points from those of the oracle's head, over 62 mm times the camera scale",
+            "by_yaw": by_yaw(yaw, found, error),
+        }
+    }
     data = os.environ.get("FIELDS_TEST_DATA")
     if data:
         detector, rows = FaceDetector(), []
@@ -98,17 +112,32 @@ def test_rates_and_errors_by_yaw(tmp_path):
             image = read_image(path)
             faces = detector(image)
             points = faces[0].points478 if faces else None
-            rows.append((yaw_of_points(points) if faces else np.nan, bool(faces), repeatability(detector, image, points, faces[0].eye_distance) if faces else None))
+            rows.append(
+                (
+                    yaw_of_points(points) if faces else np.nan,
+                    bool(faces),
+                    repeatability(detector, image, points, faces[0].eye_distance) if faces else None,
+                )
+            )
         angle, hit, again = (np.array([r[k] if r[k] is not None else np.nan for r in rows], float) for k in range(3))
-        result["photographs"] = {"pictures": len(rows), "found": round(float(hit.mean()), 4), "error_is": "mean distance between readings of two slightly moved copies, over the distance of the outer eye corners",
-                                 "by_yaw": by_yaw(angle, hit > 0, again)}
+        result["photographs"] = {
+            "pictures": len(rows),
+            "found": round(float(hit.mean()), 4),
+            "error_is": "mean distance between readings of two slightly moved copies, over the distance of the outer eye corners",
+            "by_yaw": by_yaw(angle, hit > 0, again),
+        }
     (ROOT / "evidence" / "detector_by_yaw.json").write_text(json.dumps(result, indent=1) + "\n")
     fig, axes = figure(1, 2, 6, 2.4)
     for n, (name, values) in enumerate(result.items()):
         rows = [r for r in values["by_yaw"] if r["pictures"]]
         middle = [np.mean(r["yaw"]) for r in rows]
         axes[0].plot(middle, [r["found"] for r in rows], "o-", label=f"{name} ({values['pictures']})")
-        axes[1].plot(middle, [np.nan if r["median_error"] is None else r["median_error"] for r in rows], "o-", label={"twins": "twins, against the true head", "photographs": "photographs, two readings"}[name])
+        axes[1].plot(
+            middle,
+            [np.nan if r["median_error"] is None else r["median_error"] for r in rows],
+            "o-",
+            label={"twins": "twins, against the true head", "photographs": "photographs, two readings"}[name],
+        )
     axes[0].set(xlabel="|yaw|, degrees", ylabel="faces found", ylim=(0, 1.02))
     axes[1].set(xlabel="|yaw|, degrees", ylabel="median error")
     axes[1].set_ylim(0, 1.6 * max(r["median_error"] for v in result.values() for r in v["by_yaw"] if r["median_error"]))
@@ -135,11 +164,13 @@ def test_second_look():
         eyes = np.linalg.norm(points[33] - points[263])
         for _ in range(40):
             side = int(rng.choice([16, 20, 28, 40, 60]))
-            spoilt = cv2.resize(cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA), (224, 224)) * rng.uniform(0.1, 1.2)
+            spoilt = cv2.resize(
+                cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA), (224, 224)
+            ) * rng.uniform(0.1, 1.2)
             spoilt += rng.normal(0, rng.uniform(0, 40), spoilt.shape)
             if rng.random() < 0.5:
                 top, left = rng.integers(40, 160, 2)
-                spoilt[top: top + 70, left: left + 70] = rng.uniform(0, 255, 3)
+                spoilt[top : top + 70, left : left + 70] = rng.uniform(0, 255, 3)
             spoilt = spoilt.clip(0, 255).astype(np.uint8)
             for face in detector.mesh(spoilt)[:1]:
                 error = lambda f: np.linalg.norm(f.points478[:, :2] - points, axis=1).mean() / eyes
@@ -147,9 +178,16 @@ def test_second_look():
                 rows.append((face.score, error(face), np.nan if again is None else error(again)))
     score, first, second = np.array(rows).T
     right, kept = first < 0.15, np.isfinite(second)
-    result = {"readings": len(rows), "right": int(right.sum()), "right_kept": int((right & kept).sum()), "wrong": int((~right).sum()), "wrong_kept": int((~right & kept).sum()),
-              "median_error_first": round(float(np.median(first[right & kept])), 4), "median_error_second": round(float(np.median(second[right & kept])), 4),
-              "right_is": "mean distance of the 478 points from those on the unspoilt photograph below 0.15 of the distance of the outer eye corners"}
+    result = {
+        "readings": len(rows),
+        "right": int(right.sum()),
+        "right_kept": int((right & kept).sum()),
+        "wrong": int((~right).sum()),
+        "wrong_kept": int((~right & kept).sum()),
+        "median_error_first": round(float(np.median(first[right & kept])), 4),
+        "median_error_second": round(float(np.median(second[right & kept])), 4),
+        "right_is": "mean distance of the 478 points from those on the unspoilt photograph below 0.15 of the distance of the outer eye corners",
+    }
     (ROOT / "evidence" / "detector_check.json").write_text(json.dumps(result, indent=1) + "\n")
     assert result["right_kept"] > 0.85 * result["right"] and result["wrong_kept"] < 0.4 * result["wrong"]
     assert result["median_error_second"] < result["median_error_first"]
@@ -163,4 +201,8 @@ def test_correspondences_on_faces_they_were_not_fitted_on(tmp_path):
 
     score = make_correspondence(tmp_path, load_profile("demo"))
     write_json(ROOT / "evidence" / "detector_correspondence.json", score)
-    assert score["heldout"] >= 30 and score["error_percent"]["frontal"]["points203"] < 4 and score["error_percent"]["frontal"]["contour17"] < 8
+    assert (
+        score["heldout"] >= 30
+        and score["error_percent"]["frontal"]["points203"] < 4
+        and score["error_percent"]["frontal"]["contour17"] < 8
+    )

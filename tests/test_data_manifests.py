@@ -1,4 +1,5 @@
 """Manifests: the seven files, the paper's numbers in them, and what a faulty file says."""
+
 import re
 from pathlib import Path
 
@@ -33,13 +34,27 @@ def test_bp4d_is_the_papers():
     m = load_manifest("bp4d")
     everyone = [f"F{k:03d}" for k in range(1, 24)] + [f"M{k:03d}" for k in range(1, 19)]
     assert sorted(m.splits.train + m.splits.val + m.splits.test) == everyone
-    assert m.splits.val == ["F014", "F019", "F023", "M003", "M008", "M009"] and m.splits.test == ["F010", "F011", "F021", "M004", "M005", "M017"]
+    assert m.splits.val == ["F014", "F019", "F023", "M003", "M008", "M009"] and m.splits.test == [
+        "F010",
+        "F011",
+        "F021",
+        "M004",
+        "M005",
+        "M017",
+    ]
     assert (m.counts.train, m.counts.val, m.counts.test) == (269161, 50455, 47734)
     strata = {s: [m.stratum(p)[0] for p in getattr(m.splits, s)] for s in ("train", "val", "test")}
     six = sorted(f"{r}_{g}" for r in ("Asian", "White", "Black") for g in "FM")
     assert sorted(strata["val"]) == six and sorted(strata["test"]) == six
-    assert {k: round(strata["train"].count(k) / 29, 3) for k in set(strata["train"])} == {"White_M": 0.414, "White_F": 0.241, "Asian_F": 0.207, "Black_F": 0.138}
-    assert {m.stratum(p)[1] for p in m.splits.val + m.splits.test} == {"paper"} and {m.stratum(p)[1] for p in m.splits.train} == {"ours"}
+    assert {k: round(strata["train"].count(k) / 29, 3) for k in set(strata["train"])} == {
+        "White_M": 0.414,
+        "White_F": 0.241,
+        "Asian_F": 0.207,
+        "Black_F": 0.138,
+    }
+    assert {m.stratum(p)[1] for p in m.splits.val + m.splits.test} == {"paper"} and {
+        m.stratum(p)[1] for p in m.splits.train
+    } == {"ours"}
     assert all(m.stratum(p)[0][-1] == p[0] for p in everyone)
     assert m.splits.of("X001") == "" and m.stratum("X001") == ("", "")
 
@@ -58,16 +73,32 @@ def test_splits_do_not_overlap():
 
 
 FAULTS = {
-    "not yaml": ("name: lrw", "name: [lrw", "is not YAML"), "a list": (None, "- 1\n- 2\n", "must be a group of keys"), "empty": (None, "", "must be a group of keys"),
-    "unknown key": ("licence:", "license:", "unknown key 'license'"), "unknown inner key": ("  folder: lrw", "  folders: lrw", "lrw.yaml.layout has the unknown key 'folders'"),
-    "missing key": ("title: LRW, Lip Reading in the Wild\n", "", "lacks the key 'title'"), "missing inner key": ("  folder: lrw\n", "", "layout lacks the key 'folder'"),
-    "twice": ("name: lrw", "name: lrw\nname: lrw", "the key 'name' twice"), "text for a number": ("frames_per_clip: 29", "frames_per_clip: many", "must be of type int"),
-    "true for a number": ("frames_per_clip: 29", "frames_per_clip: true", "must be of type int"), "fraction for a count": ("test: 25000", "test: 2.5", "must be of type int"),
-    "negative count": ("test: 25000", "test: -1", "is negative"), "share too large": ("share: 0.20", "share: 20", "lies between 0 and 1"), "share negative": ("share: 0.20", "share: -0.2", "lies between 0 and 1"),
-    "share text": ("share: 0.20", "share: a fifth", "must be of type float"), "parent folder": ("folder: lrw", "folder: ../lrw", "without '..'"), "hidden parent": ("[lipread_mp4]", "[a/../../b]", "without '..'"),
-    "absolute": ("folder: lrw", "folder: /data/lrw", "must be relative"), "backslash": ("folder: lrw", "folder: 'a\\b'", "use '/'"), "drive": ("folder: lrw", "folder: 'c:/lrw'", "must be relative"),
-    "suffix": ("clips: [.mp4]", "clips: [mp4]", "starts with a dot"), "capital suffix": ("clips: [.mp4]", "clips: [.MP4]", "small letters"), "counts of": ("of: clips", "of: hours", "must be one of images, clips"),
-    "split by": ("by: folder", "by: dice", "splits.by is 'dice'"), "role is no list": ("clips: [lipread_mp4]", "clips: lipread_mp4", "must be a list"), "check without reason": (", why: every clip has 29 frames", "", "lacks the key 'why'"),
+    "not yaml": ("name: lrw", "name: [lrw", "is not YAML"),
+    "a list": (None, "- 1\n- 2\n", "must be a group of keys"),
+    "empty": (None, "", "must be a group of keys"),
+    "unknown key": ("licence:", "license:", "unknown key 'license'"),
+    "unknown inner key": ("  folder: lrw", "  folders: lrw", "lrw.yaml.layout has the unknown key 'folders'"),
+    "missing key": ("title: LRW, Lip Reading in the Wild\n", "", "lacks the key 'title'"),
+    "missing inner key": ("  folder: lrw\n", "", "layout lacks the key 'folder'"),
+    "twice": ("name: lrw", "name: lrw\nname: lrw", "the key 'name' twice"),
+    "text for a number": ("frames_per_clip: 29", "frames_per_clip: many", "must be of type int"),
+    "true for a number": ("frames_per_clip: 29", "frames_per_clip: true", "must be of type int"),
+    "fraction for a count": ("test: 25000", "test: 2.5", "must be of type int"),
+    "negative count": ("test: 25000", "test: -1", "is negative"),
+    "share too large": ("share: 0.20", "share: 20", "lies between 0 and 1"),
+    "share negative": ("share: 0.20", "share: -0.2", "lies between 0 and 1"),
+    "share text": ("share: 0.20", "share: a fifth", "must be of type float"),
+    "parent folder": ("folder: lrw", "folder: ../lrw", "without '..'"),
+    "hidden parent": ("[lipread_mp4]", "[a/../../b]", "without '..'"),
+    "absolute": ("folder: lrw", "folder: /data/lrw", "must be relative"),
+    "backslash": ("folder: lrw", "folder: 'a\\b'", "use '/'"),
+    "drive": ("folder: lrw", "folder: 'c:/lrw'", "must be relative"),
+    "suffix": ("clips: [.mp4]", "clips: [mp4]", "starts with a dot"),
+    "capital suffix": ("clips: [.mp4]", "clips: [.MP4]", "small letters"),
+    "counts of": ("of: clips", "of: hours", "must be one of images, clips"),
+    "split by": ("by: folder", "by: dice", "splits.by is 'dice'"),
+    "role is no list": ("clips: [lipread_mp4]", "clips: lipread_mp4", "must be a list"),
+    "check without reason": (", why: every clip has 29 frames", "", "lacks the key 'why'"),
     "python object": ("name: lrw", "name: !!python/object/apply:os.getcwd []", "is not YAML"),
 }
 
@@ -81,8 +112,12 @@ def test_faults_in_a_manifest(case):
     assert sentence in str(error.value) and str(error.value).startswith("lrw.yaml") and "\n" not in str(error.value)
 
 
-SUBJECT_FAULTS = {"twice": ("test: [F010", "test: [F014, F010", "names the subject F014 twice"), "stratum of nobody": ("F014: Asian_F", "F999: Asian_F", "names F999, who is in no split"),
-                  "unit": ("unit: mm", "unit: inch", "layout.unit"), "label kind": ("kind: scan", "kind: mesh", "does not exist")}
+SUBJECT_FAULTS = {
+    "twice": ("test: [F010", "test: [F014, F010", "names the subject F014 twice"),
+    "stratum of nobody": ("F014: Asian_F", "F999: Asian_F", "names F999, who is in no split"),
+    "unit": ("unit: mm", "unit: inch", "layout.unit"),
+    "label kind": ("kind: scan", "kind: mesh", "does not exist"),
+}
 
 
 @pytest.mark.parametrize("case", SUBJECT_FAULTS)

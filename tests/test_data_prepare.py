@@ -1,4 +1,5 @@
 """Preparing crops: resumable, the same whatever the number of processes, and no sample lost."""
+
 import json
 import os
 import resource
@@ -32,12 +33,17 @@ def make_ffhq(root, images):
         Image.fromarray(image).save(path)
         entries[k] = {"category": "training", "image": {"file_path": f"images1024x1024/00000/{k:05d}.png"}}
     (root / "ffhq" / "ffhq-dataset-v2.json").write_text(json.dumps(entries))
-    (root / "ffhq" / "twin.json").write_text(json.dumps({"world": "test", "dataset": "ffhq", "counts": {"train": len(images)}}))
+    (root / "ffhq" / "twin.json").write_text(
+        json.dumps({"world": "test", "dataset": "ffhq", "counts": {"train": len(images)}})
+    )
 
 
 def pictures(count=10):
     rng = np.random.default_rng(0)
-    return [np.asarray(Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC)) for _ in range(count)]
+    return [
+        np.asarray(Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC))
+        for _ in range(count)
+    ]
 
 
 class FakeDetector:
@@ -66,9 +72,19 @@ def test_what_is_stored(tmp_path, fake):
     store = CropStore(tmp_path / "crops" / "ffhq")
     expected = [i[0, 0, 0] >= 100 for i in images]
     assert store.found.tolist() == expected and 2 < sum(expected) < 12, "the fixture has both kinds"
-    assert report["items"] == len(store) == 12 and report["faces"] == sum(expected) and report["without_face"] == 12 - sum(expected) and report["unreadable"] == 0
+    assert (
+        report["items"] == len(store) == 12
+        and report["faces"] == sum(expected)
+        and report["without_face"] == 12 - sum(expected)
+        and report["unreadable"] == 0
+    )
     assert report["ids_without_face"] == [f"ffhq/{k:05d}" for k in range(12) if not expected[k]]
-    assert store.images.shape == (12, 48, 48, 4) and store.images.dtype == np.uint8 and store.points.shape == (12, 478, 2) and store.points.dtype == np.float32
+    assert (
+        store.images.shape == (12, 48, 48, 4)
+        and store.images.dtype == np.uint8
+        and store.points.shape == (12, 478, 2)
+        and store.points.dtype == np.float32
+    )
     for k, image in enumerate(images):
         if not expected[k]:
             assert store.images[k].max() == 0 and np.isnan(store.points[k]).all() and np.isnan(store.rows["box_cx"][k])
@@ -80,7 +96,12 @@ def test_what_is_stored(tmp_path, fake):
         np.testing.assert_array_equal(store.images[k, ..., :3], crop_image(image, face_box(points, 2.0), 48))
         assert set(np.unique(store.images[k, ..., 3])) == {0, 255}
     assert list(store.rows.columns) == list(module.ROWS) and store.cache_scale == 2.0 and store.ids[0] == "ffhq/00000"
-    assert (tmp_path / "crops/ffhq/rows.csv").read_text().splitlines()[0].startswith("index,id,split,subject,found,emotion,valence,arousal,box_cx,box_cy,box_side")
+    assert (
+        (tmp_path / "crops/ffhq/rows.csv")
+        .read_text()
+        .splitlines()[0]
+        .startswith("index,id,split,subject,found,emotion,valence,arousal,box_cx,box_cy,box_side")
+    )
 
 
 def test_labels_and_unknowns(tmp_path, fake):
@@ -90,8 +111,16 @@ def test_labels_and_unknowns(tmp_path, fake):
     for name in ("affectnet", "celeba"):
         prepare(name, tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False)
     affectnet, celeba = (CropStore(tmp_path / "crops" / n).rows for n in ("affectnet", "celeba"))
-    assert affectnet["emotion"].tolist()[:3] == [0, 1, 2] and set(affectnet["valence"]) == {0.25} and affectnet["subject"].tolist()[0] == ""
-    assert celeba["emotion"].isna().all() and celeba["subject"].tolist()[:2] == ["2881", "2880"] and celeba["split"].tolist()[-1] == "test"
+    assert (
+        affectnet["emotion"].tolist()[:3] == [0, 1, 2]
+        and set(affectnet["valence"]) == {0.25}
+        and affectnet["subject"].tolist()[0] == ""
+    )
+    assert (
+        celeba["emotion"].isna().all()
+        and celeba["subject"].tolist()[:2] == ["2881", "2880"]
+        and celeba["split"].tolist()[-1] == "test"
+    )
 
 
 def test_resumes_and_repeats(tmp_path, fake, monkeypatch):
@@ -114,7 +143,9 @@ def test_resumes_and_repeats(tmp_path, fake, monkeypatch):
     with pytest.raises(FileNotFoundError, match="run `fields prepare`"):
         CropStore(tmp_path / "parts" / "ffhq")
     again = []
-    monkeypatch.setattr(module, "do_shard", lambda shard, do=module.do_shard: (again.append(shard.number), do(shard))[1])
+    monkeypatch.setattr(
+        module, "do_shard", lambda shard, do=module.do_shard: (again.append(shard.number), do(shard))[1]
+    )
     prepare("ffhq", tmp_path, tmp_path / "parts", config, progress=False, shard_size=3)
     assert done == [0, 1] and again == [2, 3]
     assert content(tmp_path / "whole" / "ffhq") == content(tmp_path / "parts" / "ffhq")
@@ -130,12 +161,23 @@ def test_unreadable_files_keep_their_row(tmp_path, fake):
     make_ffhq(tmp_path, [i // 2 + 120 for i in pictures(5)])
     path = tmp_path / "ffhq/images1024x1024/00000/00002.png"
     data = bytearray(path.read_bytes())
-    data[len(data) // 2: len(data) // 2 + 40] = bytes(40)
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
     path.write_bytes(data)
     report = prepare("ffhq", tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False)
     rows = CropStore(tmp_path / "crops/ffhq").rows
-    assert report["unreadable"] == 1 and report["faces"] == 4 and report["without_face"] == 0 and report["faces"] + report["without_face"] + report["unreadable"] == report["items"]
-    assert rows["note"][2].startswith("ffhq/images1024x1024/00000/00002.png is damaged") and rows["found"].tolist() == [True, True, False, True, True]
+    assert (
+        report["unreadable"] == 1
+        and report["faces"] == 4
+        and report["without_face"] == 0
+        and report["faces"] + report["without_face"] + report["unreadable"] == report["items"]
+    )
+    assert rows["note"][2].startswith("ffhq/images1024x1024/00000/00002.png is damaged") and rows["found"].tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_videos_are_decoded_once(tmp_path, fake, monkeypatch):
@@ -143,7 +185,11 @@ def test_videos_are_decoded_once(tmp_path, fake, monkeypatch):
 
     make_lrw(tmp_path / "lrw")
     calls = []
-    monkeypatch.setattr(module, "read_frames", lambda path, frames, read=module.read_frames: (calls.append(list(frames)), read(path, frames))[1])
+    monkeypatch.setattr(
+        module,
+        "read_frames",
+        lambda path, frames, read=module.read_frames: (calls.append(list(frames)), read(path, frames))[1],
+    )
     report = prepare("lrw", tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False, shard_size=2)
     assert calls == [[0, 1, 2, 3, 4]] * 3 and report["items"] == 15
     assert CropStore(tmp_path / "crops/lrw").ids[6] == "lrw/ABOUT/train/ABOUT_00001/01"
@@ -164,7 +210,12 @@ def test_strict_and_problems_in_the_report(tmp_path, fake):
     with pytest.raises(ValueError, match="00003.png: the file is empty"):
         prepare("ffhq", tmp_path, tmp_path / "crops", strict=True, progress=False)
     report = prepare("ffhq", tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False)
-    assert report["items"] == 3 and report["faulty"] == 1 and report["found"] == 4 and report["problems"] == {"truncated": 1, "count": 1}
+    assert (
+        report["items"] == 3
+        and report["faulty"] == 1
+        and report["found"] == 4
+        and report["problems"] == {"truncated": 1, "count": 1}
+    )
     assert report == {**json.loads((tmp_path / "crops/ffhq/report.json").read_text()), "seconds": report["seconds"]}
 
 
@@ -200,7 +251,9 @@ def test_two_processes_write_what_one_writes(tmp_path):
     prepare("ffhq", tmp_path, tmp_path / "one", PrepareConfig(cache_size=64), progress=False, shard_size=4)
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), str(tmp_path / "two"), "2"]
-    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     for _ in range(600):
         if any((tmp_path / "two/ffhq/unfinished").glob("*.npz")) or run.poll() is not None:
             break
@@ -236,8 +289,18 @@ def test_speed(tmp_path):
     start, before = time.perf_counter(), busy()
     report = prepare("ffhq", tmp_path, tmp_path / "crops", workers=workers, progress=False)
     seconds, used = time.perf_counter() - start, busy() - before
-    result = {"images": len(images), "side": 224, "cache_size": 160, "processes": workers, "seconds": round(seconds, 1), "images_a_second": round(len(images) / seconds, 1),
-              "faces": report["faces"], "processor_ms_an_image": round(1e3 * used / len(images), 1), "seconds_for_8000": round(8000 * seconds / len(images), 1), "with": "read 224 px png, MediaPipe 0.10.21, crop 160 px, start of the processes included"}
+    result = {
+        "images": len(images),
+        "side": 224,
+        "cache_size": 160,
+        "processes": workers,
+        "seconds": round(seconds, 1),
+        "images_a_second": round(len(images) / seconds, 1),
+        "faces": report["faces"],
+        "processor_ms_an_image": round(1e3 * used / len(images), 1),
+        "seconds_for_8000": round(8000 * seconds / len(images), 1),
+        "with": "read 224 px png, MediaPipe 0.10.21, crop 160 px, start of the processes included",
+    }
     (ROOT / "evidence" / "prepare_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     assert report["faces"] >= 0.99 * len(images) and result["seconds_for_8000"] < 600
 
@@ -260,26 +323,37 @@ def test_summary(tmp_path, fake):
     make_affectnet(tmp_path / "affectnet")
     (tmp_path / "affectnet/train_set/images/1.jpg").write_bytes(b"")
     text = summary(prepare("affectnet", tmp_path, tmp_path / "crops", PrepareConfig(cache_size=16), progress=False))
-    assert "11 items of 13 found: 7 train (of 8 expected), 4 val (of 4 expected)" in text and "dropped by rule: 1 contempt" in text
+    assert (
+        "11 items of 13 found: 7 train (of 8 expected), 4 val (of 4 expected)" in text
+        and "dropped by rule: 1 contempt" in text
+    )
     assert "2 problems, 1 samples lost: 1 truncated, 1 count" in text and "images/1.jpg: the file is empty" in text
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
     """SIGKILL leaves the parent no time to end its workers, so they end by themselves."""
     import ast
+
     script = tmp_path / "parent.py"
-    script.write_text("import time\nfrom fields.data.prepare import worker_pool\nif __name__ == '__main__':\n    pool = worker_pool(2)\n"
-                      "    [f.result() for f in [pool.submit(abs, -1) for _ in range(4)]]\n    print(list(pool._processes), flush=True)\n    time.sleep(60)\n")
+    script.write_text(
+        "import time\nfrom fields.data.prepare import worker_pool\nif __name__ == '__main__':\n    pool = worker_pool(2)\n"
+        "    [f.result() for f in [pool.submit(abs, -1) for _ in range(4)]]\n    print(list(pool._processes), flush=True)\n    time.sleep(60)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     workers = ast.literal_eval(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
 
     def alive(pid):
-        try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError: return False
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
 
     ends = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < ends: time.sleep(.2)
+    while any(map(alive, workers)) and time.monotonic() < ends:
+        time.sleep(0.2)
     assert workers and not any(map(alive, workers))

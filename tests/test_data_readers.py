@@ -1,4 +1,5 @@
 """Readers: small fixtures in every official variant, and a table of what can be wrong with a folder."""
+
 import json
 import os
 import pickle
@@ -36,10 +37,20 @@ def twin(folder, name, **counts):
 
 def face83(scale=1.0):
     """83 points in BP4D's order with the proportions of a face, millimetres."""
-    circle = lambda n, w, h: np.stack([w * np.cos(np.arange(n) / n * 2 * np.pi), h * np.sin(np.arange(n) / n * 2 * np.pi), np.zeros(n)], 1)
+    circle = lambda n, w, h: np.stack(
+        [w * np.cos(np.arange(n) / n * 2 * np.pi), h * np.sin(np.arange(n) / n * 2 * np.pi), np.zeros(n)], 1
+    )
     brow, eye = circle(10, 22, 4), circle(8, 15, 5)
-    parts = [brow + [-32, 24, 5], brow + [32, 24, 5], eye + [-30, 0, 0], eye + [30, 0, 0], circle(12, 15, 12) + [0, -25, 20],
-             circle(12, 25, 10) + [0, -60, 10], circle(8, 20, 5) + [0, -60, 9], circle(15, 60, 70) + [0, -30, -40]]
+    parts = [
+        brow + [-32, 24, 5],
+        brow + [32, 24, 5],
+        eye + [-30, 0, 0],
+        eye + [30, 0, 0],
+        circle(12, 15, 12) + [0, -25, 20],
+        circle(12, 25, 10) + [0, -60, 10],
+        circle(8, 20, 5) + [0, -60, 9],
+        circle(15, 60, 70) + [0, -30, -40],
+    ]
     return np.concatenate(parts) * scale
 
 
@@ -51,7 +62,11 @@ def write_scan(path, points):
         head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
         path.write_bytes(head.encode() + points.astype("<f4").tobytes())
     else:
-        path.write_text("#VRML V1.0 ascii\nSeparator { Coordinate3 { point [ " + ", ".join(f"{x} {y} {z}" for x, y, z in points) + " ] } }\n")
+        path.write_text(
+            "#VRML V1.0 ascii\nSeparator { Coordinate3 { point [ "
+            + ", ".join(f"{x} {y} {z}" for x, y, z in points)
+            + " ] } }\n"
+        )
 
 
 def write_landmarks(path, points):
@@ -90,7 +105,11 @@ def make_affectnet(folder, text=True):
 
 
 def make_affectnet_csv(folder, header=True):
-    columns = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal".split(",")
+    columns = (
+        "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression,valence,arousal".split(
+            ","
+        )
+    )
     for name, count in (("training", 12), ("validation", 2)):
         rows = []
         for k in range(count):
@@ -116,7 +135,10 @@ def make_ffhq(folder):
     for k in (0, 1, 2, 1000, 1001):
         path = f"images1024x1024/{k // 1000 * 1000:05d}/{k:05d}.png"
         picture(folder / path)
-        entries[str(k)] = {"category": "training" if k < 1001 else "validation", "image": {"file_path": path, "pixel_size": [1024, 1024]}}
+        entries[str(k)] = {
+            "category": "training" if k < 1001 else "validation",
+            "image": {"file_path": path, "pixel_size": [1024, 1024]},
+        }
     (folder / "ffhq-dataset-v2.json").write_text(json.dumps(entries))
     twin(folder, "ffhq", train=4, val=1)
 
@@ -130,7 +152,12 @@ def make_lrw(folder):
 
 
 def make_mead(folder):
-    for person, view, emotion, level in (("M003", "front", "happy", 1), ("W009", "left_30", "neutral", 1), ("M039", "down", "fear", 3), ("M040", "top", "sad", 2)):
+    for person, view, emotion, level in (
+        ("M003", "front", "happy", 1),
+        ("W009", "left_30", "neutral", 1),
+        ("M039", "down", "fear", 3),
+        ("M040", "top", "sad", 2),
+    ):
         video(folder / person / "video" / view / emotion / f"level_{level}" / "001.mp4")
     (folder / "M003" / "audio").mkdir()
     twin(folder, "mead", train=10, val=5, test=5)
@@ -142,13 +169,23 @@ def make_identity(folder):
             picture(folder / "images" / f"I{k:04d}" / f"{n:02d}.jpg")
         write_scan(folder / "scans" / f"I{k:04d}.ply", face83())
         write_landmarks(folder / "landmarks" / f"I{k:04d}.npy", face83())
-    (folder / "identities.csv").write_text("id,split\n" + "".join(f"I{k:04d},{'val' if k == 2 else 'train'}\n" for k in range(3)))
+    (folder / "identities.csv").write_text(
+        "id,split\n" + "".join(f"I{k:04d},{'val' if k == 2 else 'train'}\n" for k in range(3))
+    )
     (folder / "labels.csv").write_text("image,emotion,valence,arousal\nI0001/00.jpg,3,0.5,\n")
     twin(folder, "identity", train=4, val=2)
 
 
-MAKERS = {"bp4d": make_bp4d, "affectnet": make_affectnet, "affectnet_csv": make_affectnet_csv, "celeba": make_celeba, "ffhq": make_ffhq,
-          "lrw": make_lrw, "mead": make_mead, "identity": make_identity}
+MAKERS = {
+    "bp4d": make_bp4d,
+    "affectnet": make_affectnet,
+    "affectnet_csv": make_affectnet_csv,
+    "celeba": make_celeba,
+    "ffhq": make_ffhq,
+    "lrw": make_lrw,
+    "mead": make_mead,
+    "identity": make_identity,
+}
 
 
 def folder_of(root, kind):
@@ -179,11 +216,29 @@ def test_good_folder(templates, kind):
 
 
 def test_bp4d_variants(tmp_path):
-    for n, (scan, marks, widths, place) in enumerate([(".obj", ".bnd", (4, 3, 2), "Scans"), (".ply", ".mat", (2, 2, 2), "3D"), (".wrl", ".npy", (3, 3, 4), "Meshes"), (".obj", ".txt", (4, 4, 4), "Sequences")]):
+    for n, (scan, marks, widths, place) in enumerate(
+        [
+            (".obj", ".bnd", (4, 3, 2), "Scans"),
+            (".ply", ".mat", (2, 2, 2), "3D"),
+            (".wrl", ".npy", (3, 3, 4), "Meshes"),
+            (".obj", ".txt", (4, 4, 4), "Sequences"),
+        ]
+    ):
         root = tmp_path / str(n)
-        make_bp4d(root / "bp4d", scan, marks, widths, scans=place, landmarks="Sequences" if place == "Sequences" else "3DFeatures")
+        make_bp4d(
+            root / "bp4d",
+            scan,
+            marks,
+            widths,
+            scans=place,
+            landmarks="Sequences" if place == "Sequences" else "3DFeatures",
+        )
         data = open_dataset("bp4d", root, strict=True)
-        assert [i.id for i in data.items][:3] == ["bp4d/F001/T1/0000", "bp4d/F001/T1/0001", "bp4d/F001/T1/0002"] and data.items[1].path.stem == "1".zfill(widths[1])
+        assert [i.id for i in data.items][:3] == [
+            "bp4d/F001/T1/0000",
+            "bp4d/F001/T1/0001",
+            "bp4d/F001/T1/0002",
+        ] and data.items[1].path.stem == "1".zfill(widths[1])
         assert {i.subject: i.split for i in data.items} == {"F001": "train", "F014": "val", "F010": "test"}
         item = data.items[2]
         np.testing.assert_allclose(item.read_landmarks3d(), face83(), atol=1e-4)
@@ -199,7 +254,10 @@ def test_bp4d_offset_and_sequence_file(tmp_path):
     shutil.rmtree(tmp_path / "bp4d" / "Landmarks3D")
     for subject in ("F001", "F014", "F010"):
         (tmp_path / "bp4d" / "3DFeatures").mkdir(exist_ok=True)
-        savemat(tmp_path / "bp4d" / "3DFeatures" / f"{subject}_T1.mat", {"fit": {"pts3d": np.stack([face83() + k for k in range(3)])}})
+        savemat(
+            tmp_path / "bp4d" / "3DFeatures" / f"{subject}_T1.mat",
+            {"fit": {"pts3d": np.stack([face83() + k for k in range(3)])}},
+        )
     item = open_dataset("bp4d", tmp_path, strict=True, scan_offset=1).items[2]
     np.testing.assert_allclose(item.read_landmarks3d(), face83() + 2, atol=1e-6)
 
@@ -212,7 +270,9 @@ def test_bp4d_extra_subjects_only_in_twins(tmp_path):
     assert [i.split for i in open_dataset("bp4d", tmp_path).items if i.subject == "X001"] == ["train"]
     (tmp_path / "bp4d/twin.json").unlink()
     data = open_dataset("bp4d", tmp_path)
-    assert not [i for i in data.items if i.subject == "X001"] and any("do not name this subject" in p.message for p in data.problems)
+    assert not [i for i in data.items if i.subject == "X001"] and any(
+        "do not name this subject" in p.message for p in data.problems
+    )
 
 
 def test_affectnet_2017_without_header(tmp_path):
@@ -245,7 +305,10 @@ def test_official_counts_and_kept_frames(tmp_path):
     assert len(data) == 3 and {p.kind for p in data.problems} == {"count"}
     assert any("1 clips instead of 488766" in p.message for p in data.problems)
     assert [i.id for i in data.items] == [i.id for i in open_dataset("lrw", tmp_path).items]
-    assert len(open_dataset("lrw", tmp_path, keep_frames=0)) == 15 and len(open_dataset("lrw", tmp_path, keep_frames=3)) == 9
+    assert (
+        len(open_dataset("lrw", tmp_path, keep_frames=0)) == 15
+        and len(open_dataset("lrw", tmp_path, keep_frames=3)) == 9
+    )
 
 
 def test_identity_labels(templates):
@@ -280,20 +343,44 @@ def change(path, old, new):
 REFUSED = {
     "no folder": ("celeba", lambda f: shutil.rmtree(f), "there is no folder"),
     "bp4d without pictures": ("bp4d", drop("Sequences"), "rule layout.roles.images asks for Sequences"),
-    "affectnet of neither release": ("affectnet", lambda f: [shutil.rmtree(f / s) for s in ("train_set", "val_set")], "rule layout.roles.train"),
+    "affectnet of neither release": (
+        "affectnet",
+        lambda f: [shutil.rmtree(f / s) for s in ("train_set", "val_set")],
+        "rule layout.roles.train",
+    ),
     "affectnet without annotations": ("affectnet", drop("train_set/annotations"), "annotations is missing"),
-    "affectnet list without columns": ("affectnet_csv", change("training.csv", "expression", "emotion"), "has no column"),
+    "affectnet list without columns": (
+        "affectnet_csv",
+        change("training.csv", "expression", "emotion"),
+        "has no column",
+    ),
     "affectnet list empty": ("affectnet_csv", edit("training.csv", ""), "is empty"),
     "affectnet list without pictures": ("affectnet_csv", drop("Manually_Annotated"), "rule layout.roles.manual"),
     "celeba without identities": ("celeba", drop("identity_CelebA.txt"), "rule layout.roles.identities"),
     "ffhq json broken": ("ffhq", cut("ffhq-dataset-v2.json"), "is not FFHQ's json file"),
-    "ffhq json of another kind": ("ffhq", edit("ffhq-dataset-v2.json", '{"0": {"file": 1}}'), "is not FFHQ's json file"),
+    "ffhq json of another kind": (
+        "ffhq",
+        edit("ffhq-dataset-v2.json", '{"0": {"file": 1}}'),
+        "is not FFHQ's json file",
+    ),
     "lrw without clips": ("lrw", drop("lipread_mp4"), "rule layout.roles.clips"),
-    "identity list without split": ("identity", change("identities.csv", "split", "set"), "needs the columns id and split"),
-    "all samples gone": ("mead", lambda f: [shutil.rmtree(p) for p in f.iterdir() if p.is_dir()], "holds no sample that can be used"),
+    "identity list without split": (
+        "identity",
+        change("identities.csv", "split", "set"),
+        "needs the columns id and split",
+    ),
+    "all samples gone": (
+        "mead",
+        lambda f: [shutil.rmtree(p) for p in f.iterdir() if p.is_dir()],
+        "holds no sample that can be used",
+    ),
     "twin not JSON": ("mead", edit("twin.json", "{"), "is not JSON"),
     "twin of another dataset": ("mead", change("twin.json", "mead", "lrw"), "belongs to 'lrw'"),
-    "twin with an unknown key": ("mead", change("twin.json", '"world"', '"planet": 1, "world"'), "unknown key 'planet'"),
+    "twin with an unknown key": (
+        "mead",
+        change("twin.json", '"world"', '"planet": 1, "world"'),
+        "unknown key 'planet'",
+    ),
     "twin without counts": ("mead", change("twin.json", "counts", "count"), "lacks world, dataset or counts"),
     "twin with odd counts": ("mead", change("twin.json", "10", '"ten"'), "counts that are not whole numbers"),
 }
@@ -305,63 +392,343 @@ PROBLEMS = {
     "picture cut off": ("affectnet", cut(IMAGE), "truncated", "images/1.jpg", "has no end", 1),
     "picture empty": ("affectnet", edit(IMAGE, ""), "truncated", "images/1.jpg", "is empty", 1),
     "picture is a web page": ("affectnet", edit(IMAGE, "<html>"), "corrupt", "images/1.jpg", "is no image", 1),
-    "picture misnamed": ("affectnet", move(IMAGE, "train_set/images/one.jpg"), "misnamed", "one.jpg", "does not match", 1),
-    "picture of another format": ("affectnet", move(IMAGE, "train_set/images/1.tga"), "misnamed", "1.tga", "does not match", 1),
+    "picture misnamed": (
+        "affectnet",
+        move(IMAGE, "train_set/images/one.jpg"),
+        "misnamed",
+        "one.jpg",
+        "does not match",
+        1,
+    ),
+    "picture of another format": (
+        "affectnet",
+        move(IMAGE, "train_set/images/1.tga"),
+        "misnamed",
+        "1.tga",
+        "does not match",
+        1,
+    ),
     "picture gone": ("affectnet", drop(IMAGE), "missing", "images/1.jpg", "no picture", 1),
-    "annotation gone": ("affectnet", drop("train_set/annotations/1_val.npy"), "missing", "1_val.npy", "is not there", 1),
-    "annotation corrupt": ("affectnet", edit("train_set/annotations/1_exp.npy", "??"), "corrupt", "1_exp.npy", "not a plain numpy value", 1),
-    "annotation pickled": ("affectnet", lambda f: (f / "train_set/annotations/1_exp.npy").write_bytes(pickle.dumps(1)), "corrupt", "1_exp.npy", "not a plain", 1),
-    "annotation no number": ("affectnet", lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array("happy")), "label", "images/1.jpg", "are no numbers", 1),
-    "class unknown": ("affectnet", lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array(12)), "label", "images/1.jpg", "class 12 does not exist", 1),
-    "class fractional": ("affectnet", lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array(1.5)), "label", "images/1.jpg", "1.5 does not exist", 1),
-    "valence out of range": ("affectnet", lambda f: np.save(f / "train_set/annotations/1_val.npy", np.array("1.7")), "label", "images/1.jpg", "outside of [-1,1]", 1),
-    "arousal not finite": ("affectnet", lambda f: np.save(f / "train_set/annotations/1_aro.npy", np.array(np.nan)), "label", "images/1.jpg", "outside of [-1,1]", 1),
+    "annotation gone": (
+        "affectnet",
+        drop("train_set/annotations/1_val.npy"),
+        "missing",
+        "1_val.npy",
+        "is not there",
+        1,
+    ),
+    "annotation corrupt": (
+        "affectnet",
+        edit("train_set/annotations/1_exp.npy", "??"),
+        "corrupt",
+        "1_exp.npy",
+        "not a plain numpy value",
+        1,
+    ),
+    "annotation pickled": (
+        "affectnet",
+        lambda f: (f / "train_set/annotations/1_exp.npy").write_bytes(pickle.dumps(1)),
+        "corrupt",
+        "1_exp.npy",
+        "not a plain",
+        1,
+    ),
+    "annotation no number": (
+        "affectnet",
+        lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array("happy")),
+        "label",
+        "images/1.jpg",
+        "are no numbers",
+        1,
+    ),
+    "class unknown": (
+        "affectnet",
+        lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array(12)),
+        "label",
+        "images/1.jpg",
+        "class 12 does not exist",
+        1,
+    ),
+    "class fractional": (
+        "affectnet",
+        lambda f: np.save(f / "train_set/annotations/1_exp.npy", np.array(1.5)),
+        "label",
+        "images/1.jpg",
+        "1.5 does not exist",
+        1,
+    ),
+    "valence out of range": (
+        "affectnet",
+        lambda f: np.save(f / "train_set/annotations/1_val.npy", np.array("1.7")),
+        "label",
+        "images/1.jpg",
+        "outside of [-1,1]",
+        1,
+    ),
+    "arousal not finite": (
+        "affectnet",
+        lambda f: np.save(f / "train_set/annotations/1_aro.npy", np.array(np.nan)),
+        "label",
+        "images/1.jpg",
+        "outside of [-1,1]",
+        1,
+    ),
     "half of the release gone": ("affectnet", drop("val_set"), "missing", "val_set", "this half", 0),
-    "list line cut off": ("affectnet_csv", change("training.csv", "0/training0.jpg,0,0,9,9,1;2,0,0.5,0.5", "0/training0.jpg,0,0"), "truncated", "training.csv line 2", "values, not 9", 1),
-    "list path leaves the folder": ("affectnet_csv", change("training.csv", "0/training0.jpg", "../training0.jpg"), "misnamed", "training.csv line 2", "no path of an image", 1),
-    "listed twice": ("affectnet_csv", change("training.csv", "1/training1.jpg", "0/training0.jpg"), "label", "training.csv line 3", "listed twice", 1),
-    "listed picture gone": ("affectnet_csv", drop("Manually_Annotated/Manually_Annotated_Images/0/training0.jpg"), "missing", "training0.jpg", "is not there", 1),
-    "identity unknown": ("celeba", change("identity_CelebA.txt", "000002.jpg 2880\n", ""), "label", "000002.jpg", "does not name this picture", 1),
-    "identity line garbled": ("celeba", change("identity_CelebA.txt", "000002.jpg 2880", "000002.jpg x"), "label", "identity_CelebA.txt line 2", "not a file name and a number", 0),
+    "list line cut off": (
+        "affectnet_csv",
+        change("training.csv", "0/training0.jpg,0,0,9,9,1;2,0,0.5,0.5", "0/training0.jpg,0,0"),
+        "truncated",
+        "training.csv line 2",
+        "values, not 9",
+        1,
+    ),
+    "list path leaves the folder": (
+        "affectnet_csv",
+        change("training.csv", "0/training0.jpg", "../training0.jpg"),
+        "misnamed",
+        "training.csv line 2",
+        "no path of an image",
+        1,
+    ),
+    "listed twice": (
+        "affectnet_csv",
+        change("training.csv", "1/training1.jpg", "0/training0.jpg"),
+        "label",
+        "training.csv line 3",
+        "listed twice",
+        1,
+    ),
+    "listed picture gone": (
+        "affectnet_csv",
+        drop("Manually_Annotated/Manually_Annotated_Images/0/training0.jpg"),
+        "missing",
+        "training0.jpg",
+        "is not there",
+        1,
+    ),
+    "identity unknown": (
+        "celeba",
+        change("identity_CelebA.txt", "000002.jpg 2880\n", ""),
+        "label",
+        "000002.jpg",
+        "does not name this picture",
+        1,
+    ),
+    "identity line garbled": (
+        "celeba",
+        change("identity_CelebA.txt", "000002.jpg 2880", "000002.jpg x"),
+        "label",
+        "identity_CelebA.txt line 2",
+        "not a file name and a number",
+        0,
+    ),
     "named picture gone": ("celeba", drop("img_celeba/000003.jpg"), "missing", "000003.jpg", "names this picture", 1),
-    "number too short": ("celeba", move("img_celeba/000003.jpg", "img_celeba/3.jpg"), "misnamed", "img_celeba/3.jpg", "does not match", 1),
-    "partition value": ("celeba", change("list_eval_partition.txt", "000003.jpg 0", "000003.jpg 7"), "label", "000003.jpg", "0, 1 or 2", 1),
-    "ffhq picture gone": ("ffhq", drop("images1024x1024/00000/00002.png"), "missing", "00002.png", "json file names", 1),
-    "ffhq picture not listed": ("ffhq", lambda f: picture(f / "images1024x1024/00000/00005.png"), "label", "00005.png", "does not name", 1),
-    "ffhq picture in the wrong folder": ("ffhq", move("images1024x1024/00000/00002.png", "images1024x1024/01000/00002.png"), "misnamed", "01000/00002.png", "folder 00000", 1),
-    "ffhq name differs": ("ffhq", change("ffhq-dataset-v2.json", "00000/00002.png", "00000/00002.jpg"), "misnamed", "00002.png", "calls it", 1),
-    "ffhq category": ("ffhq", change("ffhq-dataset-v2.json", "training", "holdout"), "label", "00000.png", "category", 1),
+    "number too short": (
+        "celeba",
+        move("img_celeba/000003.jpg", "img_celeba/3.jpg"),
+        "misnamed",
+        "img_celeba/3.jpg",
+        "does not match",
+        1,
+    ),
+    "partition value": (
+        "celeba",
+        change("list_eval_partition.txt", "000003.jpg 0", "000003.jpg 7"),
+        "label",
+        "000003.jpg",
+        "0, 1 or 2",
+        1,
+    ),
+    "ffhq picture gone": (
+        "ffhq",
+        drop("images1024x1024/00000/00002.png"),
+        "missing",
+        "00002.png",
+        "json file names",
+        1,
+    ),
+    "ffhq picture not listed": (
+        "ffhq",
+        lambda f: picture(f / "images1024x1024/00000/00005.png"),
+        "label",
+        "00005.png",
+        "does not name",
+        1,
+    ),
+    "ffhq picture in the wrong folder": (
+        "ffhq",
+        move("images1024x1024/00000/00002.png", "images1024x1024/01000/00002.png"),
+        "misnamed",
+        "01000/00002.png",
+        "folder 00000",
+        1,
+    ),
+    "ffhq name differs": (
+        "ffhq",
+        change("ffhq-dataset-v2.json", "00000/00002.png", "00000/00002.jpg"),
+        "misnamed",
+        "00002.png",
+        "calls it",
+        1,
+    ),
+    "ffhq category": (
+        "ffhq",
+        change("ffhq-dataset-v2.json", "training", "holdout"),
+        "label",
+        "00000.png",
+        "category",
+        1,
+    ),
     "ffhq png cut off": ("ffhq", cut("images1024x1024/00000/00001.png"), "truncated", "00001.png", "PNG has no end", 1),
-    "ffhq without json": ("ffhq", drop("ffhq-dataset-v2.json"), "missing", "ffhq-dataset-v2.json", "picture numbers", 0),
+    "ffhq without json": (
+        "ffhq",
+        drop("ffhq-dataset-v2.json"),
+        "missing",
+        "ffhq-dataset-v2.json",
+        "picture numbers",
+        0,
+    ),
     "clip cut off": ("lrw", cut(CLIP), "truncated", "ABOUT_00001.mp4", "cut off", 5),
     "clip empty": ("lrw", edit(CLIP, ""), "truncated", "ABOUT_00001.mp4", "is empty", 5),
-    "clip is text": ("lrw", edit(CLIP, "no video at all, but long enough"), "corrupt", "ABOUT_00001.mp4", "no mp4 video", 5),
+    "clip is text": (
+        "lrw",
+        edit(CLIP, "no video at all, but long enough"),
+        "corrupt",
+        "ABOUT_00001.mp4",
+        "no mp4 video",
+        5,
+    ),
     "clip too short": ("lrw", lambda f: video(f / CLIP, 3), "count", "ABOUT_00001.mp4", "3 frames, not 5", 2),
-    "clip misnamed": ("lrw", move(CLIP, "lipread_mp4/ABOUT/train/ABOVE_00001.mp4"), "misnamed", "ABOVE_00001.mp4", "does not match", None),
-    "word in small letters": ("lrw", lambda f: (f / "lipread_mp4/about").mkdir(), "misnamed", "lipread_mp4/about", "does not match", 0),
-    "split unknown": ("lrw", lambda f: (f / "lipread_mp4/ABOUT/dev").mkdir(), "misnamed", "ABOUT/dev", "does not match", 0),
-    "text file gone": ("lrw", lambda f: (f / CLIP).with_suffix(".txt").unlink(), "missing", "ABOUT_00001.txt", "no text file", 0),
-    "text file without duration": ("lrw", lambda f: (f / CLIP).with_suffix(".txt").write_text("x"), "label", "ABOUT_00001.txt", "no duration", 0),
+    "clip misnamed": (
+        "lrw",
+        move(CLIP, "lipread_mp4/ABOUT/train/ABOVE_00001.mp4"),
+        "misnamed",
+        "ABOVE_00001.mp4",
+        "does not match",
+        None,
+    ),
+    "word in small letters": (
+        "lrw",
+        lambda f: (f / "lipread_mp4/about").mkdir(),
+        "misnamed",
+        "lipread_mp4/about",
+        "does not match",
+        0,
+    ),
+    "split unknown": (
+        "lrw",
+        lambda f: (f / "lipread_mp4/ABOUT/dev").mkdir(),
+        "misnamed",
+        "ABOUT/dev",
+        "does not match",
+        0,
+    ),
+    "text file gone": (
+        "lrw",
+        lambda f: (f / CLIP).with_suffix(".txt").unlink(),
+        "missing",
+        "ABOUT_00001.txt",
+        "no text file",
+        0,
+    ),
+    "text file without duration": (
+        "lrw",
+        lambda f: (f / CLIP).with_suffix(".txt").write_text("x"),
+        "label",
+        "ABOUT_00001.txt",
+        "no duration",
+        0,
+    ),
     "actor misnamed": ("mead", move("M003", "actor3"), "misnamed", "actor3", "does not match", None),
-    "view unknown": ("mead", move("M003/video/front", "M003/video/back"), "misnamed", "video/back", "does not match", None),
-    "emotion unknown": ("mead", move("M003/video/front/happy", "M003/video/front/joy"), "misnamed", "front/joy", "does not match", None),
-    "level unknown": ("mead", move("M003/video/front/happy/level_1", "M003/video/front/happy/level_4"), "misnamed", "happy/level_4", "does not match", None),
-    "neutral at level 2": ("mead", lambda f: video(f / "W009/video/left_30/neutral/level_2/001.mp4"), "misnamed", "neutral/level_2", "does not match", 0),
+    "view unknown": (
+        "mead",
+        move("M003/video/front", "M003/video/back"),
+        "misnamed",
+        "video/back",
+        "does not match",
+        None,
+    ),
+    "emotion unknown": (
+        "mead",
+        move("M003/video/front/happy", "M003/video/front/joy"),
+        "misnamed",
+        "front/joy",
+        "does not match",
+        None,
+    ),
+    "level unknown": (
+        "mead",
+        move("M003/video/front/happy/level_1", "M003/video/front/happy/level_4"),
+        "misnamed",
+        "happy/level_4",
+        "does not match",
+        None,
+    ),
+    "neutral at level 2": (
+        "mead",
+        lambda f: video(f / "W009/video/left_30/neutral/level_2/001.mp4"),
+        "misnamed",
+        "neutral/level_2",
+        "does not match",
+        0,
+    ),
     "actor without videos": ("mead", drop("M003/video"), "missing", "M003/video", "no folder of videos", None),
     "clip without index": ("mead", cut("M003/video/front/happy/level_1/001.mp4", 0.05), "truncated", "001.mp4", "", 5),
-    "subject unknown": ("bp4d", move("Sequences/F001", "Sequences/F099"), "misnamed", "Sequences/F099", "do not name this subject", 3),
+    "subject unknown": (
+        "bp4d",
+        move("Sequences/F001", "Sequences/F099"),
+        "misnamed",
+        "Sequences/F099",
+        "do not name this subject",
+        3,
+    ),
     "task unknown": ("bp4d", lambda f: (f / "Sequences/F001/T9").mkdir(), "misnamed", "F001/T9", "does not match", 0),
-    "frame misnamed": ("bp4d", move("Sequences/F001/T1/001.jpg", "Sequences/F001/T1/one.jpg"), "misnamed", "one.jpg", "not a number", 1),
-    "frame number twice": ("bp4d", lambda f: picture(f / "Sequences/F001/T1/00001.jpg"), "misnamed", "T1/001.jpg", "same number", 1),
+    "frame misnamed": (
+        "bp4d",
+        move("Sequences/F001/T1/001.jpg", "Sequences/F001/T1/one.jpg"),
+        "misnamed",
+        "one.jpg",
+        "not a number",
+        1,
+    ),
+    "frame number twice": (
+        "bp4d",
+        lambda f: picture(f / "Sequences/F001/T1/00001.jpg"),
+        "misnamed",
+        "T1/001.jpg",
+        "same number",
+        1,
+    ),
     "frame cut off": ("bp4d", cut("Sequences/F001/T1/001.jpg"), "truncated", "T1/001.jpg", "has no end", 1),
     "scan gone": ("bp4d", drop("Scans/F001/T1/001.obj"), "missing", "Sequences/F001/T1/001.jpg", "no scan", 0),
     "scan empty": ("bp4d", edit("Scans/F001/T1/001.obj", ""), "truncated", "T1/001.obj", "is empty", 0),
     "scan landmarks gone": ("bp4d", drop("Landmarks3D/F001/T1/001.bnd"), "missing", "T1/001.obj", "no landmarks", 0),
-    "scan without picture": ("bp4d", lambda f: write_scan(f / "Scans/F001/T1/077.obj", face83()), "missing", "T1/077.obj", "no picture", 0),
-    "twin with other counts": ("bp4d", change("twin.json", '"train": 3', '"train": 4'), "count", "train", "3 items instead of 4", 0),
+    "scan without picture": (
+        "bp4d",
+        lambda f: write_scan(f / "Scans/F001/T1/077.obj", face83()),
+        "missing",
+        "T1/077.obj",
+        "no picture",
+        0,
+    ),
+    "twin with other counts": (
+        "bp4d",
+        change("twin.json", '"train": 3', '"train": 4'),
+        "count",
+        "train",
+        "3 items instead of 4",
+        0,
+    ),
     "person without scan": ("identity", drop("scans/I0001.ply"), "missing", "I0001", "no scans file", 0),
     "person without pictures": ("identity", drop("images/I0001"), "missing", "I0001", "no pictures", 1),
-    "person with an odd split": ("identity", change("identities.csv", "I0001,train", "I0001,dev"), "label", "I0001", "no valid split", 1),
+    "person with an odd split": (
+        "identity",
+        change("identities.csv", "I0001,train", "I0001,dev"),
+        "label",
+        "I0001",
+        "no valid split",
+        1,
+    ),
 }
 
 
@@ -393,7 +760,11 @@ def test_problem(templates, tmp_path, case):
         assert sum(p.lost for p in hits) == lost
     assert data.found == len(data) + sum(data.dropped.values()) + data.faulty
     assert len({i.id for i in data.items}) == len(data) <= len(good)
-    if lost and what != "misnamed" and case not in ("person without pictures", "person with an odd split", "ffhq picture not listed"):
+    if (
+        lost
+        and what != "misnamed"
+        and case not in ("person without pictures", "person with an odd split", "ffhq picture not listed")
+    ):
         assert len(data) == len(good) - lost and data.found == good.found
     with pytest.raises(ValueError) as error:
         open_dataset(name, tmp_path, strict=True)
@@ -404,7 +775,7 @@ def test_deep_check_finds_what_the_quick_one_cannot(templates, tmp_path):
     shutil.copytree(templates / "ffhq", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "ffhq/images1024x1024/00000/00001.png"
     data = bytearray(path.read_bytes())
-    data[len(data) // 2: len(data) // 2 + 60] = bytes(60)
+    data[len(data) // 2 : len(data) // 2 + 60] = bytes(60)
     path.write_bytes(data)
     assert not open_dataset("ffhq", tmp_path).problems
     assert [p.kind for p in open_dataset("ffhq", tmp_path, check="full").problems] == ["corrupt", "count"]

@@ -1,4 +1,5 @@
 """Scan and landmark files: every variant, against an independent reader, and what can be wrong with them."""
+
 import gzip
 import os
 import pickle
@@ -25,7 +26,12 @@ def test_same_as_trimesh(tmp_path, mesh, suffix, encoding):
     trimesh = pytest.importorskip("trimesh")
     vertices, faces, colors = mesh
     path = tmp_path / f"mesh{suffix}"
-    made = trimesh.Trimesh(vertices, faces, vertex_colors=np.concatenate([colors, np.full((300, 1), 255)], 1).astype(np.uint8), process=False)
+    made = trimesh.Trimesh(
+        vertices,
+        faces,
+        vertex_colors=np.concatenate([colors, np.full((300, 1), 255)], 1).astype(np.uint8),
+        process=False,
+    )
     made.export(path, **({"encoding": encoding} if encoding else {}))
     scan = read_scan(path)
     other = trimesh.load(path, process=False, maintain_order=True)
@@ -38,18 +44,37 @@ def test_same_as_trimesh(tmp_path, mesh, suffix, encoding):
 def ply(vertices, faces, form, extra=False, index="int", count="uchar"):
     """Write a ply by hand, with elements and properties that other programs add."""
     order = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}[form]
-    head = ["ply", f"format {form} 1.0", "comment made by hand", f"element vertex {len(vertices)}", *(f"property double {c}" for c in "xyz")]
+    head = [
+        "ply",
+        f"format {form} 1.0",
+        "comment made by hand",
+        f"element vertex {len(vertices)}",
+        *(f"property double {c}" for c in "xyz"),
+    ]
     head += ["property uchar quality"] if extra else []
     head += ["element camera 2", "property float a", "property float b"] if extra else []
-    head += [f"element face {len(faces)}", f"property list {count} {index} vertex_index"] + (["property int group"] if extra else []) + ["end_header"]
+    head += (
+        [f"element face {len(faces)}", f"property list {count} {index} vertex_index"]
+        + (["property int group"] if extra else [])
+        + ["end_header"]
+    )
     body = []
     if form == "ascii":
-        body += [" ".join(f"{x:.17g}" for x in v) + (" 7" if extra else "") for v in vertices] + (["1 2", "3 4"] if extra else [])
+        body += [" ".join(f"{x:.17g}" for x in v) + (" 7" if extra else "") for v in vertices] + (
+            ["1 2", "3 4"] if extra else []
+        )
         body += [" ".join(map(str, [len(f), *f])) + (" 5" if extra else "") for f in faces]
         return ("\n".join(head + body) + "\n").encode()
-    data = b"".join(np.array(v, order + "f8").tobytes() + (b"\7" if extra else b"") for v in vertices) + (np.zeros(4, order + "f4").tobytes() if extra else b"")
+    data = b"".join(np.array(v, order + "f8").tobytes() + (b"\7" if extra else b"") for v in vertices) + (
+        np.zeros(4, order + "f4").tobytes() if extra else b""
+    )
     kinds = {"uchar": "u1", "int": "i4", "uint": "u4", "ushort": "u2"}
-    data += b"".join(np.array([len(f)], order + kinds[count]).tobytes() + np.array(f, order + kinds[index]).tobytes() + (np.array([5], order + "i4").tobytes() if extra else b"") for f in faces)
+    data += b"".join(
+        np.array([len(f)], order + kinds[count]).tobytes()
+        + np.array(f, order + kinds[index]).tobytes()
+        + (np.array([5], order + "i4").tobytes() if extra else b"")
+        for f in faces
+    )
     return ("\n".join(head) + "\n").encode() + data
 
 
@@ -63,7 +88,9 @@ def test_ply_variants(tmp_path, mesh, form, extra):
         path.write_bytes(ply(vertices, lists, form, extra, "uint" if k else "int"))
         scan = read_scan(path)
         np.testing.assert_allclose(scan.vertices, vertices)
-        assert len(scan.faces) == sum(len(f) - 2 for f in lists) and scan.faces[-1].tolist() == ([4, 7, 8] if k else faces[49].tolist())
+        assert len(scan.faces) == sum(len(f) - 2 for f in lists) and scan.faces[-1].tolist() == (
+            [4, 7, 8] if k else faces[49].tolist()
+        )
 
 
 def test_obj_variants(tmp_path, mesh):
@@ -71,11 +98,15 @@ def test_obj_variants(tmp_path, mesh):
     v = "".join(f"v {x:.9f} {y:.9f} {z:.9f}\n" for x, y, z in vertices)
     plain = v + "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in faces)
     variants = {
-        "plain": plain, "windows": plain.replace("\n", "\r\n"), "indented": plain.replace("v ", "  v  ").replace("f ", "\tf\t"),
+        "plain": plain,
+        "windows": plain.replace("\n", "\r\n"),
+        "indented": plain.replace("v ", "  v  ").replace("f ", "\tf\t"),
         "slashes": v + "vt 0 0\nvn 0 0 1\n" + "".join(f"f {a + 1}/1/1 {b + 1}//1 {c + 1}/1\n" for a, b, c in faces),
         "relative": v + "".join(f"f {a - 300} {b - 300} {c - 300}\n" for a, b, c in faces),
         "materials": "mtllib a.mtl\no head\n" + plain.replace("f ", "usemtl skin\ns 1\nf ", 1) + "# end\n\n",
-        "weights": plain.replace("\nf", " 1.0\nf", 1) if False else "".join(f"v {x:.9f} {y:.9f} {z:.9f} 1.0\n" for x, y, z in vertices) + plain[len(v):],
+        "weights": plain.replace("\nf", " 1.0\nf", 1)
+        if False
+        else "".join(f"v {x:.9f} {y:.9f} {z:.9f} 1.0\n" for x, y, z in vertices) + plain[len(v) :],
     }
     for name, text in variants.items():
         (tmp_path / f"{name}.obj").write_bytes(text.encode())
@@ -106,15 +137,29 @@ def test_wrl_variants(tmp_path, mesh):
 
 
 BAD_SCANS = {
-    "missing.obj": (None, "there is no file"), "empty.obj": (b"", "is empty"), "blank.ply": (b"\n  \n", "is empty"), "scan.stl": (b"solid", "known are"), "noname": (b"v 0 0 0", "known are"),
-    "novertex.obj": (b"f 1 2 3\n", "holds no vertices"), "cut.obj": (b"v 0 0 0\nv 1 1 1\nv 1 2", "line 3"), "word.obj": (b"v 0 0 0\nv a b c\n", "line 2"),
-    "comma.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 0\nf 1 2 3\n", "not finite"), "index.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "triangle 1 names the vertices [1, 2, 9]"),
-    "zero.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 0 1 2\n", "is not a face"), "edge.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2\n", "is not a face"),
-    "none.ply": (b"hello", "is not a ply"), "header.ply": (b"ply\nformat ascii 1.0\nelement vertex 3\n", "header is cut off"), "kind.ply": (b"ply\nformat binary_middle_endian 1.0\nend_header\n", "unknown ply format"),
-    "type.ply": (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty quaternion x\nend_header\n", "header line"), "xyz.ply": (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float a\nend_header\n1\n", "x, y and z"),
-    "body.ply": (ply(np.zeros((4, 3)), [[0, 1, 2]], "ascii")[:-12], "is cut off"), "body2.ply": (ply(np.zeros((4, 3)), [[0, 1, 2]], "binary_little_endian")[:-40], "cut off in its vertex list"),
-    "none.wrl": (b"Shape {}", "does not start with #VRML"), "nopoints.wrl": (b"#VRML V2.0 utf8\nShape { geometry Sphere {} }", "no list of points"),
-    "cut.wrl": (b"#VRML V2.0 utf8\nCoordinate { point [ 0 0 0, 1 1", "cut off inside a list"), "odd.wrl": (b"#VRML V2.0 utf8\nCoordinate { point [ 0 0 0, 1 1 ] }", "no multiple of three"),
+    "missing.obj": (None, "there is no file"),
+    "empty.obj": (b"", "is empty"),
+    "blank.ply": (b"\n  \n", "is empty"),
+    "scan.stl": (b"solid", "known are"),
+    "noname": (b"v 0 0 0", "known are"),
+    "novertex.obj": (b"f 1 2 3\n", "holds no vertices"),
+    "cut.obj": (b"v 0 0 0\nv 1 1 1\nv 1 2", "line 3"),
+    "word.obj": (b"v 0 0 0\nv a b c\n", "line 2"),
+    "comma.obj": (b"v 0 0 0\nv 1 0 0\nv 0 nan 0\nf 1 2 3\n", "not finite"),
+    "index.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "triangle 1 names the vertices [1, 2, 9]"),
+    "zero.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 0 1 2\n", "is not a face"),
+    "edge.obj": (b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2\n", "is not a face"),
+    "none.ply": (b"hello", "is not a ply"),
+    "header.ply": (b"ply\nformat ascii 1.0\nelement vertex 3\n", "header is cut off"),
+    "kind.ply": (b"ply\nformat binary_middle_endian 1.0\nend_header\n", "unknown ply format"),
+    "type.ply": (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty quaternion x\nend_header\n", "header line"),
+    "xyz.ply": (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float a\nend_header\n1\n", "x, y and z"),
+    "body.ply": (ply(np.zeros((4, 3)), [[0, 1, 2]], "ascii")[:-12], "is cut off"),
+    "body2.ply": (ply(np.zeros((4, 3)), [[0, 1, 2]], "binary_little_endian")[:-40], "cut off in its vertex list"),
+    "none.wrl": (b"Shape {}", "does not start with #VRML"),
+    "nopoints.wrl": (b"#VRML V2.0 utf8\nShape { geometry Sphere {} }", "no list of points"),
+    "cut.wrl": (b"#VRML V2.0 utf8\nCoordinate { point [ 0 0 0, 1 1", "cut off inside a list"),
+    "odd.wrl": (b"#VRML V2.0 utf8\nCoordinate { point [ 0 0 0, 1 1 ] }", "no multiple of three"),
     "broken.obj.gz": (b"\x1f\x8b\x00\x00", "damaged gzip"),
 }
 
@@ -132,17 +177,37 @@ def test_bad_scans(tmp_path, name):
 def test_landmark_variants(tmp_path):
     points = np.random.default_rng(0).normal(size=(83, 3)) * 40
     rows = "\n".join(" ".join(f"{c:.9f}" for c in p) for p in points)
-    np.save(tmp_path / "a.npy", points.astype(np.float32)), np.save(tmp_path / "b.npy", points.T), np.save(tmp_path / "c.npy", points[None])
-    (tmp_path / "d.txt").write_text(rows), (tmp_path / "e.txt").write_text("# x y z\n" + rows.replace(" ", "\t")), (tmp_path / "f.csv").write_text("x;y;z\n" + rows.replace(" ", ";"))
-    (tmp_path / "g.bnd").write_text("\n".join(f"{k}  {r}" for k, r in enumerate(rows.splitlines(), 1)) + "\n84\n"), (tmp_path / "h.bnd").write_text("\r\n".join(f"{k} {r}" for k, r in enumerate(rows.splitlines())))
-    savemat(tmp_path / "i.mat", {"x": points}), savemat(tmp_path / "j.mat", {"fit": {"name": "F001", "pts_3d": points.T}}), savemat(tmp_path / "k.mat", {"rot": np.eye(3), "pts": points})
+    (
+        np.save(tmp_path / "a.npy", points.astype(np.float32)),
+        np.save(tmp_path / "b.npy", points.T),
+        np.save(tmp_path / "c.npy", points[None]),
+    )
+    (
+        (tmp_path / "d.txt").write_text(rows),
+        (tmp_path / "e.txt").write_text("# x y z\n" + rows.replace(" ", "\t")),
+        (tmp_path / "f.csv").write_text("x;y;z\n" + rows.replace(" ", ";")),
+    )
+    (
+        (tmp_path / "g.bnd").write_text("\n".join(f"{k}  {r}" for k, r in enumerate(rows.splitlines(), 1)) + "\n84\n"),
+        (tmp_path / "h.bnd").write_text("\r\n".join(f"{k} {r}" for k, r in enumerate(rows.splitlines()))),
+    )
+    (
+        savemat(tmp_path / "i.mat", {"x": points}),
+        savemat(tmp_path / "j.mat", {"fit": {"name": "F001", "pts_3d": points.T}}),
+        savemat(tmp_path / "k.mat", {"rot": np.eye(3), "pts": points}),
+    )
     for name in "a.npy b.npy c.npy d.txt e.txt f.csv g.bnd h.bnd i.mat j.mat k.mat".split():
         np.testing.assert_allclose(read_landmarks(tmp_path / name), points, atol=1e-4, err_msg=name)
     sequence = np.stack([points + k for k in range(5)])
     cells = np.empty((1, 5), object)
     for k in range(5):
         cells[0, k] = points + k
-    savemat(tmp_path / "l.mat", {"lm": sequence}), savemat(tmp_path / "m.mat", {"lm": np.moveaxis(sequence, 0, -1)}), savemat(tmp_path / "n.mat", {"lm": cells}), np.save(tmp_path / "o.npy", np.moveaxis(sequence, -1, 0))
+    (
+        savemat(tmp_path / "l.mat", {"lm": sequence}),
+        savemat(tmp_path / "m.mat", {"lm": np.moveaxis(sequence, 0, -1)}),
+        savemat(tmp_path / "n.mat", {"lm": cells}),
+        np.save(tmp_path / "o.npy", np.moveaxis(sequence, -1, 0)),
+    )
     for name in "l.mat m.mat n.mat o.npy".split():
         np.testing.assert_allclose(read_landmarks(tmp_path / name, 3), points + 3, atol=1e-6, err_msg=name)
         with pytest.raises(ValueError, match="there is no frame 9"):
@@ -152,9 +217,18 @@ def test_landmark_variants(tmp_path):
 
 
 BAD_LANDMARKS = {
-    "none.npy": (None, "there is no file"), "text.npy": (b"1 2 3", "not a plain numpy file"), "pickle.npy": (pickle.dumps([1, 2]), "not a plain numpy file"), "a.xml": (b"<a/>", "known are"),
-    "two.txt": (b"1 2\n3 4\n", "rows of three numbers"), "mixed.txt": (b"1 2 3\n1 2\n", "rows of three numbers"), "word.txt": (b"1 2 3\n1 b 3\n", "line 2"), "empty.bnd": (b"", "is empty"),
-    "index.bnd": (b"1 0 0 1\n3 0 0 1\n", "do not count up by one"), "broken.mat": (b"MATLAB", "not a MATLAB file"), "nan.txt": (b"1 2 3\nnan 2 3\n", "not finite"), "zero.txt": (b"0 0 0\n0 0 0\n", "are zero"),
+    "none.npy": (None, "there is no file"),
+    "text.npy": (b"1 2 3", "not a plain numpy file"),
+    "pickle.npy": (pickle.dumps([1, 2]), "not a plain numpy file"),
+    "a.xml": (b"<a/>", "known are"),
+    "two.txt": (b"1 2\n3 4\n", "rows of three numbers"),
+    "mixed.txt": (b"1 2 3\n1 2\n", "rows of three numbers"),
+    "word.txt": (b"1 2 3\n1 b 3\n", "line 2"),
+    "empty.bnd": (b"", "is empty"),
+    "index.bnd": (b"1 0 0 1\n3 0 0 1\n", "do not count up by one"),
+    "broken.mat": (b"MATLAB", "not a MATLAB file"),
+    "nan.txt": (b"1 2 3\nnan 2 3\n", "not finite"),
+    "zero.txt": (b"0 0 0\n0 0 0\n", "are zero"),
 }
 
 
@@ -184,7 +258,9 @@ def face51():
     p[14:19] = np.stack([np.linspace(-12, 12, 5), np.full(5, -27.0), np.full(5, 15.0)], 1)
     p[19:25] = [[-45, 0, -5], [-35, 4, 0], [-25, 4, 0], [-15, 0, -2], [-25, -4, 0], [-35, -4, 0]]
     p[25:31] = p[19:25][[3, 2, 1, 0, 5, 4]] * [-1, 1, 1]
-    p[31:51] = np.stack([25 * np.cos(np.arange(20) / 20 * 6.28), -60 + 10 * np.sin(np.arange(20) / 20 * 6.28), np.full(20, 8.0)], 1)
+    p[31:51] = np.stack(
+        [25 * np.cos(np.arange(20) / 20 * 6.28), -60 + 10 * np.sin(np.arange(20) / 20 * 6.28), np.full(20, 8.0)], 1
+    )
     return p
 
 
@@ -208,8 +284,14 @@ def test_unit_and_axes_in_any_pose(seed):
 
 def test_wrong_order_and_mirror_are_errors():
     face = face51()
-    wrong = {"reversed": face[::-1], "mirrored": face * [-1, 1, 1], "eyes first": np.concatenate([face[19:31], face[:19], face[31:]]), "shuffled": face[np.random.default_rng(0).permutation(51)],
-             "mouth first": np.concatenate([face[31:], face[:31]]), "one point": np.zeros((51, 3))}
+    wrong = {
+        "reversed": face[::-1],
+        "mirrored": face * [-1, 1, 1],
+        "eyes first": np.concatenate([face[19:31], face[:19], face[31:]]),
+        "shuffled": face[np.random.default_rng(0).permutation(51)],
+        "mouth first": np.concatenate([face[31:], face[:31]]),
+        "one point": np.zeros((51, 3)),
+    }
     for name, points in wrong.items():
         with pytest.raises(ValueError):
             detect_axes(points)

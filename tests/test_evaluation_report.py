@@ -1,4 +1,5 @@
 "Every table and figure of the paper has a file and a place in the report, and every number there comes from a metrics file."
+
 import csv, functools, html, json, re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,14 +31,34 @@ def done(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr("fields.evaluation.plots.embed", quick_map)
     patch.setattr("fields.evaluation.figures.save_figure", lambda fig, path, dpi: save_figure(fig, path, 50))
-    run, head = fake_run(tmp_path_factory.mktemp("report")/"run", heldout=8, frames=1, train=70, methods=("F0", "F1", "F2", "F4", "lambda10"))
-    config, methods = smoke_config(**{"evaluation.probe_epochs": 3, "evaluation.probe_width": 24}), ["F0", "F1", "F2", "F4", "lambda10"]
+    run, head = fake_run(
+        tmp_path_factory.mktemp("report") / "run",
+        heldout=8,
+        frames=1,
+        train=70,
+        methods=("F0", "F1", "F2", "F4", "lambda10"),
+    )
+    config, methods = (
+        smoke_config(**{"evaluation.probe_epochs": 3, "evaluation.probe_width": 24}),
+        ["F0", "F1", "F2", "F4", "lambda10"],
+    )
     evaluate_emotion(run, config, methods, head)
     evaluate_parameters(run, config, methods, head)
     evaluate_geometry(run, config, ["F1", "F4"], head)
     evaluate_limits(run, config, head)
-    (run/"metrics"/"landmarks.json").write_text(json.dumps({"affectnet_val": {"F4": {k: dict(mean=.05, std=None, ci_low=.04, ci_high=.06, n=9) for k in ("network", "mean_head_network_pose", "mean_head_fitted_pose", "ratio_to_mean_head")}}}))
-    (run/"metrics"/"standins.json").write_text(json.dumps({"identity": {"error": .25}}))
+    (run / "metrics" / "landmarks.json").write_text(
+        json.dumps(
+            {
+                "affectnet_val": {
+                    "F4": {
+                        k: dict(mean=0.05, std=None, ci_low=0.04, ci_high=0.06, n=9)
+                        for k in ("network", "mean_head_network_pose", "mean_head_fitted_pose", "ratio_to_mean_head")
+                    }
+                }
+            }
+        )
+    )
+    (run / "metrics" / "standins.json").write_text(json.dumps({"identity": {"error": 0.25}}))
     ablation(run)
     make_tables(run)
     figures = make_figures(run, config, head)
@@ -47,6 +68,7 @@ def done(tmp_path_factory):
 
 class Page(HTMLParser):
     "Collects ids, links, pictures and the numbers of a page."
+
     def __init__(self, text):
         super().__init__()
         self.ids, self.links, self.sources, self.numbers, self.tags, self.open = set(), [], [], [], set(), None
@@ -55,17 +77,22 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.tags.add(tag)
-        if "id" in a: self.ids.add(a["id"])
-        if "src" in a: self.sources.append(a["src"])
+        if "id" in a:
+            self.ids.add(a["id"])
+        if "src" in a:
+            self.sources.append(a["src"])
         if tag == "a" and "href" in a:
             self.links.append(a["href"])
             self.open = (a, "") if "data-from" in a else None
 
     def handle_data(self, data):
-        if self.open: self.open = (self.open[0], self.open[1] + data)
+        if self.open:
+            self.open = (self.open[0], self.open[1] + data)
 
     def handle_endtag(self, tag):
-        if tag == "a" and self.open: self.numbers.append(self.open); self.open = None
+        if tag == "a" and self.open:
+            self.numbers.append(self.open)
+            self.open = None
 
 
 def test_every_number_of_the_paper_has_a_place(done):
@@ -73,16 +100,21 @@ def test_every_number_of_the_paper_has_a_place(done):
     page = Page(text)
     assert sorted(e.number for e in TABLES if e.number.startswith("Table")) == [f"Table {n}" for n in range(1, 9)]
     assert [e.number for e in FIGURES if e.number] == [f"Figure {n}" for n in range(1, 16)]
-    missing = json.loads((run/"figures"/"missing.json").read_text())
-    assert set(missing) == {"figure10"} and "raw BP4D scan" in missing["figure10"]    # the invented run has no raw scans
+    missing = json.loads((run / "figures" / "missing.json").read_text())
+    assert set(missing) == {"figure10"} and "raw BP4D scan" in missing["figure10"]  # the invented run has no raw scans
     for e in TABLES:
-        assert e.key in page.ids and (run/"tables"/f"{e.key}.csv").is_file() and (run/"tables"/f"{e.key}.tex").is_file()
+        assert (
+            e.key in page.ids
+            and (run / "tables" / f"{e.key}.csv").is_file()
+            and (run / "tables" / f"{e.key}.tex").is_file()
+        )
     for e in FIGURES:
         assert e.key in page.ids
-        assert (run/"figures"/f"{e.key}.png").is_file() != (e.key in missing)
+        assert (run / "figures" / f"{e.key}.png").is_file() != (e.key in missing)
     assert {s for s, _ in SECTIONS} <= page.ids
     for link in page.links:
-        if link.startswith("#"): assert link[1:] in page.ids, link
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
 
 
 def test_the_page_is_alone(done):
@@ -90,7 +122,8 @@ def test_the_page_is_alone(done):
     assert not page.tags & {"script", "link", "iframe", "object"} and "http" not in done[2]
     assert all(s.startswith("data:image/png;base64,") for s in page.sources) and len(page.sources) == len(FIGURES) - 1
     for link in page.links:
-        if not link.startswith(("#", "notebooks/")): assert (done[0]/link).is_file(), link
+        if not link.startswith(("#", "notebooks/")):
+            assert (done[0] / link).is_file(), link
     assert len(done[2]) < 12e6
 
 
@@ -101,11 +134,18 @@ def test_every_number_is_that_of_its_file(done):
         name, trail = a["data-from"].split(":", 1)
         folder = "timing" if a["class"] == "time" else "metrics"
         assert a["href"] == f"{folder}/{name}"
-        value = find(read(run/folder/name), trail)
-        if isinstance(value, dict): value = value["mean"]
+        value = find(read(run / folder / name), trail)
+        if isinstance(value, dict):
+            value = value["mean"]
         places = len(shown.partition(".")[2])
-        if folder == "timing": assert shown == f"{value:,.4g}", a
-        else: assert float(shown) == pytest.approx(value*float(a["data-scale"]), abs=.51*10**-places), (a, shown, value)
+        if folder == "timing":
+            assert shown == f"{value:,.4g}", a
+        else:
+            assert float(shown) == pytest.approx(value * float(a["data-scale"]), abs=0.51 * 10**-places), (
+                a,
+                shown,
+                value,
+            )
         checked += 1
     assert checked > 400
 
@@ -123,7 +163,9 @@ def test_the_paper_is_printed_as_printed(done):
     columns = [n for n, (m, s) in enumerate(table.columns) if s == "paper"]
     rows = {label: cells for label, cells in table.rows if cells}
     assert [rows["Accuracy (%) ↑"][c].show() for c in columns] == [f"{e['accuracy'][0]:.1f}" for e in paper.values()]
-    assert [float(rows["{ψ, jaw} MSE, 53 numbers ↓"][c].show()) for c in columns] == [e["expression_jaw"] for e in paper.values()]
+    assert [float(rows["{ψ, jaw} MSE, 53 numbers ↓"][c].show()) for c in columns] == [
+        e["expression_jaw"] for e in paper.values()
+    ]
     assert [float(rows["V-CCC ↑"][c].show()) for c in columns] == [e["V-CCC"][0] for e in paper.values()]
     for key in (f"table{n}" for n in range(1, 9)):
         sources = [s for _, s in tables[key].columns]
@@ -132,28 +174,38 @@ def test_the_paper_is_printed_as_printed(done):
 
 def test_packaged_tables_are_the_papers():
     tables = paper_tables()
-    assert len(tables) == 9 and tables["table1_valence_arousal"]["FIELDS"]["V-PCC"] == [.747, .003]
+    assert len(tables) == 9 and tables["table1_valence_arousal"]["FIELDS"]["V-PCC"] == [0.747, 0.003]
     assert tables["table4_ablation"]["F4 F2+F3"] == {**tables["table5_lambda_emo"][5]}
-    assert tables["table3_flame_mse"]["EMOCA"]["shape"] is None and tables["table6_geometry_units_inconsistent"]["EMOCA"]["AUC@0.1"] == .001
+    assert (
+        tables["table3_flame_mse"]["EMOCA"]["shape"] is None
+        and tables["table6_geometry_units_inconsistent"]["EMOCA"]["AUC@0.1"] == 0.001
+    )
 
 
 def test_best_is_the_best_of_this_run(done):
     table = all_tables(done[0])["table3"]
     for label, cells in table.rows:
-        runs = [c for c, (m, s) in zip(cells, table.columns) if s == "this run" and m not in ("oracle", "constant") and c.mean is not None]
-        if len(runs) > 1: assert [c.best for c in runs] == [c.mean == min(r.mean for r in runs) for c in runs], label
+        runs = [
+            c
+            for c, (m, s) in zip(cells, table.columns)
+            if s == "this run" and m not in ("oracle", "constant") and c.mean is not None
+        ]
+        if len(runs) > 1:
+            assert [c.best for c in runs] == [c.mean == min(r.mean for r in runs) for c in runs], label
 
 
 def test_csv_and_latex(done):
     run = done[0]
-    rows = list(csv.DictReader(open(run/"tables"/"table4.csv", encoding="utf-8")))
+    rows = list(csv.DictReader(open(run / "tables" / "table4.csv", encoding="utf-8")))
     mine = [r for r in rows if r["source"] == "this run"]
-    assert {"mean", "std", "ci_low", "ci_high", "n", "from"} <= set(rows[0]) and all(r["from"] and r["ci_low"] for r in mine)
+    assert {"mean", "std", "ci_low", "ci_high", "n", "from"} <= set(rows[0]) and all(
+        r["from"] and r["ci_low"] for r in mine
+    )
     for r in mine[:40]:
         name, trail = r["from"].split(":", 1)
-        record, scale = find(read_metrics(run/"metrics"/name), trail), 100 if "%" in r["measure"] else 1
-        assert float(r["mean"]) == pytest.approx(record["mean"]*scale, rel=1e-4)
-    for path in (run/"tables").glob("*.tex"):
+        record, scale = find(read_metrics(run / "metrics" / name), trail), 100 if "%" in r["measure"] else 1
+        assert float(r["mean"]) == pytest.approx(record["mean"] * scale, rel=1e-4)
+    for path in (run / "tables").glob("*.tex"):
         text = path.read_text()
         body = [l for l in text.splitlines() if l.endswith(r"\\") and "multicolumn" not in l]
         columns = len(re.search(r"begin\{tabular\}\{(\w+)\}", text)[1])
@@ -163,21 +215,35 @@ def test_csv_and_latex(done):
 
 def test_world_and_profile_are_said(done):
     text = done[2]
-    assert "Demo world" in text and "never results of the paper" in text and "<b>smoke</b>" in text and "learned next to nothing" in text
+    assert (
+        "Demo world" in text
+        and "never results of the paper" in text
+        and "<b>smoke</b>" in text
+        and "learned next to nothing" in text
+    )
 
 
 def test_sanity_of_the_run(done):
     "On held-out images the oracle is at or above every method; controls are at chance."
-    checks = read_metrics(done[0]/"metrics"/"ablation.json")["sanity"]
+    checks = read_metrics(done[0] / "metrics" / "ablation.json")["sanity"]
     assert {r["key"] for r in checks} >= {"oracle-F0", "oracle-F4", "shuffled accuracy", "shuffled V-CCC"}
-    assert all(r["verdict"] == "confirmed" for r in checks if r["key"] in ("oracle-F0", "oracle-F2")), checks   # the others exaggerate, which a probe of three epochs likes
+    assert all(r["verdict"] == "confirmed" for r in checks if r["key"] in ("oracle-F0", "oracle-F2")), (
+        checks
+    )  # the others exaggerate, which a probe of three epochs likes
 
 
 def test_what_does_not_hold_is_said_loudly(done):
-    claims = read_metrics(done[0]/"metrics"/"ablation.json")["claims"]
+    claims = read_metrics(done[0] / "metrics" / "ablation.json")["claims"]
     row = next(r for r in claims if r["key"] == "F2<F1")
     assert row["verdict"] == "confirmed" and "The opposite was measured" not in banners({"claims": [row]})
-    turned = row | {"record": {**row["record"], "mean": -row["record"]["mean"], "ci_low": -row["record"]["ci_high"], "ci_high": -row["record"]["ci_low"]}}
+    turned = row | {
+        "record": {
+            **row["record"],
+            "mean": -row["record"]["mean"],
+            "ci_low": -row["record"]["ci_high"],
+            "ci_high": -row["record"]["ci_low"],
+        }
+    }
     turned["verdict"] = judge(turned["record"], "lower")
     assert turned["verdict"] == "contradicted" and "The opposite was measured" in banners({"claims": [turned]})
     assert "Not resolved" in banners({"claims": [row | {"verdict": "not resolved"}]})
@@ -186,27 +252,51 @@ def test_what_does_not_hold_is_said_loudly(done):
 def test_training_is_checked_and_said(done):
     """Losses, points against the mean head (pose refitted beside it), and F4 against F1 (the constant predictor beside it) stand in the report, loudly where they do not hold."""
     run, _, text = done
-    rows = {r["key"]: r for r in read_metrics(run/"metrics"/"ablation.json")["training"]}
-    losses = read_metrics(run/"metrics"/"training.json")["losses"]
-    with open(run/"checkpoints"/"F1"/"log.csv") as file: logged = np.array([float(r["encoder.objective"]) for r in csv.DictReader(file)])
-    assert losses["F1"]["encoder.objective"]["change"]["mean"] == pytest.approx(logged[-3:].mean()/logged[:3].mean() - 1, rel=1e-4)
+    rows = {r["key"]: r for r in read_metrics(run / "metrics" / "ablation.json")["training"]}
+    losses = read_metrics(run / "metrics" / "training.json")["losses"]
+    with open(run / "checkpoints" / "F1" / "log.csv") as file:
+        logged = np.array([float(r["encoder.objective"]) for r in csv.DictReader(file)])
+    assert losses["F1"]["encoder.objective"]["change"]["mean"] == pytest.approx(
+        logged[-3:].mean() / logged[:3].mean() - 1, rel=1e-4
+    )
     assert rows["F1 encoder.objective"]["verdict"] == "confirmed"
-    errors = read_metrics(run/"metrics"/"parameters.json")
-    assert rows["F4<F1"]["verdict"] == "confirmed" and [b["label"] for b in rows["F4<F1"]["beside"]] == ["F4", "F1", "constant predictor"]
+    errors = read_metrics(run / "metrics" / "parameters.json")
+    assert rows["F4<F1"]["verdict"] == "confirmed" and [b["label"] for b in rows["F4<F1"]["beside"]] == [
+        "F4",
+        "F1",
+        "constant predictor",
+    ]
     assert rows["F4<F1"]["beside"][2]["record"] == errors["controls"]["constant"]["errors"]["expression_jaw"]
     points = rows["points affectnet_val"]
-    assert points["verdict"] == "confirmed" and points["beside"][2]["label"] == "mean head, pose refitted" and "beside it" in text
-    assert rows["points bp4d_test"]["verdict"] == "not measured"                          # the invented run has no such file
-    missed = points | {"verdict": below({"mean": .9, "ci_low": .8, "ci_high": .95}, BAR)}
+    assert (
+        points["verdict"] == "confirmed"
+        and points["beside"][2]["label"] == "mean head, pose refitted"
+        and "beside it" in text
+    )
+    assert rows["points bp4d_test"]["verdict"] == "not measured"  # the invented run has no such file
+    missed = points | {"verdict": below({"mean": 0.9, "ci_low": 0.8, "ci_high": 0.95}, BAR)}
     said = banners({"training": [missed]})
-    assert "It does not hold" in said and "mean head, pose refitted" in said and "It does not hold" not in banners({"training": [points]})
-    assert f'{points["beside"][2]["record"]["mean"]*100:.2f}' in said
+    assert (
+        "It does not hold" in said
+        and "mean head, pose refitted" in said
+        and "It does not hold" not in banners({"training": [points]})
+    )
+    assert f"{points['beside'][2]['record']['mean'] * 100:.2f}" in said
 
 
 def test_data_is_counted(done):
-    data = read_metrics(done[0]/"metrics"/"data.json")
-    assert data["bp4d_split"]["test"]["subjects"] == 6 and set(data["bp4d_split"]["test"]["share"].values()) == {.166667}
-    assert data["datasets"]["affectnet"]["rows"] == 126 and set(data["datasets"]) == {"affectnet", "bp4d", "celeba", "ffhq", "lrw", "mead"}
+    data = read_metrics(done[0] / "metrics" / "data.json")
+    assert data["bp4d_split"]["test"]["subjects"] == 6 and set(data["bp4d_split"]["test"]["share"].values()) == {
+        0.166667
+    }
+    assert data["datasets"]["affectnet"]["rows"] == 126 and set(data["datasets"]) == {
+        "affectnet",
+        "bp4d",
+        "celeba",
+        "ffhq",
+        "lrw",
+        "mead",
+    }
 
 
 def test_equal_inputs_give_an_equal_page(done):
@@ -216,7 +306,9 @@ def test_equal_inputs_give_an_equal_page(done):
 
 def test_seeds(done):
     record = seed_record(done[0])
-    assert "emotion/F4/accuracy" in record["values"] and "parameters/F2-F1/errors/expression_jaw" in record["differences"]
+    assert (
+        "emotion/F4/accuracy" in record["values"] and "parameters/F2-F1/errors/expression_jaw" in record["differences"]
+    )
     merged = merge_seeds([record, record, record])
     assert merged["seeds"] == 3 and merged["values"]["emotion/F4/accuracy"]["std"] == 0
     assert merged["differences"]["parameters/F2-F1/errors/expression_jaw"]["resolved"]
@@ -225,33 +317,51 @@ def test_seeds(done):
 def test_seeds_are_merged_from_files(done, tmp_path):
     from fields.evaluation.claims import merge_files
     from shutil import copytree
-    runs = [tmp_path/f"s{k}" for k in range(2)]
+
+    runs = [tmp_path / f"s{k}" for k in range(2)]
     for k, run in enumerate(runs):
-        copytree(done[0]/"metrics", run/"metrics")
-        (run/"config.json").write_text(json.dumps(json.loads((done[0]/"config.json").read_text()) | {"seed": k}))
-    table = merge_files(runs, tmp_path/"out")
+        copytree(done[0] / "metrics", run / "metrics")
+        (run / "config.json").write_text(json.dumps(json.loads((done[0] / "config.json").read_text()) | {"seed": k}))
+    table = merge_files(runs, tmp_path / "out")
     assert "| F4 |" in table and "| constant |" in table and "± 0.0" in table
-    assert json.loads((tmp_path/"out"/"study.json").read_text())["seeds"] == 2 and (tmp_path/"out"/"study_seed1.json").is_file()
-    with pytest.raises(ValueError, match="different seeds"): merge_files([runs[0], runs[0]], tmp_path/"x")
-    (runs[1]/"config.json").write_text(json.dumps(json.loads((runs[1]/"config.json").read_text()) | {"profile": "other"}))
-    with pytest.raises(ValueError, match="differs from the first run's in profile"): merge_files(runs, tmp_path/"x")
+    assert (
+        json.loads((tmp_path / "out" / "study.json").read_text())["seeds"] == 2
+        and (tmp_path / "out" / "study_seed1.json").is_file()
+    )
+    with pytest.raises(ValueError, match="different seeds"):
+        merge_files([runs[0], runs[0]], tmp_path / "x")
+    (runs[1] / "config.json").write_text(
+        json.dumps(json.loads((runs[1] / "config.json").read_text()) | {"profile": "other"})
+    )
+    with pytest.raises(ValueError, match="differs from the first run's in profile"):
+        merge_files(runs, tmp_path / "x")
 
 
 def test_figures_say_what_their_axes_are(done):
     from fields.evaluation.plots import figure2, figure5, figure_curves, figure_naturalness
     from fields.evaluation.tables import read_all
+
     run = done[0]
     for fig in (figure2(run), figure5(read_all(run)), figure_curves(run), figure_naturalness(read_all(run))):
-        assert any(ax.get_xlabel() or ax.get_xticklabels() for ax in fig.axes) and any(ax.get_ylabel() for ax in fig.axes)
-        assert min(t.get_fontsize() for ax in fig.axes for t in [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels()]) >= 7
+        assert any(ax.get_xlabel() or ax.get_xticklabels() for ax in fig.axes) and any(
+            ax.get_ylabel() for ax in fig.axes
+        )
+        assert (
+            min(t.get_fontsize() for ax in fig.axes for t in [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels()])
+            >= 7
+        )
 
 
 def test_class_colours_differ_for_the_colour_blind():
     "Simulated deuteranopia and protanopia keep the seven classes apart, in colour or in marker."
     from fields.evaluation.plots import CLASS_STYLE
-    rgb = np.array([[int(c[i:i + 2], 16)/255 for i in (1, 3, 5)] for c, _ in CLASS_STYLE.values()])**2.2
-    for matrix in ([[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]], [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]]):
-        seen = (rgb @ np.array(matrix).T).clip(0, 1)**(1/2.2)
-        distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + 9*np.eye(7)
-        assert distance.min() > .08
+
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c, _ in CLASS_STYLE.values()]) ** 2.2
+    for matrix in (
+        [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    ):
+        seen = (rgb @ np.array(matrix).T).clip(0, 1) ** (1 / 2.2)
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=2) + 9 * np.eye(7)
+        assert distance.min() > 0.08
     assert len({m for _, m in CLASS_STYLE.values()}) == 7

@@ -1,4 +1,5 @@
 "The speed of the evaluation on two cores, and whether the width of the probe changes its ranking; kept in evidence/evaluation_speed.json."
+
 import json, os, time
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -7,13 +8,16 @@ from fields.config import EvaluationConfig
 from fields.evaluation.emotion import probe
 from fields.evaluation.plots import embed
 
-EVIDENCE = Path(__file__).parents[1]/"evidence"/"evaluation_speed.json"
+EVIDENCE = Path(__file__).parents[1] / "evidence" / "evaluation_speed.json"
 
 
 def keep(**values):
     "Add measurements to the evidence file, with the load they were made under."
     old = json.loads(EVIDENCE.read_text()) if EVIDENCE.is_file() else {}
-    entry = {k: v | {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)} for k, v in values.items()}
+    entry = {
+        k: v | {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+        for k, v in values.items()
+    }
     EVIDENCE.write_text(json.dumps(dict(sorted((old | entry).items())), indent=1) + "\n")
 
 
@@ -27,10 +31,16 @@ def faces(n):
 def bench_probe(n=10_000):
     "Seconds and checks of the small probe on n samples in 5 folds."
     classes, affect, shape, expression, jaw = faces(n)
-    features = params_of(np.random.default_rng(1), shape, expression, jaw, 1., 1.2).features
+    features = params_of(np.random.default_rng(1), shape, expression, jaw, 1.0, 1.2).features
     start = time.perf_counter()
     result = probe(features, classes, *affect.T, EvaluationConfig())
-    return {"samples": n, "folds": 5, "width": EvaluationConfig().probe_width, "seconds": round(time.perf_counter() - start, 1), "checks": result.checks}
+    return {
+        "samples": n,
+        "folds": 5,
+        "width": EvaluationConfig().probe_width,
+        "seconds": round(time.perf_counter() - start, 1),
+        "checks": result.checks,
+    }
 
 
 def bench_embeddings(n=4000):
@@ -61,7 +71,8 @@ def test_maps_are_fast():
 @pytest.mark.slow
 def test_maps_repeat():
     x = np.random.default_rng(0).normal(size=(300, 55)).astype(np.float32)
-    for kind in ("tsne", "umap"): assert np.array_equal(embed(x, kind), embed(x, kind)), kind
+    for kind in ("tsne", "umap"):
+        assert np.array_equal(embed(x, kind), embed(x, kind)), kind
 
 
 @pytest.mark.slow
@@ -71,10 +82,18 @@ def test_width_does_not_change_the_ranking():
     accuracy = {}
     for width in (512, 2048):
         accuracy[width] = []
-        for noise in (.6, 1.2, 2.4):
-            x = params_of(np.random.default_rng(1), shape, expression, jaw, 1., noise).features
+        for noise in (0.6, 1.2, 2.4):
+            x = params_of(np.random.default_rng(1), shape, expression, jaw, 1.0, noise).features
             r = probe(x, classes, *affect.T, EvaluationConfig(probe_width=width, probe_epochs=15, folds=3))
             at = r.fold >= 0
             accuracy[width].append(round(float((r.classes == classes)[at].mean()), 4))
-    keep(width={"samples": 1050, "folds": 3, "epochs": 15, "noise_of_the_methods": [.6, 1.2, 2.4], "accuracy": {str(w): a for w, a in accuracy.items()}})
+    keep(
+        width={
+            "samples": 1050,
+            "folds": 3,
+            "epochs": 15,
+            "noise_of_the_methods": [0.6, 1.2, 2.4],
+            "accuracy": {str(w): a for w, a in accuracy.items()},
+        }
+    )
     assert np.argsort(accuracy[512]).tolist() == np.argsort(accuracy[2048]).tolist()

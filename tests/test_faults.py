@@ -1,4 +1,5 @@
 """Twenty kills of the smoke chain, of a training, of scan fitting and of a folder of photographs; a full disk and one that cannot be written to (the long proofs)."""
+
 import json
 import os
 import random
@@ -37,7 +38,14 @@ fit_dataset(items, small, SETTINGS, Path(sys.argv[2]), workers=2)
 def script(text, *arguments):
     "Start a script of this file in a process group of its own."
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", text, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def whole_run(process):
@@ -53,13 +61,16 @@ def kill_often(start, low, high, target, check=lambda: None):
     moments, died, starts = random.Random(0), 0, 0
     while died < KILLS:
         begin, process, starts = time.time(), start(), starts + 1
-        try: process.wait(moments.uniform(low, high))
-        except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+        try:
+            process.wait(moments.uniform(low, high))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
         died += process.returncode == -signal.SIGKILL and any(p.stat().st_mtime >= begin for p in target.rglob("*"))
-        assert process.returncode in (0, -signal.SIGKILL) and starts < 10*KILLS
+        assert process.returncode in (0, -signal.SIGKILL) and starts < 10 * KILLS
         check()
-        if process.returncode == 0: shutil.rmtree(target)
+        if process.returncode == 0:
+            shutil.rmtree(target)
     return starts
 
 
@@ -87,15 +98,21 @@ def test_a_training_survives_twenty_kills(tmp_path):
     from fake_data import fake_sources, prepared
     from fields.head.flame import Head
     from fields.models.fields import read_tensors
+
     head = Head.load("open")
-    for name in ("whole", "killed"): prepared(tmp_path / name, head, fake_sources(head))
+    for name in ("whole", "killed"):
+        prepared(tmp_path / name, head, fake_sources(head))
     assert script(TRAIN, tmp_path / "whole").wait() == 0
     folder = tmp_path / "killed" / "checkpoints"
     starts = kill_often(lambda: script(TRAIN, tmp_path / "killed"), 6, 14, folder / "F4")
     assert script(TRAIN, tmp_path / "killed").wait() == 0
     files = [tmp_path / n / "checkpoints" / "F4" for n in ("whole", "killed")]
     a, b = (read_tensors(f / "model.safetensors")[0] for f in files)
-    same = set(a) == set(b) and all((a[k] == b[k]).all() for k in a) and len({(f / "log.csv").read_bytes() for f in files}) == 1
+    same = (
+        set(a) == set(b)
+        and all((a[k] == b[k]).all() for k in a)
+        and len({(f / "log.csv").read_bytes() for f in files}) == 1
+    )
     keep(training={"kills_at_work": KILLS, "starts": starts, "weights_and_log_identical": bool(same)})
     assert same
 
@@ -107,11 +124,25 @@ def test_scan_fitting_survives_twenty_kills(tmp_path):
     whole = content(tmp_path / "whole")
 
     def no_half_file():
-        for name, found in content(tmp_path / "killed").items(): assert whole.get(name, found) == found, f"{name} is half a file"
+        for name, found in content(tmp_path / "killed").items():
+            assert whole.get(name, found) == found, f"{name} is half a file"
 
-    starts = kill_often(lambda: script(FIT, tmp_path / "data", tmp_path / "killed"), .4*seconds, seconds, tmp_path / "killed", no_half_file)
+    starts = kill_often(
+        lambda: script(FIT, tmp_path / "data", tmp_path / "killed"),
+        0.4 * seconds,
+        seconds,
+        tmp_path / "killed",
+        no_half_file,
+    )
     assert script(FIT, tmp_path / "data", tmp_path / "killed").wait() == 0
-    keep(scan_fitting={"kills_at_work": KILLS, "starts": starts, "files": len(whole), "identical": content(tmp_path / "killed") == whole})
+    keep(
+        scan_fitting={
+            "kills_at_work": KILLS,
+            "starts": starts,
+            "files": len(whole),
+            "identical": content(tmp_path / "killed") == whole,
+        }
+    )
     assert content(tmp_path / "killed") == whole
 
 
@@ -120,17 +151,32 @@ def test_a_folder_of_photographs_survives_twenty_kills(tmp_path):
     import numpy as np
     import skimage.data
     from PIL import Image
-    for k in range(100): Image.fromarray(np.roll(skimage.data.astronaut()[:300, 60:400], 3*(k % 12), 1)).save(tmp_path / f"{k:02d}.png")
-    line = [sys.executable, "-c", "from fields.cli import main; main()", "reconstruct", str(tmp_path), "--no-panel", "--out"]
-    start = lambda out: subprocess.Popen([*line, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    for k in range(100):
+        Image.fromarray(np.roll(skimage.data.astronaut()[:300, 60:400], 3 * (k % 12), 1)).save(
+            tmp_path / f"{k:02d}.png"
+        )
+    line = [
+        sys.executable,
+        "-c",
+        "from fields.cli import main; main()",
+        "reconstruct",
+        str(tmp_path),
+        "--no-panel",
+        "--out",
+    ]
+    start = lambda out: subprocess.Popen(
+        [*line, str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     content = lambda folder: {p.name: p.read_bytes() for p in folder.glob("*") if p.suffix in (".obj", ".glb", ".csv")}
     seconds = [whole_run(start(tmp_path / name)) for name in ("cold", "whole")][1]
     whole, killed = content(tmp_path / "whole"), tmp_path / "killed"
 
     def no_half_file():
-        for name, found in content(killed).items(): assert name not in whole or name.endswith(".csv") or found == whole[name], f"{name} is half a file"
+        for name, found in content(killed).items():
+            assert name not in whole or name.endswith(".csv") or found == whole[name], f"{name} is half a file"
 
-    starts = kill_often(lambda: start(killed), .4*seconds, seconds, killed, no_half_file)
+    starts = kill_often(lambda: start(killed), 0.4 * seconds, seconds, killed, no_half_file)
     assert start(killed).wait() == 0
     keep(folder={"kills_at_work": KILLS, "starts": starts, "files": len(whole), "identical": content(killed) == whole})
     assert content(killed) == whole
@@ -142,14 +188,33 @@ def test_a_disk_that_takes_nothing_is_one_sentence(tmp_path, options, words):
     "A full disk and a read-only one: one sentence for a folder of photographs, and nothing that looks whole."
     import skimage.data
     from PIL import Image
+
     disk = tmp_path / "disk"
     disk.mkdir()
-    for k in range(12): Image.fromarray(skimage.data.astronaut()[:300, 60:400]).save(tmp_path / f"{k}.png")
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], capture_output=True).returncode:
+    for k in range(12):
+        Image.fromarray(skimage.data.astronaut()[:300, 60:400]).save(tmp_path / f"{k}.png")
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], capture_output=True).returncode
+    ):
         pytest.skip("a disk can be mounted by root only")
     try:
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", "from fields.cli import main; main()", "reconstruct", str(tmp_path), "--no-panel", "--out", str(disk / "out")], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from fields.cli import main; main()",
+                "reconstruct",
+                str(tmp_path),
+                "--no-panel",
+                "--out",
+                str(disk / "out"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode not in (0, -9) and time.monotonic() - started < 300
         assert one_sentence(done.stderr) or done.stderr.count("\n") <= 14, done.stderr
         assert "Traceback" not in done.stderr and words in done.stderr + done.stdout, done.stderr

@@ -1,4 +1,5 @@
 """The head layer against independent implementations: smplx skinning, landmark loops, numerical gradients, trimesh."""
+
 import dataclasses
 import json
 import math
@@ -11,8 +12,18 @@ import torch
 
 from fields.head.files import parse_official, read_head, toy_arrays
 from fields.head.flame import Head, contour_rows
-from fields.head.geometry import (apply_maps, barycentric_points, chain_transforms, matrix_to_axis_angle, read_mesh, rodrigues, skin, sphere, vertex_normals,
-                                  write_mesh)
+from fields.head.geometry import (
+    apply_maps,
+    barycentric_points,
+    chain_transforms,
+    matrix_to_axis_angle,
+    read_mesh,
+    rodrigues,
+    skin,
+    sphere,
+    vertex_normals,
+    write_mesh,
+)
 from fields.head.landmarks import PARTS, STATIC49, transfer
 from fields.head.pickles import HeadFileError
 from fields.types import HeadParams
@@ -23,17 +34,20 @@ OPEN = ROOT / "fields" / "head" / "open_head.npz"
 
 
 def data(name):
-    if name == "open": return read_head(OPEN)
-    if name == "toy": return parse_official(toy_arrays(np.random.default_rng(1), 1), "0" * 64, "toy")
+    if name == "open":
+        return read_head(OPEN)
+    if name == "toy":
+        return parse_official(toy_arrays(np.random.default_rng(1), 1), "0" * 64, "toy")
     folder = os.environ.get("FIELDS_TEST_DATA")
-    if not folder or not Path(folder, "head").is_dir(): pytest.skip("needs the extra test data (FIELDS_TEST_DATA)")
+    if not folder or not Path(folder, "head").is_dir():
+        pytest.skip("needs the extra test data (FIELDS_TEST_DATA)")
     return read_head(Path(folder, "head", "generic_model.pkl"))
 
 
 def correctives(head, seed=0, millimetres=2.0):
     """The same head with random pose correctives of 2 mm RMS: the size is what one unit of one feature moves a vertex."""
     draw = np.random.default_rng(seed).normal(size=head.posedirs.shape)
-    return dataclasses.replace(head, posedirs=draw / np.sqrt((draw ** 2).sum(1).mean()) * millimetres / 1000)
+    return dataclasses.replace(head, posedirs=draw / np.sqrt((draw**2).sum(1).mean()) * millimetres / 1000)
 
 
 def draw_params(batch, generator, expression=50):
@@ -47,10 +61,18 @@ def smplx_head(head, params, neck, eyes):
     lbs = pytest.importorskip("smplx.lbs").lbs
     t = lambda a: torch.as_tensor(np.ascontiguousarray(a)).double()
     count = params.expression.shape[1]
-    directions = t(np.concatenate([head.shapedirs[..., :300], head.shapedirs[..., 300:300 + count]], -1))
+    directions = t(np.concatenate([head.shapedirs[..., :300], head.shapedirs[..., 300 : 300 + count]], -1))
     pose = torch.cat([params.rotation, neck, params.jaw, eyes], 1)
-    return lbs(torch.cat([params.shape, params.expression], 1), pose, t(head.template).expand(len(pose), -1, -1), directions, t(head.posedirs).reshape(-1, 36).T,
-               t(head.joint_regressor), torch.tensor(head.parents), t(head.weights))
+    return lbs(
+        torch.cat([params.shape, params.expression], 1),
+        pose,
+        t(head.template).expand(len(pose), -1, -1),
+        directions,
+        t(head.posedirs).reshape(-1, 36).T,
+        t(head.joint_regressor),
+        torch.tensor(head.parents),
+        t(head.weights),
+    )
 
 
 def largest_difference(head, layer, sets, batch, seed):
@@ -78,10 +100,18 @@ def test_skinning_against_smplx_1000_sets():
     layer, found = Head(head, torch.float64), {}
     for batch in (1, 65):
         worst, joints, done = largest_difference(head, layer, 1000, batch, batch)
-        found[f"batch {batch}"] = {"sets": done, "largest_vertex_difference_m": worst, "largest_joint_difference_m": joints}
+        found[f"batch {batch}"] = {
+            "sets": done,
+            "largest_vertex_difference_m": worst,
+            "largest_joint_difference_m": joints,
+        }
         assert worst <= 1e-6
-    evidence = {"what": "Head against smplx.lbs.lbs in float64: 300 identity and 50 expression coefficients, neck, jaw, both eyes and root moving, pose correctives replaced by seeded ones of 2 mm RMS",
-                "head": "scan-derived head of the extra test data", "head_sha256": head.sha256, "results": found}
+    evidence = {
+        "what": "Head against smplx.lbs.lbs in float64: 300 identity and 50 expression coefficients, neck, jaw, both eyes and root moving, pose correctives replaced by seeded ones of 2 mm RMS",
+        "head": "scan-derived head of the extra test data",
+        "head_sha256": head.sha256,
+        "results": found,
+    }
     (ROOT / "evidence").mkdir(exist_ok=True)
     (ROOT / "evidence" / "head_against_smplx.json").write_text(json.dumps(evidence, indent=1) + "\n")
 
@@ -89,7 +119,10 @@ def test_skinning_against_smplx_1000_sets():
 def test_float32_is_close_to_float64():
     head = correctives(data("open"))
     params, neck, eyes = draw_params(8, torch.Generator().manual_seed(0))
-    a, b = Head(head, torch.float64)(params, neck, eyes), Head(head)(params.to(torch.float32), neck.float(), eyes.float())
+    a, b = (
+        Head(head, torch.float64)(params, neck, eyes),
+        Head(head)(params.to(torch.float32), neck.float(), eyes.float()),
+    )
     assert (a.vertices - b.vertices).abs().max() < 2e-6
 
 
@@ -103,11 +136,14 @@ def test_eyelids_before_and_posed():
     params.eyelids = torch.rand(3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     moved = torch.einsum("bk,kvc->bvc", params.eyelids, head.eyelids)
     assert torch.allclose(head(params, neck, eyes, eyelids="posed").vertices, without + moved, atol=1e-12)
-    before = head(params, neck, eyes).vertices - without            # turned by the head: the same lengths where one joint rules
+    before = head(params, neck, eyes).vertices - without  # turned by the head: the same lengths where one joint rules
     world = rodrigues(params.rotation) @ rodrigues(neck)
     rigid = (head.weights[:, 1] > 0.999) & (moved[0].norm(dim=-1) > 1e-4)
-    assert rigid.sum() > 20 and torch.allclose(before[:, rigid], torch.einsum("bij,bvj->bvi", world, moved)[:, rigid], atol=2e-5)
-    with pytest.raises(ValueError, match="before"): head(params, eyelids="after")
+    assert rigid.sum() > 20 and torch.allclose(
+        before[:, rigid], torch.einsum("bij,bvj->bvi", world, moved)[:, rigid], atol=2e-5
+    )
+    with pytest.raises(ValueError, match="before"):
+        head(params, eyelids="after")
 
 
 def test_posed_joints_and_lids():
@@ -117,8 +153,16 @@ def test_posed_joints_and_lids():
     joints = head(params, neck, eyes).joints
     params.eyelids = params.eyelids + 1
     assert torch.equal(head(params, neck, eyes).joints, joints)
-    regressed = head.joint_regressor @ (head.template + torch.einsum("bk,vck->bvc", params.shape, head.shapedirs) + torch.einsum("bk,vck->bvc", params.expression, head.exprdirs[..., :50]))
-    maps, posed = chain_transforms(rodrigues(torch.stack([params.rotation, neck, params.jaw, eyes[:, :3], eyes[:, 3:]], 1)), regressed, head.parents)
+    regressed = head.joint_regressor @ (
+        head.template
+        + torch.einsum("bk,vck->bvc", params.shape, head.shapedirs)
+        + torch.einsum("bk,vck->bvc", params.expression, head.exprdirs[..., :50])
+    )
+    maps, posed = chain_transforms(
+        rodrigues(torch.stack([params.rotation, neck, params.jaw, eyes[:, :3], eyes[:, 3:]], 1)),
+        regressed,
+        head.parents,
+    )
     assert torch.allclose(posed, joints, atol=1e-12)
 
 
@@ -132,14 +176,16 @@ def test_padding_and_too_many():
     for field, width in (("shape", 301), ("expression", 101)):
         wrong = params.to(torch.float64)
         setattr(wrong, field, torch.zeros(2, width, dtype=torch.float64))
-        with pytest.raises(ValueError, match="coefficients must be"): head(wrong)
+        with pytest.raises(ValueError, match="coefficients must be"):
+            head(wrong)
 
 
 def test_mixed_precision_keeps_the_layers_precision():
     head = Head(data("open"))
     params, neck, eyes = draw_params(2, torch.Generator().manual_seed(0))
     plain = head(params.to(torch.float32), neck.float(), eyes.float()).vertices
-    with torch.autocast("cpu", dtype=torch.bfloat16): under = head(params.to(torch.float32), neck.float(), eyes.float()).vertices
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = head(params.to(torch.float32), neck.float(), eyes.float()).vertices
     assert under.dtype == torch.float32 and torch.equal(under, plain)
 
 
@@ -155,7 +201,10 @@ def test_gradients_of_the_layer():
     head = Head(correctives(data("toy")), torch.float64)
     generator = torch.Generator().manual_seed(0)
     params, neck, eyes = draw_params(2, generator, 10)
-    inputs = [t.clone().requires_grad_() for t in (params.shape[:, :3], params.expression[:, :3], params.jaw, params.rotation, neck, eyes)]
+    inputs = [
+        t.clone().requires_grad_()
+        for t in (params.shape[:, :3], params.expression[:, :3], params.jaw, params.rotation, neck, eyes)
+    ]
 
     def run(shape, expression, jaw, rotation, neck, eyes):
         output = head(HeadParams(shape, expression, params.eyelids, jaw, rotation, params.camera), neck, eyes)
@@ -167,15 +216,25 @@ def test_gradients_of_the_layer():
 def test_gradients_at_rest():
     """All zero: the place where axis-angle formulas divide by zero."""
     head = Head(correctives(data("toy")), torch.float64)
-    zeros = [torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)] + [torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)]
+    zeros = [torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)] + [
+        torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
+    ]
     rest = HeadParams.neutral(dtype=torch.float64)
-    run = lambda jaw, rotation, neck, eyes: head(HeadParams(rest.shape, rest.expression, rest.eyelids, jaw, rotation, rest.camera), neck, eyes).vertices
+    run = lambda jaw, rotation, neck, eyes: (
+        head(HeadParams(rest.shape, rest.expression, rest.eyelids, jaw, rotation, rest.camera), neck, eyes).vertices
+    )
     assert torch.autograd.gradcheck(run, zeros, eps=1e-6, atol=1e-7)
 
 
 def test_gradients_of_rotations():
     generator = torch.Generator().manual_seed(0)
-    angles = torch.cat([torch.randn(6, 3, generator=generator).double(), torch.randn(4, 3, generator=generator).double() * 1e-3, torch.zeros(1, 3).double()]).requires_grad_()
+    angles = torch.cat(
+        [
+            torch.randn(6, 3, generator=generator).double(),
+            torch.randn(4, 3, generator=generator).double() * 1e-3,
+            torch.zeros(1, 3).double(),
+        ]
+    ).requires_grad_()
     assert torch.autograd.gradcheck(rodrigues, angles, eps=1e-6, atol=1e-8)
     assert torch.autograd.gradgradcheck(rodrigues, angles, eps=1e-6, atol=1e-6)
     assert torch.autograd.gradcheck(lambda a: matrix_to_axis_angle(rodrigues(a)), angles, eps=1e-6, atol=1e-7)
@@ -184,15 +243,21 @@ def test_gradients_of_rotations():
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-15), (torch.float32, 3e-7)])
 def test_rodrigues_against_scipy(dtype, bound):
     from scipy.spatial.transform import Rotation
+
     rng = np.random.default_rng(0)
     axes = rng.normal(size=(400, 3))
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
-    vectors = torch.from_numpy(axes * np.r_[np.logspace(-12, math.log10(3 * math.pi), 395), 0, 1e-300, math.pi, 2 * math.pi, math.pi / 2][:, None]).to(dtype)
+    vectors = torch.from_numpy(
+        axes
+        * np.r_[np.logspace(-12, math.log10(3 * math.pi), 395), 0, 1e-300, math.pi, 2 * math.pi, math.pi / 2][:, None]
+    ).to(dtype)
     expected = Rotation.from_rotvec(vectors.double().numpy()).as_matrix()
     assert np.abs(rodrigues(vectors).double().numpy() - expected).max() < bound * 4
     if dtype == torch.float64:
         back = matrix_to_axis_angle(rodrigues(vectors))
-        assert (rodrigues(back) - rodrigues(vectors)).abs().max() < 1e-14 and (back.norm(dim=1) <= math.pi + 1e-12).all()
+        assert (rodrigues(back) - rodrigues(vectors)).abs().max() < 1e-14 and (
+            back.norm(dim=1) <= math.pi + 1e-12
+        ).all()
 
 
 # --- the two ways to skin
@@ -204,14 +269,28 @@ def test_loops_and_tensors_agree(dtype, batch):
     generator = torch.Generator().manual_seed(0)
     r = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     for vertices in (1, 31, 32, 33, 200):
-        points, maps, weights = r(batch, vertices, 3), r(batch, 5, 3, 4), (torch.rand(vertices, 5, generator=generator) ** 6).to(dtype)
+        points, maps, weights = (
+            r(batch, vertices, 3),
+            r(batch, 5, 3, 4),
+            (torch.rand(vertices, 5, generator=generator) ** 6).to(dtype),
+        )
         weights[weights < 0.1] = 0
         fast, plain = apply_maps(points, weights, maps), apply_maps(points, weights, maps, plain=True)
         scale = 1e-12 if dtype == torch.float64 else 2e-5
         assert (fast - plain).abs().max() < scale
-        for a, b in zip(torch.autograd.grad(fast.square().sum(), (points, maps)), torch.autograd.grad(plain.square().sum(), (points, maps))):
+        for a, b in zip(
+            torch.autograd.grad(fast.square().sum(), (points, maps)),
+            torch.autograd.grad(plain.square().sum(), (points, maps)),
+        ):
             assert (a - b).abs().max() <= scale * max(1, float(b.abs().max()))
-    assert torch.autograd.gradcheck(lambda p, m: apply_maps(p, weights.double(), m), (points.detach().double()[:1, :5].requires_grad_(), maps.detach().double()[:1].requires_grad_())) if vertices < 6 else True
+    assert (
+        torch.autograd.gradcheck(
+            lambda p, m: apply_maps(p, weights.double(), m),
+            (points.detach().double()[:1, :5].requires_grad_(), maps.detach().double()[:1].requires_grad_()),
+        )
+        if vertices < 6
+        else True
+    )
 
 
 def test_threads_change_no_bit():
@@ -226,14 +305,17 @@ def test_threads_change_no_bit():
         found.append([out, *torch.autograd.grad(out.sin().sum(), (unposed, maps))])
     torch.set_num_threads(1)
     for other in found[1:]:
-        for a, b in zip(found[0], other): assert torch.equal(a, b)
+        for a, b in zip(found[0], other):
+            assert torch.equal(a, b)
 
 
 def test_functional_transforms():
     """Jacobians by forward mode, and vmap, fall back to tensors and agree with backward mode."""
     head = Head(data("toy"), torch.float64)
     rest = HeadParams.neutral(dtype=torch.float64)
-    run = lambda jaw: head(HeadParams(rest.shape, rest.expression, rest.eyelids, jaw, rest.rotation, rest.camera)).vertices
+    run = lambda jaw: (
+        head(HeadParams(rest.shape, rest.expression, rest.eyelids, jaw, rest.rotation, rest.camera)).vertices
+    )
     jaw = torch.tensor([[0.2, 0.1, -0.1]], dtype=torch.float64)
     backward = torch.autograd.functional.jacobian(run, jaw)
     assert torch.allclose(torch.func.jacfwd(run)(jaw), backward, atol=1e-12)
@@ -244,12 +326,17 @@ def test_functional_transforms():
 
 def test_skin_keeps_a_rigid_motion_rigid():
     generator = torch.Generator().manual_seed(0)
-    points, joints = torch.randn(2, 50, 3, generator=generator).double(), torch.randn(2, 5, 3, generator=generator).double()
+    points, joints = (
+        torch.randn(2, 50, 3, generator=generator).double(),
+        torch.randn(2, 5, 3, generator=generator).double(),
+    )
     weights = torch.rand(50, 5, generator=generator).double().softmax(1)
     rotations = torch.eye(3).double().repeat(2, 5, 1, 1)
     rotations[:, 0] = rodrigues(torch.randn(2, 3, generator=generator).double())
     posed, moved = skin(points, joints, weights, None, rotations, [-1, 0, 1, 1, 1])
-    assert torch.allclose(torch.nn.functional.pdist(posed[1]), torch.nn.functional.pdist(points[1]), atol=1e-10) and torch.allclose(moved[:, 0], joints[:, 0])
+    assert torch.allclose(
+        torch.nn.functional.pdist(posed[1]), torch.nn.functional.pdist(points[1]), atol=1e-10
+    ) and torch.allclose(moved[:, 0], joints[:, 0])
 
 
 # --- landmarks
@@ -259,7 +346,8 @@ def loop_landmarks(vertices, faces, face_index, barycentric):
     points = np.zeros((len(vertices), len(face_index[0]), 3))
     for b in range(len(vertices)):
         for k in range(len(face_index[b])):
-            for corner in range(3): points[b, k] += barycentric[b][k][corner] * vertices[b][faces[face_index[b][k]][corner]]
+            for corner in range(3):
+                points[b, k] += barycentric[b][k][corner] * vertices[b][faces[face_index[b][k]][corner]]
     return points
 
 
@@ -271,11 +359,12 @@ def test_landmarks_against_a_loop(name):
     output = head(params, neck, eyes)
     vertices = output.vertices.numpy()
     for which, e in raw.embeddings.items():
-        if which == "contour17": continue
+        if which == "contour17":
+            continue
         expected = loop_landmarks(vertices, raw.faces, [e.face_index] * 7, [e.barycentric] * 7)
         assert np.abs(head.landmarks(output, which).numpy() - expected).max() < 1e-12, which
     e, rows = raw.embeddings["contour17"], []
-    for b in range(7):                                            # the rule, spelled out
+    for b in range(7):  # the rule, spelled out
         turn = rodrigues(params.rotation[b]).numpy() @ rodrigues(neck[b]).numpy()
         degrees = int(np.round(math.degrees(math.atan2(-turn[2, 0], math.hypot(turn[0, 0], turn[1, 0])))))
         rows.append(min(degrees, 39) if degrees >= 0 else 39 - degrees if degrees >= -39 else 78)
@@ -298,8 +387,10 @@ def test_contour_follows_the_visible_outline():
     """Turning the nose to +x hides the subject's left cheek: its contour points move in, the others stay."""
     head = Head(data("open"))
     rest = head(HeadParams.neutral())
-    at = lambda degrees: head.landmarks(dataclasses.replace(rest, rotation=rodrigues(torch.tensor([[0.0, math.radians(degrees), 0.0]]))), "contour17")[0]
-    moved = (at(35.0) - at(0.0)).norm(dim=-1)                       # on the head that looks ahead
+    at = lambda degrees: head.landmarks(
+        dataclasses.replace(rest, rotation=rodrigues(torch.tensor([[0.0, math.radians(degrees), 0.0]]))), "contour17"
+    )[0]
+    moved = (at(35.0) - at(0.0)).norm(dim=-1)  # on the head that looks ahead
     assert moved[9:].max() > 0.01 and moved[:8].max() < 1e-6
     moved = (at(-35.0) - at(0.0)).norm(dim=-1)
     assert moved[:8].max() > 0.01 and moved[9:].max() < 1e-6
@@ -317,12 +408,20 @@ def test_gradients_of_landmarks():
 def test_missing_things_say_what_to_do():
     head = Head(data("toy"))
     output = head(HeadParams.neutral())
-    for which, file in (("fan68", "landmark_embedding.npy"), ("mediapipe105", "mediapipe_landmark_embedding.npz"), ("points203", "203_landmark_embedding.npz"), ("bp4d83", "bp4d83")):
-        with pytest.raises(HeadFileError, match=file): head.landmarks(output, which)
-    with pytest.raises(HeadFileError, match="FLAME_masks"): head.mask_faces("face")
+    for which, file in (
+        ("fan68", "landmark_embedding.npy"),
+        ("mediapipe105", "mediapipe_landmark_embedding.npz"),
+        ("points203", "203_landmark_embedding.npz"),
+        ("bp4d83", "bp4d83"),
+    ):
+        with pytest.raises(HeadFileError, match=file):
+            head.landmarks(output, which)
+    with pytest.raises(HeadFileError, match="FLAME_masks"):
+        head.mask_faces("face")
     closed = HeadParams.neutral()
     closed.eyelids[:] = 1
-    with pytest.raises(HeadFileError, match="eyelid"): head(closed)
+    with pytest.raises(HeadFileError, match="eyelid"):
+        head(closed)
 
 
 def test_masks():
@@ -332,7 +431,9 @@ def test_masks():
         inside = set(raw.masks[name].tolist())
         expected = [f for f in raw.faces.tolist() if all(c in inside for c in f)]
         assert head.mask_faces(name).tolist() == expected
-        assert head.mask_faces(name, any_corner=True).tolist() == [f for f in raw.faces.tolist() if any(c in inside for c in f)]
+        assert head.mask_faces(name, any_corner=True).tolist() == [
+            f for f in raw.faces.tolist() if any(c in inside for c in f)
+        ]
 
 
 def test_transfer_to_a_head_of_another_mesh():
@@ -340,15 +441,20 @@ def test_transfer_to_a_head_of_another_mesh():
     raw, source = data("scan"), data("open")
     bare = dataclasses.replace(raw, embeddings={}, masks={}, eyelids=None)
     full = transfer(bare, source)
-    place = lambda h, n: (h.template[h.faces[h.embeddings[n].face_index]] * h.embeddings[n].barycentric[..., None]).sum(-2)
+    place = lambda h, n: (h.template[h.faces[h.embeddings[n].face_index]] * h.embeddings[n].barycentric[..., None]).sum(
+        -2
+    )
     error = np.linalg.norm(place(full, "static51") - place(raw, "static51"), axis=-1) * 1000
     assert np.median(error) < 2 and error.max() < 8, error
-    for side in ("left_eyeball", "right_eyeball"): assert set(full.masks[side]) == set(raw.masks[side])
+    for side in ("left_eyeball", "right_eyeball"):
+        assert set(full.masks[side]) == set(raw.masks[side])
     both = lambda n: len(np.intersect1d(full.masks[n], raw.masks[n])) / len(np.union1d(full.masks[n], raw.masks[n]))
     assert both("face") > 0.7 and both("nose") > 0.7
-    for side in range(2): assert np.corrcoef(full.eyelids[side].ravel(), raw.eyelids[side].ravel())[0, 1] > 0.6
+    for side in range(2):
+        assert np.corrcoef(full.eyelids[side].ravel(), raw.eyelids[side].ravel())[0, 1] > 0.6
     output = Head(full)(HeadParams.neutral())
-    for name in PARTS: assert torch.isfinite(Head(full).landmarks(output, name)).all()
+    for name in PARTS:
+        assert torch.isfinite(Head(full).landmarks(output, name)).all()
 
 
 def test_real_components():
@@ -366,9 +472,12 @@ def test_normals_against_trimesh():
     mesh = trimesh.Trimesh(head.template.numpy(), head.faces.numpy(), process=False)
     corners = head.template[head.faces].numpy()
     expected = np.zeros((len(head.template), 3))
-    for f, n, area in zip(mesh.faces, mesh.face_normals, mesh.area_faces): expected[f] += n * area
+    for f, n, area in zip(mesh.faces, mesh.face_normals, mesh.area_faces):
+        expected[f] += n * area
     expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-30)
-    assert np.abs(vertex_normals(head.template[None], head.faces)[0].numpy() - expected).max() < 1e-6 and len(corners) == len(mesh.faces)
+    assert np.abs(vertex_normals(head.template[None], head.faces)[0].numpy() - expected).max() < 1e-6 and len(
+        corners
+    ) == len(mesh.faces)
 
 
 def test_normals_of_empty_triangles_are_finite():
@@ -395,35 +504,54 @@ def test_meshes_come_back_equal(tmp_path, ending, colored):
     colors = np.random.default_rng(0).integers(0, 256, (len(vertices), 3)).astype(np.uint8) if colored else None
     path = write_mesh(tmp_path / f"head.{ending}", vertices, head.faces, colors)
     mesh = trimesh.load(path, force="mesh", process=False)
-    assert np.array_equal(np.asarray(mesh.vertices, np.float32), vertices.numpy()) and np.array_equal(mesh.faces, head.faces.numpy())
-    if colored: assert np.array_equal(mesh.visual.vertex_colors[:, :3], colors)
+    assert np.array_equal(np.asarray(mesh.vertices, np.float32), vertices.numpy()) and np.array_equal(
+        mesh.faces, head.faces.numpy()
+    )
+    if colored:
+        assert np.array_equal(mesh.visual.vertex_colors[:, :3], colors)
     ours = read_mesh(path)
-    assert np.array_equal(ours.vertices.astype(np.float32), vertices.numpy()) and np.array_equal(ours.faces, head.faces.numpy())
+    assert np.array_equal(ours.vertices.astype(np.float32), vertices.numpy()) and np.array_equal(
+        ours.faces, head.faces.numpy()
+    )
     assert (ours.colors is None) == (not colored) and (not colored or np.array_equal(ours.colors, colors))
-    if ending == "glb":                                            # the normals, straight from the file
+    if ending == "glb":  # the normals, straight from the file
         blob, length = path.read_bytes(), int.from_bytes(path.read_bytes()[12:16], "little")
-        scene, body = json.loads(blob[20:20 + length]), blob[28 + length:]
+        scene, body = json.loads(blob[20 : 20 + length]), blob[28 + length :]
         view = scene["bufferViews"][scene["meshes"][0]["primitives"][0]["attributes"]["NORMAL"]]
-        normals = np.frombuffer(body[view["byteOffset"]:view["byteOffset"] + view["byteLength"]], np.float32).reshape(-1, 3)
-        assert np.array_equal(normals, vertex_normals(vertices[None], head.faces)[0].numpy()) and len(blob) == int.from_bytes(blob[8:12], "little")
+        normals = np.frombuffer(body[view["byteOffset"] : view["byteOffset"] + view["byteLength"]], np.float32).reshape(
+            -1, 3
+        )
+        assert np.array_equal(normals, vertex_normals(vertices[None], head.faces)[0].numpy()) and len(
+            blob
+        ) == int.from_bytes(blob[8:12], "little")
 
 
 def test_bad_meshes_are_refused(tmp_path):
     vertices, faces = sphere(1)
-    for bad, match in ((dict(vertices=vertices[None]), "one head"), (dict(faces=faces[:, :2]), r"\(F,3\)"), (dict(colors=np.zeros((3, 3))), "one colour"), (dict(vertices=vertices * np.nan), "finite")):
-        with pytest.raises(ValueError, match=match): write_mesh(tmp_path / "a.obj", **{"vertices": vertices, "faces": faces, **bad})
+    for bad, match in (
+        (dict(vertices=vertices[None]), "one head"),
+        (dict(faces=faces[:, :2]), r"\(F,3\)"),
+        (dict(colors=np.zeros((3, 3))), "one colour"),
+        (dict(vertices=vertices * np.nan), "finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            write_mesh(tmp_path / "a.obj", **{"vertices": vertices, "faces": faces, **bad})
     for name, content in (("a.ply", b"ply\nnonsense"), ("b.glb", b"glTF"), ("c.obj", b"v 0 0 0\n"), ("d.obj", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=name): read_mesh(tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            read_mesh(tmp_path / name)
 
 
 def test_open_head_is_packaged():
     head = Head.load("open")
     import hashlib
+
     assert head.sha256 == hashlib.sha256(OPEN.read_bytes()).hexdigest() and OPEN.stat().st_size < 12e6
     assert set(head.embeddings) == {"static51", "contour17", "full68", "mediapipe105", "points203", "bp4d83"}
     assert head.has_eyelids and {"face", "lips", "nose", "left_eyeball", "right_eyeball", "neck"} <= set(head.masks)
-    assert {"front", "left", "right"} == set(head.embeddings["points203"].groups) and len(head.embeddings["mediapipe105"].indices) == 105
+    assert {"front", "left", "right"} == set(head.embeddings["points203"].groups) and len(
+        head.embeddings["mediapipe105"].indices
+    ) == 105
 
 
 # --- the view
@@ -433,6 +561,7 @@ def test_view_follows_its_sliders():
     pytest.importorskip("ipywidgets")
     pytest.importorskip("plotly")
     from fields.head.view import mesh_figure, slider_ranges, slider_vertices, vertex_colors, view
+
     head = Head(data("open"))
     shown = view(head, identities=2, expressions=2)
     sliders = {w.description: w for w in shown.children[1].children[1:]}
@@ -442,13 +571,20 @@ def test_view_follows_its_sliders():
         assert np.abs(slider_vertices(head, {name: high}) - still).max() > 1e-4, name
     sliders["jaw opens"].value = 0.3
     canvas = shown.children[0]
-    mesh = canvas.data[0] if hasattr(canvas, "data") else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
-    if hasattr(canvas, "data"): assert np.allclose(mesh.y, slider_vertices(head, {"jaw opens": 0.3})[:, 1])
-    else: assert len(mesh["vertexcolor"]) == len(still)
+    mesh = (
+        canvas.data[0]
+        if hasattr(canvas, "data")
+        else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
+    )
+    if hasattr(canvas, "data"):
+        assert np.allclose(mesh.y, slider_vertices(head, {"jaw opens": 0.3})[:, 1])
+    else:
+        assert len(mesh["vertexcolor"]) == len(still)
     shown.children[1].children[0].click()
     assert all(s.value == 0 for s in sliders.values())
     assert len(mesh_figure(still, head.faces).data[0].i) == len(head.faces)
-    with pytest.raises(ValueError, match="texture coordinates"): vertex_colors(Head(data("toy")), np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match="texture coordinates"):
+        vertex_colors(Head(data("toy")), np.zeros((4, 4, 3)))
 
 
 # --- the interactive view
@@ -458,26 +594,42 @@ def test_view_follows_its_sliders():
 def test_view_draws_what_its_sliders_say(monkeypatch, in_place):
     """Without a browser: the mesh of the figure is the head that the sliders describe, with anywidget and without."""
     import importlib.util
+
     pytest.importorskip("ipywidgets"), pytest.importorskip("plotly")
-    if in_place: pytest.importorskip("anywidget")
+    if in_place:
+        pytest.importorskip("anywidget")
     from fields.head.view import slider_vertices, view
+
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "anywidget" and not in_place else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "anywidget" and not in_place else find(name, *a)
+    )
     head = Head.load("open")
     shown = view(head, identities=2, expressions=2)
     canvas, column = shown.children
     sliders = {w.description: w for w in column.children[1:]}
+
     def drawn():
-        mesh = canvas.data[0] if in_place else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
+        mesh = (
+            canvas.data[0]
+            if in_place
+            else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
+        )
         values = [mesh[axis] for axis in "xyz"]
-        if not in_place and isinstance(values[0], dict):                     # plotly writes arrays as base64
+        if not in_place and isinstance(values[0], dict):  # plotly writes arrays as base64
             import base64
+
             values = [np.frombuffer(base64.b64decode(v["bdata"]), v["dtype"]) for v in values]
         return np.stack([np.asarray(v, np.float64) for v in values], 1)
+
     assert np.abs(drawn() - head.template.numpy()).max() < 1e-5
     wanted = {"jaw opens": 0.3, "identity 2": 1.5, "left lid": 1.0, "gaze up": 0.2}
-    for name, value in wanted.items(): sliders[name].value = value
-    assert np.abs(drawn() - slider_vertices(head, {name: s.value for name, s in sliders.items()})).max() < 1e-5 and np.abs(drawn() - head.template.numpy()).max() > 0.01
+    for name, value in wanted.items():
+        sliders[name].value = value
+    assert (
+        np.abs(drawn() - slider_vertices(head, {name: s.value for name, s in sliders.items()})).max() < 1e-5
+        and np.abs(drawn() - head.template.numpy()).max() > 0.01
+    )
     column.children[0].click()
     assert np.abs(drawn() - head.template.numpy()).max() < 1e-5
 
@@ -485,6 +637,9 @@ def test_view_draws_what_its_sliders_say(monkeypatch, in_place):
 def test_view_names_what_it_misses(monkeypatch):
     import importlib.util
     from fields.head.view import mesh_figure, view
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(ImportError, match="needs ipywidgets and plotly"): view()
-    with pytest.raises(ImportError, match="needs plotly, not installed here; pip install plotly$"): mesh_figure(np.zeros((3, 3)), np.zeros((1, 3), int))
+    with pytest.raises(ImportError, match="needs ipywidgets and plotly"):
+        view()
+    with pytest.raises(ImportError, match="needs plotly, not installed here; pip install plotly$"):
+        mesh_figure(np.zeros((3, 3)), np.zeros((1, 3), int))

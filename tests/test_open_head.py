@@ -1,4 +1,5 @@
 """The open head: its asset, its health, its speed, and whether a detector takes it for a face."""
+
 import json
 import os
 import time
@@ -13,7 +14,16 @@ from fields.head.basis import make_head, sample_expression, sample_identity
 from fields.head.embeddings import MIRROR68, fit_view
 from fields.head.flame import Head
 from fields.head.geometry import rodrigues, skin
-from fields.head.health import MEASURES, inverted, jaw_correlation, lid_clearance, lid_gap, lip_gap, measure, turned_over
+from fields.head.health import (
+    MEASURES,
+    inverted,
+    jaw_correlation,
+    lid_clearance,
+    lid_gap,
+    lip_gap,
+    measure,
+    turned_over,
+)
 from fields.head.measures import MEDIAPIPE
 from fields.head.sculpt import load_sculpt, make_sculpt
 
@@ -41,7 +51,14 @@ def posed(sculpt, unposed, jaw=0.0, lids=(0, 0), gaze=(0, 0), rotation=None):
     if rotation is not None:
         rotations[:, 0] = t(rotation)
     v = unposed + np.tensordot(np.asarray(lids, float), sculpt.eyelids, 1)
-    return skin(t(v)[None], t(sculpt.joint_regressor @ unposed)[None], t(sculpt.weights), t(sculpt.posedirs), rotations, sculpt.parents)[0][0].numpy()
+    return skin(
+        t(v)[None],
+        t(sculpt.joint_regressor @ unposed)[None],
+        t(sculpt.weights),
+        t(sculpt.posedirs),
+        rotations,
+        sculpt.parents,
+    )[0][0].numpy()
 
 
 def cpu_milliseconds(work, count):
@@ -55,7 +72,11 @@ def cpu_milliseconds(work, count):
 def test_asset(head):
     with np.load(ASSET, allow_pickle=False) as z:
         assert ASSET.stat().st_size <= 12e6
-        assert z["shapedirs"].shape[1:] == (3, 400) and z["posedirs"].shape[1:] == (3, 36) and z["shapedirs"].dtype == np.int16
+        assert (
+            z["shapedirs"].shape[1:] == (3, 400)
+            and z["posedirs"].shape[1:] == (3, 36)
+            and z["shapedirs"].dtype == np.int16
+        )
         assert z["shape_components"] >= 60 and z["expression_components"] >= 50
         assert z["shape_rms_mm"].min() >= 0.05 and z["expression_rms_mm"].min() >= 0.05
         identities, expressions = int(z["shape_components"]), int(z["expression_components"])
@@ -71,7 +92,12 @@ def test_asset(head):
 def test_asset_is_the_sculpts_head(sculpt, head):
     assert np.abs(sculpt.template - head.template.numpy()).max() < 1e-7
     assert np.array_equal(sculpt.faces, head.faces.numpy())
-    for mine, packed in ((sculpt.weights, head.weights), (sculpt.joint_regressor, head.joint_regressor), (sculpt.eyelids, head.eyelids), (sculpt.posedirs, head.posedirs)):
+    for mine, packed in (
+        (sculpt.weights, head.weights),
+        (sculpt.joint_regressor, head.joint_regressor),
+        (sculpt.eyelids, head.eyelids),
+        (sculpt.posedirs, head.posedirs),
+    ):
         assert np.abs(np.asarray(mine) - packed.numpy()).max() < 1e-6
     assert sculpt.joint_regressor.min() >= 0 and sculpt.weights.min() >= 0
     assert np.allclose(sculpt.weights.sum(1), 1, atol=1e-6)
@@ -79,7 +105,10 @@ def test_asset_is_the_sculpts_head(sculpt, head):
 
 def test_sculpt_is_reproducible(sculpt):
     rng = np.random.default_rng(0)
-    controls, actions = rng.normal(size=(3, len(sculpt.identity_names))), sample_expression(rng, 3, sculpt.expression_names)
+    controls, actions = (
+        rng.normal(size=(3, len(sculpt.identity_names))),
+        sample_expression(rng, 3, sculpt.expression_names),
+    )
     both = sculpt.expression(sculpt.identity(controls), actions)
     one = np.concatenate([sculpt.expression(sculpt.identity(controls[k]), actions[k]) for k in range(3)])
     assert np.abs(both - one).max() < 1e-6  # batches change nothing
@@ -100,8 +129,15 @@ def turned_shares(sculpt, head, count, seed=1):
     identities, expressions = head.real_components
     directions = torch.cat([head.shapedirs[..., :identities], head.exprdirs[..., :expressions]], -1).numpy()
     width = identities + expressions
-    rows = np.concatenate([np.clip(np.random.default_rng(seed).normal(size=(count, width)), -2, 2), 2 * np.eye(width), -2 * np.eye(width)])
-    return np.concatenate([turned_over(neutral + np.einsum("bk,vck->bvc", part, directions, optimize=True), neutral, sculpt.faces) for part in np.array_split(rows, len(rows) // 20)])
+    rows = np.concatenate(
+        [np.clip(np.random.default_rng(seed).normal(size=(count, width)), -2, 2), 2 * np.eye(width), -2 * np.eye(width)]
+    )
+    return np.concatenate(
+        [
+            turned_over(neutral + np.einsum("bk,vck->bvc", part, directions, optimize=True), neutral, sculpt.faces)
+            for part in np.array_split(rows, len(rows) // 20)
+        ]
+    )
 
 
 def test_triangles(sculpt, head):
@@ -119,14 +155,18 @@ def mouth_and_lids(sculpt, people, few):
     """What closes and what opens, millimetres: the worst of all people."""
     template, draw = sculpt.structure, lambda **pose: np.stack([posed(sculpt, p, **pose) for p in people[:few]])
     blink = {share: draw(lids=(share, share)) for share in (1.0, 0.5, 0.25)}
-    return {"widest_gap_of_closed_lips": float(lip_gap(people, template).max()),
-            "least_opening_of_the_lips_at_jaw_0.3": float(lip_gap(draw(jaw=0.3), template)[:, 0].min()),
-            "widest_gap_of_closed_lids": float(lid_gap(blink[1.0], template).max()),
-            "least_clearance_of_lids_over_eyeballs": float(min(lid_clearance(v, template).min() for v in blink.values()))}
+    return {
+        "widest_gap_of_closed_lips": float(lip_gap(people, template).max()),
+        "least_opening_of_the_lips_at_jaw_0.3": float(lip_gap(draw(jaw=0.3), template)[:, 0].min()),
+        "widest_gap_of_closed_lids": float(lid_gap(blink[1.0], template).max()),
+        "least_clearance_of_lids_over_eyeballs": float(min(lid_clearance(v, template).min() for v in blink.values())),
+    }
 
 
 def test_mouth_and_lids(sculpt):
-    found = mouth_and_lids(sculpt, sculpt.identity(sample_identity(np.random.default_rng(2), 60, sculpt.identity_names)).astype(float), 30)
+    found = mouth_and_lids(
+        sculpt, sculpt.identity(sample_identity(np.random.default_rng(2), 60, sculpt.identity_names)).astype(float), 30
+    )
     assert found["widest_gap_of_closed_lips"] < 0.5 and found["least_opening_of_the_lips_at_jaw_0.3"] >= 20
     assert found["widest_gap_of_closed_lids"] < 1 and found["least_clearance_of_lids_over_eyeballs"] > 0
 
@@ -142,7 +182,13 @@ def eyeball_pixels(sculpt, people, yaws=(0.0, 0.5)):
             turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
             for share in seen:
                 v = torch.as_tensor(posed(sculpt, person, lids=(share, share)) @ turn.T)[None]
-                index = rasterize(project(v, torch.tensor([[9.0, 0, -0.02]], dtype=v.dtype)), torch.as_tensor(sculpt.faces), 384).face_index[0].numpy()
+                index = (
+                    rasterize(
+                        project(v, torch.tensor([[9.0, 0, -0.02]], dtype=v.dtype)), torch.as_tensor(sculpt.faces), 384
+                    )
+                    .face_index[0]
+                    .numpy()
+                )
                 seen[share] += int(ball[index[index >= 0]].sum())
     return seen[1], seen[0]
 
@@ -162,7 +208,9 @@ def test_jaw_and_expression_are_apart(sculpt, head):
     assert correlations_with_jaw(sculpt, head).max() < 0.05
 
 
-WIDEST_MEAN = {"nose width al-al": 44}  # mm, men of the widest-nosed populations; the other figures are of North American adults
+WIDEST_MEAN = {
+    "nose width al-al": 44
+}  # mm, men of the widest-nosed populations; the other figures are of North American adults
 
 
 def sizes_of(sculpt, count=1000):
@@ -181,23 +229,52 @@ def test_sizes_are_those_of_people(sculpt):
 def test_health_in_figures(sculpt, head):
     """The same measures on more people, kept as evidence."""
     people = sculpt.identity(sample_identity(np.random.default_rng(6), 1000, sculpt.identity_names)).astype(float)
-    turned, (closed, opened), sizes = turned_shares(sculpt, head, 400, 7), eyeball_pixels(sculpt, people[:40]), sizes_of(sculpt)
+    turned, (closed, opened), sizes = (
+        turned_shares(sculpt, head, 400, 7),
+        eyeball_pixels(sculpt, people[:40]),
+        sizes_of(sculpt),
+    )
     with np.load(ASSET, allow_pickle=False) as z:
-        spectrum = {"identity": z["shape_rms_mm"].round(3).tolist(), "expression": z["expression_rms_mm"].round(3).tolist()}
+        spectrum = {
+            "identity": z["shape_rms_mm"].round(3).tolist(),
+            "expression": z["expression_rms_mm"].round(3).tolist(),
+        }
     found = {
-        "triangles": {"inverted_in_neutral": int(inverted(sculpt.template.astype(float), sculpt.faces).sum()), "faces": len(turned), "mean_share_turned": float(turned.mean()), "largest_share_turned": float(turned.max())},
+        "triangles": {
+            "inverted_in_neutral": int(inverted(sculpt.template.astype(float), sculpt.faces).sum()),
+            "faces": len(turned),
+            "mean_share_turned": float(turned.mean()),
+            "largest_share_turned": float(turned.max()),
+        },
         "mouth_and_lids_mm": mouth_and_lids(sculpt, people, 200) | {"people": 1000, "people_posed": 200},
         "eyeball_pixels": {"heads": 40, "lids_closed": closed, "lids_open": opened},
         "largest_correlation_with_jaw": float(correlations_with_jaw(sculpt, head).max()),
-        "real_components": dict(zip(("identity", "expression"), head.real_components)), "rms_mm": spectrum,
-        "sizes_mm": {m.name: {"mean": round(float(a), 1), "spread": round(float(s), 1), "published_women": m.women, "published_men": m.men, "published_spread": m.spread,
-                              "spreads_outside": round(float(max(m.women - a, a - m.men, 0) / m.spread), 2)} for m, a, s in zip(MEASURES, sizes.mean(0), sizes.std(0))}}
+        "real_components": dict(zip(("identity", "expression"), head.real_components)),
+        "rms_mm": spectrum,
+        "sizes_mm": {
+            m.name: {
+                "mean": round(float(a), 1),
+                "spread": round(float(s), 1),
+                "published_women": m.women,
+                "published_men": m.men,
+                "published_spread": m.spread,
+                "spreads_outside": round(float(max(m.women - a, a - m.men, 0) / m.spread), 2),
+            }
+            for m, a, s in zip(MEASURES, sizes.mean(0), sizes.std(0))
+        },
+    }
     (ROOT / "evidence" / "head_health.json").write_text(json.dumps(found, indent=1) + "\n")
     assert found["triangles"]["inverted_in_neutral"] == 0 and turned.mean() < 1e-3
     lids = found["mouth_and_lids_mm"]
     assert lids["widest_gap_of_closed_lips"] < 0.5 and lids["least_opening_of_the_lips_at_jaw_0.3"] >= 20
-    assert lids["widest_gap_of_closed_lids"] < 1 and lids["least_clearance_of_lids_over_eyeballs"] > 0 and closed <= 0.005 * opened
-    assert found["largest_correlation_with_jaw"] < 0.05 and head.real_components[0] >= 60 and head.real_components[1] >= 50
+    assert (
+        lids["widest_gap_of_closed_lids"] < 1
+        and lids["least_clearance_of_lids_over_eyeballs"] > 0
+        and closed <= 0.005 * opened
+    )
+    assert (
+        found["largest_correlation_with_jaw"] < 0.05 and head.real_components[0] >= 60 and head.real_components[1] >= 50
+    )
 
 
 def test_landmarks_are_symmetric(head):
@@ -206,7 +283,14 @@ def test_landmarks_are_symmetric(head):
     output = head(HeadParams.neutral(1, dtype=torch.float64))
     p = head.landmarks(output, "fan68")[0].numpy() * 1e3
     assert np.abs(p[MIRROR68] * [-1, 1, 1] - p).max() < 2.0
-    for which, count in (("static51", 51), ("contour17", 17), ("mediapipe105", 105), ("points203", 203), ("bp4d83", 83), ("static49", 49)):
+    for which, count in (
+        ("static51", 51),
+        ("contour17", 17),
+        ("mediapipe105", 105),
+        ("points203", 203),
+        ("bp4d83", 83),
+        ("static49", 49),
+    ):
         q = head.landmarks(output, which)
         assert q.shape == (1, count, 3) and torch.isfinite(q).all()
 
@@ -216,7 +300,9 @@ def test_speed(sculpt):
     controls, neutral = rng.normal(size=(1, len(sculpt.identity_names))), sculpt.template[None]
     actions = sample_expression(rng, 1, sculpt.expression_names, singles=0)
     person = sample_appearance(rng)
-    one = cpu_milliseconds(lambda: (sculpt.identity(controls), sculpt.expression(neutral, actions), sculpt.detail(1)), 20)
+    one = cpu_milliseconds(
+        lambda: (sculpt.identity(controls), sculpt.expression(neutral, actions), sculpt.detail(1)), 20
+    )
     assert one < 12, f"{one:.1f} ms for one head; the target is 6 ms on an idle machine"
     painting = cpu_milliseconds(lambda: paint(person), 10)
     assert painting < 24, f"{painting:.1f} ms for a texture of 256; the target is 12 ms on an idle machine"
@@ -226,7 +312,12 @@ def test_paint(sculpt):
     people = [sample_appearance(np.random.default_rng(k)) for k in range(6)]
     for size in (64, 256):
         texture = paint(people[0], size)
-        assert texture.shape == (size, size, 3) and texture.dtype == np.float32 and 0 <= texture.min() and texture.max() <= 1
+        assert (
+            texture.shape == (size, size, 3)
+            and texture.dtype == np.float32
+            and 0 <= texture.min()
+            and texture.max() <= 1
+        )
     assert np.abs(paint(people[0]) - paint(people[1])).mean() > 0.02
     assert np.array_equal(paint(people[2]), paint(people[2]))
 
@@ -238,7 +329,9 @@ def surroundings(rng, size):
     light = ambient_light(rng.uniform(0.3, 0.6) * np.ones(3))
     for _ in range(rng.integers(1, 4)):
         warm = np.clip(1 + 0.08 * rng.normal() * np.array([1, 0.1, -1]), 0.7, 1.3)
-        light = light + directional_light(rng.normal(size=3) * (1, 0.7, 0.3) + (0, 0.35, 0.9), rng.uniform(0.25, 0.8) * warm)
+        light = light + directional_light(
+            rng.normal(size=3) * (1, 0.7, 0.3) + (0, 0.35, 0.9), rng.uniform(0.25, 0.8) * warm
+        )
     return light, np.tile(rng.uniform(0.1, 0.9, 3).astype(np.float32), (size, size, 1))
 
 
@@ -255,7 +348,9 @@ def random_picture(sculpt, rng, yaw, size=256):
     from fields.render.textured import render_textured
 
     neutral = sculpt.identity(sample_identity(rng, 1, sculpt.identity_names))
-    actions = np.clip(sample_expression(rng, 1, sculpt.expression_names, singles=0.3, active=0.12), -1, 1) * rng.uniform(0.3, 1)
+    actions = np.clip(
+        sample_expression(rng, 1, sculpt.expression_names, singles=0.3, active=0.12), -1, 1
+    ) * rng.uniform(0.3, 1)
     unposed = sculpt.expression(neutral, actions)[0] + sculpt.detail(int(rng.integers(1 << 31)), rng.uniform(0.3, 0.6))
     lids = (1, 1) if rng.random() < 0.03 else np.clip(rng.normal(0.03, 0.1, 2), 0, 1)
     rotation, camera = view(rng, yaw)
@@ -289,7 +384,18 @@ def random_scan_picture(head, colours, rng, yaw, size=256):
     uv = np.stack([(index % side + 0.5) / side, 1 - (index // side + 0.5) / side], 1)
     flat_faces, flat = head.faces.numpy(), []
     for corner in range(3):  # colour of a triangle: that of its corner; three pictures are averaged
-        flat.append(render_textured(v, flat_faces, uv, texture.reshape(side, side, 3), camera, light, wall, uv_faces=np.repeat(flat_faces[:, corner : corner + 1], 3, 1))[0])
+        flat.append(
+            render_textured(
+                v,
+                flat_faces,
+                uv,
+                texture.reshape(side, side, 3),
+                camera,
+                light,
+                wall,
+                uv_faces=np.repeat(flat_faces[:, corner : corner + 1], 3, 1),
+            )[0]
+        )
     return (255 * np.clip(np.mean(flat, 0), 0, 1) + 0.5).astype(np.uint8), v * 1e3
 
 
@@ -308,8 +414,14 @@ def measure_detection(pictures, points):
     found, frontal, errors = np.array(found), np.array(frontal), np.array(errors)
     parts = {"brows": slice(0, 20), "eyes": slice(20, 52), "nose": slice(52, 65), "mouth": slice(65, 105)}
     return {
-        "heads": len(found), "found": float(found.mean()), "frontal_heads": int(frontal.sum()), "found_frontal": float(found[frontal].mean()),
-        "median_error": float(np.median(errors)), "mean_error": float(errors.mean()), "median_error_of": {k: float(np.median(errors[:, s])) for k, s in parts.items()}}
+        "heads": len(found),
+        "found": float(found.mean()),
+        "frontal_heads": int(frontal.sum()),
+        "found_frontal": float(found[frontal].mean()),
+        "median_error": float(np.median(errors)),
+        "mean_error": float(errors.mean()),
+        "median_error_of": {k: float(np.median(errors[:, s])) for k, s in parts.items()},
+    }
 
 
 def write_evidence(**values):
@@ -344,7 +456,11 @@ def test_the_scan_derived_head_beside_it():
         middle = v[ball].mean(0)
         away = v[ball] - middle
         angle = np.arccos(away[:, 2] / np.linalg.norm(away, axis=1))
-        colours[ball] = np.where(angle[:, None] < 0.2, (0.04, 0.04, 0.04, 0), np.where(angle[:, None] < 0.47, (0.32, 0.22, 0.14, 0), (0.9, 0.88, 0.86, 0)))
+        colours[ball] = np.where(
+            angle[:, None] < 0.2,
+            (0.04, 0.04, 0.04, 0),
+            np.where(angle[:, None] < 0.47, (0.32, 0.22, 0.14, 0), (0.9, 0.88, 0.86, 0)),
+        )
     from fields.types import HeadParams
 
     brow = head.landmarks(head(HeadParams.neutral(1, dtype=torch.float64)), "mediapipe105")[0, :20].numpy()
@@ -354,7 +470,9 @@ def test_the_scan_derived_head_beside_it():
     points = lambda p: np.einsum("kj,kjc->kc", embedding.barycentric, p[head.faces.numpy()[embedding.face_index]])
     rng = np.random.default_rng(2025)
     yaws = np.where(np.arange(200) % 5 == 0, rng.uniform(-10, 10, 200), rng.uniform(-45, 45, 200))
-    pictures = ((*random_scan_picture(head, colours, np.random.default_rng([2025, k]), yaw), yaw) for k, yaw in enumerate(yaws))
+    pictures = (
+        (*random_scan_picture(head, colours, np.random.default_rng([2025, k]), yaw), yaw) for k, yaw in enumerate(yaws)
+    )
     result = measure_detection(pictures, points)
     write_evidence(scan_derived_head=result | {"note": "vertex colours, embedding as distributed"})
     assert result["found"] > 0.8
@@ -373,8 +491,13 @@ def differences(new):
         worst["components"] = float(np.abs(a - b).max())
         joints = [d["joint_regressor"] @ d["template"].astype(float) for d in (z, new)]
         worst["joints"] = float(np.abs(joints[0] - joints[1]).max())
-        points = lambda d, s: np.einsum("...j,...jc->...c", d[f"{s}_bary"].astype(float), d["template"].astype(float)[d["faces"][d[f"{s}_faces"]]])
-        worst["landmarks"] = max(float(np.abs(points(z, s) - points(new, s)).max()) for s in ("full68", "mediapipe105", "points203", "bp4d83", "dynamic"))
+        points = lambda d, s: np.einsum(
+            "...j,...jc->...c", d[f"{s}_bary"].astype(float), d["template"].astype(float)[d["faces"][d[f"{s}_faces"]]]
+        )
+        worst["landmarks"] = max(
+            float(np.abs(points(z, s) - points(new, s)).max())
+            for s in ("full68", "mediapipe105", "points203", "bp4d83", "dynamic")
+        )
         assert worst["components"] < 1e-5, real[np.abs(a - b).max((0, 1)) > 1e-5]
     return worst
 
@@ -386,7 +509,9 @@ def test_rebuild_gives_the_asset():
     new = make_head(make_sculpt())
     seconds, used = time.perf_counter() - start, time.process_time() - used
     worst = differences(new)
-    write_evidence(rebuild={"largest_difference_metres": worst, "processor_seconds": round(used, 1), "seconds": round(seconds, 1)})
+    write_evidence(
+        rebuild={"largest_difference_metres": worst, "processor_seconds": round(used, 1), "seconds": round(seconds, 1)}
+    )
     assert max(worst.values()) <= 1e-5, worst
     assert used < 60
 
@@ -395,7 +520,12 @@ def test_rebuild_gives_the_asset():
 def test_rebuild_elsewhere_gives_the_asset():
     """Another machine rounds differently: noise of 1e-13 m flips no sign and moves no landmark to another triangle's far side."""
     sculpt, rng = make_sculpt(), np.random.default_rng(8)
-    for array, size in ((sculpt.structure.vertices, 1e-10), (sculpt.template, 1e-13), (sculpt._identity, 1e-13), (sculpt._actions, 1e-13)):
+    for array, size in (
+        (sculpt.structure.vertices, 1e-10),
+        (sculpt.template, 1e-13),
+        (sculpt._identity, 1e-13),
+        (sculpt._actions, 1e-13),
+    ):
         array += size * rng.normal(size=array.shape)
     worst = differences(make_head(sculpt))
     write_evidence(rebuild_with_noise_of_1e_minus_13={"largest_difference_metres": worst})

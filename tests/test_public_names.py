@@ -1,4 +1,5 @@
 """The public names of the design, as a contract: commands with their options, and the Python names with their shapes."""
+
 import inspect
 
 import numpy as np
@@ -12,7 +13,17 @@ from fields.cli import app
 COMMANDS = {
     "doctor": (),
     "chain": ("--profile", "--run", "--from", "--to", "--set"),
-    "reconstruct": ("--out", "--head", "--checkpoint", "--device", "--refine", "--smooth", "--no-smooth", "--panel", "--faces"),
+    "reconstruct": (
+        "--out",
+        "--head",
+        "--checkpoint",
+        "--device",
+        "--refine",
+        "--smooth",
+        "--no-smooth",
+        "--panel",
+        "--faces",
+    ),
     "fit-scan": ("--landmarks", "--head", "--unit", "--out"),
     "world": ("--out",),
     "prepare": ("--root", "--out"),
@@ -57,7 +68,11 @@ def test_head_and_rasterize():
     assert isinstance(output, HeadOutput) and output.vertices.shape == (2, *head.template.shape)
     assert head.faces.shape[1] == 3 and len(head.sha256) == 64
     fragments = rasterize(output.vertices * 7, head.faces, 32)
-    assert fragments.face_index.shape == (2, 32, 32) and fragments.barycentrics.shape == (2, 32, 32, 3) and fragments.depth.shape == (2, 32, 32)
+    assert (
+        fragments.face_index.shape == (2, 32, 32)
+        and fragments.barycentrics.shape == (2, 32, 32, 3)
+        and fragments.depth.shape == (2, 32, 32)
+    )
 
 
 def test_reconstructor(tmp_path):
@@ -90,9 +105,26 @@ def test_files_of_a_face(tmp_path):
     Image.fromarray(skimage.data.astronaut()).save(tmp_path / "face.png")
     rec = Reconstructor(FieldsModel(NetworkConfig(image_size=64), head, seed=0), head)
     reconstruct_files(rec, [tmp_path / "face.png"], tmp_path / "out", quiet=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["face.glb", "face.npz", "face.obj", "face.png", "predictions.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "face.glb",
+        "face.npz",
+        "face.obj",
+        "face.png",
+        "predictions.csv",
+    ]
     with np.load(tmp_path / "out" / "face.npz", allow_pickle=False) as z:
-        assert {"shape", "expression", "eyelids", "jaw", "rotation", "camera", "landmarks_mediapipe105", "landmarks_fan68", "box", "head_sha256"} <= set(z.files)
+        assert {
+            "shape",
+            "expression",
+            "eyelids",
+            "jaw",
+            "rotation",
+            "camera",
+            "landmarks_mediapipe105",
+            "landmarks_fan68",
+            "box",
+            "head_sha256",
+        } <= set(z.files)
         assert str(z["head_sha256"]) == head.sha256
     for suffix in ("obj", "glb"):
         mesh = read_mesh(tmp_path / "out" / f"face.{suffix}")

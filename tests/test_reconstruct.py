@@ -1,4 +1,5 @@
 """Photographs to files: several faces, refinement, clips, faults and speed."""
+
 import json
 import os
 import subprocess
@@ -53,18 +54,28 @@ def test_faces_in_cloth_are_not_faces():
 
 
 def test_several_faces_of_one_picture(rec, tmp_path):
-    Image.fromarray(np.concatenate([ASTRONAUT[:300, 60:400], ASTRONAUT[:300, 400:60:-1]], 1)).save(tmp_path / "pair.png")
+    Image.fromarray(np.concatenate([ASTRONAUT[:300, 60:400], ASTRONAUT[:300, 400:60:-1]], 1)).save(
+        tmp_path / "pair.png"
+    )
     summary = reconstruct_files(rec, [tmp_path / "pair.png"], tmp_path / "out", panel_pictures=False, quiet=True)
     assert summary.faces == 2 and {p.stem for p in (tmp_path / "out").glob("*.obj")} == {"pair_0", "pair_1"}
-    single = reconstruct_files(rec, [tmp_path / "pair.png"], tmp_path / "one", panel_pictures=False, quiet=True, max_faces=1)
+    single = reconstruct_files(
+        rec, [tmp_path / "pair.png"], tmp_path / "one", panel_pictures=False, quiet=True, max_faces=1
+    )
     assert single.faces == 1
 
 
 def truth(count, seed=0):
     draw = torch.Generator().manual_seed(seed)
     n = lambda *s: torch.randn(*s, generator=draw)
-    return HeadParams(0.7 * n(count, 300), 0.6 * n(count, 50), 0.8 * torch.rand(count, 2, generator=draw), torch.cat([0.2 * torch.rand(count, 1, generator=draw), 0.02 * n(count, 2)], 1),
-                      0.25 * n(count, 3), torch.tensor([[7.5, 0.0, 0.02]]).repeat(count, 1)), n
+    return HeadParams(
+        0.7 * n(count, 300),
+        0.6 * n(count, 50),
+        0.8 * torch.rand(count, 2, generator=draw),
+        torch.cat([0.2 * torch.rand(count, 1, generator=draw), 0.02 * n(count, 2)], 1),
+        0.25 * n(count, 3),
+        torch.tensor([[7.5, 0.0, 0.02]]).repeat(count, 1),
+    ), n
 
 
 def test_refinement_recovers_what_points_show(rec):
@@ -117,7 +128,9 @@ def test_refined_reconstruction(rec, tmp_path):
     finally:
         rec.improve = None
     with np.load(tmp_path / "out" / "a.npz") as z:
-        params = HeadParams(*(torch.from_numpy(z[k])[None] for k in ("shape", "expression", "eyelids", "jaw", "rotation", "camera")))
+        params = HeadParams(
+            *(torch.from_numpy(z[k])[None] for k in ("shape", "expression", "eyelids", "jaw", "rotation", "camera"))
+        )
         points = torch.from_numpy(z["detected478"])[rec.head.embeddings["mediapipe105"].indices][None, :, :2]
     error = ((projected(rec.head, params) - points).norm(dim=-1).mean() / normaliser(params.camera)).item()
     assert error < 0.03, error
@@ -133,7 +146,9 @@ def test_clip_to_film(rec, tmp_path):
     for k in range(8):
         writer.write(np.ascontiguousarray(np.roll(ASTRONAUT[:256, 100:356], 2 * k, 1)[..., ::-1]))
     writer.release()
-    summary = reconstruct_files(rec, [tmp_path / "clip.mp4"], tmp_path / "out", quiet=True, finish=smooth_clip, film=Film, piece=5)
+    summary = reconstruct_files(
+        rec, [tmp_path / "clip.mp4"], tmp_path / "out", quiet=True, finish=smooth_clip, film=Film, piece=5
+    )
     assert summary.faces == 8 and not summary.failed
     frames = read_frames(tmp_path / "out" / "clip.mp4", range(8))
     assert len(frames) == 8 and frames[0].shape[1] == 4 * frames[0].shape[0]
@@ -170,7 +185,9 @@ def test_speed_for_the_notes(tmp_path):
     Image.fromarray(ASTRONAUT).save(tmp_path / "one.png")
     (tmp_path / "many").mkdir()
     for k in range(300):
-        Image.fromarray(np.roll(ASTRONAUT[:300, 60:400], k % 40, 1)).save(tmp_path / "many" / f"{k:03d}.jpg", quality=92)
+        Image.fromarray(np.roll(ASTRONAUT[:300, 60:400], k % 40, 1)).save(
+            tmp_path / "many" / f"{k:03d}.jpg", quality=92
+        )
     line = command("reconstruct", "--no-panel", "--out", tmp_path / "out")
     cold, panel = [], []
     for times, chosen in ((cold, line), (panel, [a for a in line if a != "--no-panel"])):
@@ -181,8 +198,14 @@ def test_speed_for_the_notes(tmp_path):
     start = time.perf_counter()
     subprocess.run([*line, tmp_path / "many"], check=True, capture_output=True)
     seconds = time.perf_counter() - start - min(cold)
-    found = {"cold_start_seconds": round(float(np.median(cold)), 2), "cold_start_with_panel_seconds": round(float(np.median(panel)), 2), "pictures_a_second": round(300 / seconds, 1), "load": round(os.getloadavg()[0], 1), "cores": os.cpu_count(),
-             "what": "fields reconstruct --no-panel: detector, shipped network, npz, obj and glb; medians of 3; folder of 300 portraits less the fastest cold start"}
+    found = {
+        "cold_start_seconds": round(float(np.median(cold)), 2),
+        "cold_start_with_panel_seconds": round(float(np.median(panel)), 2),
+        "pictures_a_second": round(300 / seconds, 1),
+        "load": round(os.getloadavg()[0], 1),
+        "cores": os.cpu_count(),
+        "what": "fields reconstruct --no-panel: detector, shipped network, npz, obj and glb; medians of 3; folder of 300 portraits less the fastest cold start",
+    }
     (ROOT / "evidence" / "reconstruct_speed.json").write_text(json.dumps(found, indent=1) + "\n")
     if found["load"] < 3:
         assert found["cold_start_seconds"] <= 4 and found["pictures_a_second"] >= 15, found

@@ -1,4 +1,5 @@
 """Rendering against references that nobody here wrote, or that are written here a second time, slowly and plainly."""
+
 import ctypes
 import json
 import math
@@ -30,7 +31,9 @@ DATA = os.environ.get("FIELDS_TEST_DATA")
 # ---------------------------------------------------------------- references
 def to_pixels(vertices, height, width):
     """Pixel coordinates in which a centre is a whole number."""
-    return np.stack([(vertices[..., 0] + 1) * width / 2 - 0.5, (vertices[..., 1] + 1) * height / 2 - 0.5, vertices[..., 2]], -1).astype(np.float64)
+    return np.stack(
+        [(vertices[..., 0] + 1) * width / 2 - 0.5, (vertices[..., 1] + 1) * height / 2 - 0.5, vertices[..., 2]], -1
+    ).astype(np.float64)
 
 
 def edge_distance(corners, points):
@@ -54,8 +57,11 @@ def brute_force(vertices, faces, height, width):
         near |= edge_distance(np.broadcast_to(corners[:, :2], (height, width, 3, 2)), centres) < 0.01
         a, b, c = (corners[n, :2] - centres.astype(np.longdouble) for n in range(3))
         parts = np.stack([p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0] for p, q in ((b, c), (c, a), (a, b))], -1)
-        area = (corners[1, 0] - corners[0, 0]) * (corners[2, 1] - corners[0, 1]) - (corners[1, 1] - corners[0, 1]) * (corners[2, 0] - corners[0, 0])
-        if abs(area) <= 1e-12: continue
+        area = (corners[1, 0] - corners[0, 0]) * (corners[2, 1] - corners[0, 1]) - (corners[1, 1] - corners[0, 1]) * (
+            corners[2, 0] - corners[0, 0]
+        )
+        if abs(area) <= 1e-12:
+            continue
         w = parts / area
         depths[t] = np.where((w >= 0).all(-1), w @ corners[:, 2], np.inf)
     order = np.sort(depths, 0)
@@ -76,7 +82,8 @@ def open3d_or_skip():
 
 
 def scan_head():
-    if not DATA: pytest.skip("FIELDS_TEST_DATA is not set: the scan-derived head is not available")
+    if not DATA:
+        pytest.skip("FIELDS_TEST_DATA is not set: the scan-derived head is not available")
     return Head.load(Path(DATA) / "head" / "generic_model.pkl")
 
 
@@ -87,9 +94,15 @@ def turned_heads(head, count, seed):
     """Random identities and expressions in random poses: vertices (B,V,3) and cameras (B,3)."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, 20, generator=g), torch.randn(count, 10, generator=g)
-    vertices = head.template + torch.einsum("vcn,bn->bvc", head.shapedirs[..., :20], rows[0]) + torch.einsum("vcn,bn->bvc", head.exprdirs[..., :10], rows[1])
+    vertices = (
+        head.template
+        + torch.einsum("vcn,bn->bvc", head.shapedirs[..., :20], rows[0])
+        + torch.einsum("vcn,bn->bvc", head.exprdirs[..., :10], rows[1])
+    )
     angles = (torch.rand(count, 3, generator=g) - 0.5) * torch.tensor([1.0, 2.4, 0.6])
-    return vertices @ torch.matrix_exp(torch.stack([hat(a) for a in angles])).transpose(1, 2), torch.tensor([[7.0, 0.0, 0.02]]).repeat(count, 1)
+    return vertices @ torch.matrix_exp(torch.stack([hat(a) for a in angles])).transpose(1, 2), torch.tensor(
+        [[7.0, 0.0, 0.02]]
+    ).repeat(count, 1)
 
 
 def hat(a):
@@ -124,13 +137,23 @@ def test_camera_follows_the_facts():
 @settings(max_examples=30, deadline=None)
 def test_fitted_camera_is_the_least_squares_one(seed):
     g = torch.Generator().manual_seed(seed)
-    points, target = torch.randn(2, 12, 3, generator=g, dtype=torch.float64), torch.randn(2, 12, 2, generator=g, dtype=torch.float64)
+    points, target = (
+        torch.randn(2, 12, 3, generator=g, dtype=torch.float64),
+        torch.randn(2, 12, 2, generator=g, dtype=torch.float64),
+    )
     weights = torch.rand(2, 12, generator=g, dtype=torch.float64)
     camera = fit_camera(points, target, weights)
     for b in range(2):  # s, s*tx, s*ty are linear unknowns
-        rows = np.concatenate([np.stack([points[b, :, 0], np.ones(12), np.zeros(12)], 1), np.stack([-points[b, :, 1], np.zeros(12), -np.ones(12)], 1)])
+        rows = np.concatenate(
+            [
+                np.stack([points[b, :, 0], np.ones(12), np.zeros(12)], 1),
+                np.stack([-points[b, :, 1], np.zeros(12), -np.ones(12)], 1),
+            ]
+        )
         w = np.sqrt(np.tile(weights[b], 2))
-        s, sx, sy = np.linalg.lstsq(rows * w[:, None], np.concatenate([target[b, :, 0], target[b, :, 1]]) * w, rcond=None)[0]
+        s, sx, sy = np.linalg.lstsq(
+            rows * w[:, None], np.concatenate([target[b, :, 0], target[b, :, 1]]) * w, rcond=None
+        )[0]
         assert np.allclose(camera[b], [s, sx / s, sy / s], rtol=1e-6)
 
 
@@ -151,13 +174,27 @@ corner = st.tuples(st.one_of(number, on_grid), st.one_of(number, on_grid), st.on
 def soups(draw):
     """Triangles of every sort: plain, slivers, without area, twice the same, far outside."""
     triangles = []
-    for kind in draw(st.lists(st.sampled_from(["plain", "sliver", "flat", "copy", "far", "point"]), min_size=1, max_size=9)):
+    for kind in draw(
+        st.lists(st.sampled_from(["plain", "sliver", "flat", "copy", "far", "point"]), min_size=1, max_size=9)
+    ):
         a, b, c = (np.array(draw(corner), np.float32) for _ in range(3))
-        if kind == "sliver": c = a + (b - a) * np.float32(draw(st.floats(0, 1, width=32))) + np.float32(1e-4) * np.array([1, -1, 0], np.float32)
-        if kind == "flat": c = (a + b) / 2
-        if kind == "point": b = c = a
-        if kind == "far": a, b, c = (v * np.array([s, s, 1], np.float32) for v, s in zip((a, b, c), draw(st.tuples(*[st.sampled_from([1.0, 30.0, 1e4, 1e8])] * 3))))
-        if kind == "copy" and triangles: a, b, c = (v.copy() for v in triangles[-1])
+        if kind == "sliver":
+            c = (
+                a
+                + (b - a) * np.float32(draw(st.floats(0, 1, width=32)))
+                + np.float32(1e-4) * np.array([1, -1, 0], np.float32)
+            )
+        if kind == "flat":
+            c = (a + b) / 2
+        if kind == "point":
+            b = c = a
+        if kind == "far":
+            a, b, c = (
+                v * np.array([s, s, 1], np.float32)
+                for v, s in zip((a, b, c), draw(st.tuples(*[st.sampled_from([1.0, 30.0, 1e4, 1e8])] * 3)))
+            )
+        if kind == "copy" and triangles:
+            a, b, c = (v.copy() for v in triangles[-1])
         triangles.append([a, b, c])
     return np.array(triangles, np.float32).reshape(-1, 3), np.arange(3 * len(triangles)).reshape(-1, 3)
 
@@ -184,7 +221,10 @@ def test_crowded_soups_against_brute_force():
     for seed in range(20):
         r = np.random.default_rng(seed)
         middle, size = r.uniform(-1, 1, (60, 1, 3)), 10 ** r.uniform(-2, 0.3, (60, 1, 1))
-        vertices, faces = (middle + size * r.uniform(-1, 1, (60, 3, 3))).reshape(-1, 3).astype(np.float32), np.arange(180).reshape(60, 3)
+        vertices, faces = (
+            (middle + size * r.uniform(-1, 1, (60, 3, 3))).reshape(-1, 3).astype(np.float32),
+            np.arange(180).reshape(60, 3),
+        )
         index, depth, near, tied = brute_force(vertices, faces, 24, 31)
         sure = ~near & ~tied
         for backend in ("cpu", "torch"):
@@ -206,7 +246,12 @@ def test_back_ends_agree_everywhere(soup):
     assert torch.allclose(a.barycentrics, b.barycentrics, atol=1e-6)
 
 
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.02]), st.sampled_from([(9, 9), (17, 9), (6, 11)]), st.sampled_from([8, 16, 15]))
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.0, 0.02]),
+    st.sampled_from([(9, 9), (17, 9), (6, 11)]),
+    st.sampled_from([8, 16, 15]),
+)
 @settings(max_examples=30, deadline=None)
 def test_neighbours_share_no_pixel_and_leave_no_gap(seed, jitter, shape, size):
     vertices, faces = grid(*shape, seed, jitter)
@@ -257,7 +302,10 @@ def agreement_with_open3d(head, count, seed, size=224):
         theirs, depth = cast["primitive_ids"].numpy().astype(np.int64), cast["t_hit"].numpy() - 5
         theirs[~np.isfinite(depth)] = -1
         ours, screen = found.face_index[n].numpy(), to_pixels(points[n].numpy(), size, size)[:, :2]
-        pixels, near = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(float), np.zeros((size, size), bool)
+        pixels, near = (
+            np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(float),
+            np.zeros((size, size), bool),
+        )
         for index in (ours, theirs):
             near |= (index >= 0) & (edge_distance(screen[faces[np.maximum(index, 0)]], pixels) < 0.01)
         same = ours == theirs
@@ -291,10 +339,14 @@ def test_errors():
         for backend in ("cpu", "torch"):
             broken = vertices.clone()
             broken[0, 1, 2] = bad
-            with pytest.raises(ValueError, match="NaN or infinite"): rasterize(broken, faces, 8, backend)
-    with pytest.raises(ValueError, match="there are 3"): rasterize(vertices, faces + 1, 8)
-    with pytest.raises(ValueError, match="-1 to 1"): rasterize(vertices, torch.tensor([[0, 1, -1]]), 8)
-    with pytest.raises(ValueError, match="needs"): rasterize(vertices[0], faces, 8)
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                rasterize(broken, faces, 8, backend)
+    with pytest.raises(ValueError, match="there are 3"):
+        rasterize(vertices, faces + 1, 8)
+    with pytest.raises(ValueError, match="-1 to 1"):
+        rasterize(vertices, torch.tensor([[0, 1, -1]]), 8)
+    with pytest.raises(ValueError, match="needs"):
+        rasterize(vertices[0], faces, 8)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -320,7 +372,8 @@ def test_threads_do_not_change_bits():
             results.append((image.detach(), mask, v.grad, one.face_index, one.depth))
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]: assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def _in_worker(seed):
@@ -335,11 +388,14 @@ def test_forked_workers_and_many_threads():
         assert pool.map_async(_in_worker, range(4)).get(60) == expected
     answers = [None] * 8
 
-    def work(n): answers[n] = _in_worker(n % 4)
+    def work(n):
+        answers[n] = _in_worker(n % 4)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for t in threads: t.start()
-    for t in threads: t.join(60)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
     assert answers == expected * 2
 
 
@@ -364,7 +420,8 @@ def fake_pytorch3d(monkeypatch):
     """PyTorch3D's documented conventions in a few lines: x left, y up, the shorter side from -1 to 1, faces numbered through."""
 
     class Meshes:
-        def __init__(self, verts, faces): self.verts, self.faces = verts, faces
+        def __init__(self, verts, faces):
+            self.verts, self.faces = verts, faces
 
     def rasterize_meshes(meshes, image_size, blur_radius, faces_per_pixel, perspective_correct):
         H, W = image_size
@@ -373,7 +430,10 @@ def fake_pytorch3d(monkeypatch):
         x = torch.from_numpy((1 - (2 * np.arange(W) + 1) / W) * W / short)
         p = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1)
         index = torch.full((len(meshes.verts), H, W, 1), -1)
-        depth, weights = torch.full(index.shape, -1.0, dtype=torch.float64), torch.full((*index.shape, 3), -1.0, dtype=torch.float64)
+        depth, weights = (
+            torch.full(index.shape, -1.0, dtype=torch.float64),
+            torch.full((*index.shape, 3), -1.0, dtype=torch.float64),
+        )
         for b, (v, f) in enumerate(zip(meshes.verts.double(), meshes.faces)):
             assert (v[:, 2] > 0).all()
             for t, face in enumerate(f):
@@ -387,7 +447,13 @@ def fake_pytorch3d(monkeypatch):
                 depth[b, ..., 0][hit], weights[b, ..., 0, :][hit] = z[hit], w[hit]
         return index, depth, weights, None
 
-    for name in ("pytorch3d", "pytorch3d.renderer", "pytorch3d.renderer.mesh", "pytorch3d.renderer.mesh.rasterize_meshes", "pytorch3d.structures"):
+    for name in (
+        "pytorch3d",
+        "pytorch3d.renderer",
+        "pytorch3d.renderer.mesh",
+        "pytorch3d.renderer.mesh.rasterize_meshes",
+        "pytorch3d.structures",
+    ):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["pytorch3d.renderer.mesh.rasterize_meshes"].rasterize_meshes = rasterize_meshes
     sys.modules["pytorch3d.structures"].Meshes = Meshes
@@ -433,11 +499,15 @@ def plain_image(vertices, faces, camera, size, normalise):
     a, b, c = (vertices[:, faces[:, n]] for n in range(3))
     n = torch.cross(b - a, c - a, dim=-1)
     normals = torch.zeros_like(vertices)
-    for k in range(3): normals = normals.index_add(1, faces[:, k], n)
+    for k in range(3):
+        normals = normals.index_add(1, faces[:, k], n)
     normals = normals / normals.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     w = weights_by_solving(points, faces, index)
-    pixel = torch.stack([(w[i][..., None] * normals[i][faces[index[i].clamp_min(0)]]).sum(-2) for i in range(len(vertices))])
-    if normalise: pixel = pixel / pixel.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    pixel = torch.stack(
+        [(w[i][..., None] * normals[i][faces[index[i].clamp_min(0)]]).sum(-2) for i in range(len(vertices))]
+    )
+    if normalise:
+        pixel = pixel / pixel.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     lights = torch.tensor([[-1, 1, 1], [1, 1, 1], [-1, -1, 1], [1, -1, 1], [0, 0, 1]], dtype=vertices.dtype)
     lights = lights / lights.norm(dim=1, keepdim=True)
     grey = (pixel @ lights.T).clamp(0, 1).mul(1.7).mean(-1) * 180 / 255 * (index >= 0)
@@ -454,9 +524,10 @@ def test_geometry_image_and_gradient_against_plain_torch(normalise, region):
     for function in (lambda *a: geometry_image(*a)[0], plain_image):
         v, c = vertices.clone().requires_grad_(), camera.clone().requires_grad_()
         image = function(v, faces, c, 48, normalise)
-        ((image - target)**2).sum().backward()
+        ((image - target) ** 2).sum().backward()
         results.append((image.detach(), v.grad, c.grad))
-    for a, b in zip(*results): assert torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(b.abs().max()))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9 * float(b.abs().max()))
 
 
 def test_single_precision_gradient():
@@ -492,7 +563,10 @@ def test_gradients_against_numerical_ones():
     for normalise in (False, True):
         draw = lambda v, c: geometry_image(v, faces, c, 9, normalise)[0]
         assert torch.autograd.gradcheck(draw, (vertices, camera), eps=1e-8, atol=1e-4)
-    points, values = project(vertices, camera).detach().requires_grad_(), torch.rand(1, 16, 2, dtype=torch.float64, requires_grad=True)
+    points, values = (
+        project(vertices, camera).detach().requires_grad_(),
+        torch.rand(1, 16, 2, dtype=torch.float64, requires_grad=True),
+    )
     seen = rasterize(points, faces, 9)
     assert torch.autograd.gradcheck(lambda a, p: interpolate(seen, a, faces, p), (values, points), eps=1e-7, atol=1e-5)
     assert torch.autograd.gradcheck(lambda a: interpolate(seen, a[0], faces), (values,))
@@ -519,7 +593,8 @@ def test_five_lights():
         tile = torch.tensor([[[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]]) * 0.1
         c, s = math.cos(a), math.sin(a)
         turned = tile @ torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]]).T
-        if degrees in (90,): continue  # seen edge on
+        if degrees in (90,):
+            continue  # seen edge on
         image, mask = geometry_image(turned, torch.tensor([[0, 1, 2], [0, 2, 3]]), torch.tensor([[5.0, 0, 0]]), 16)
         assert mask.sum() > 10 and (image[:, :1][mask > 0] - brightness).abs().max() < 6e-4
         assert (image[:, :1][mask == 0] == 0).all()
@@ -541,7 +616,9 @@ def test_gpu_agrees_with_cpu():
         v, c = vertices.to(device).requires_grad_(), camera.to(device)
         image, mask = geometry_image(v, head.faces.to(device), c, 224)
         image.square().sum().backward()
-        results.append((rasterize(project(v, c), head.faces.to(device), 224).face_index.cpu(), image.detach().cpu(), v.grad.cpu()))
+        results.append(
+            (rasterize(project(v, c), head.faces.to(device), 224).face_index.cpu(), image.detach().cpu(), v.grad.cpu())
+        )
     (a, b, c), (d, e, f) = results
     assert (a == d).float().mean() > 0.9999 and (b - e).abs().mean() < 1e-5 and (c - f).norm() < 1e-2 * c.norm()
 
@@ -561,7 +638,7 @@ def test_visibility_against_rays():
         start = vertices[n, chosen].numpy() + [0, 0, 0.004]
         rays = np.concatenate([start, np.broadcast_to([0, 0, 1], start.shape)], 1).astype(np.float32)
         free = ~np.isfinite(scene.cast_rays(o3d.core.Tensor(rays), nthreads=1)["t_hit"].numpy())
-        inside = (project(vertices[n:n + 1, chosen], camera[:1])[0, :, :2].abs() <= 1).all(-1).numpy()
+        inside = (project(vertices[n : n + 1, chosen], camera[:1])[0, :, :2].abs() <= 1).all(-1).numpy()
         agree.append((seen[n].numpy() == free)[inside].mean())
     assert np.mean(agree) > 0.95
 
@@ -582,22 +659,42 @@ def test_textured_against_plain_numpy():
     vertices, faces, camera = vertices[0].double(), head.faces, np.array([6.5, 0.004, 0.02])
     r = np.random.default_rng(0)
     uv, texture = r.random((len(vertices), 2)), r.random((20, 30, 4)).astype(np.float32)
-    background, light = r.random((60, 80, 3)).astype(np.float32), ambient_light((0.4, 0.3, 0.3)) + directional_light((1, 0.5, 1), (0.5, 0.6, 0.7))
+    background, light = (
+        r.random((60, 80, 3)).astype(np.float32),
+        ambient_light((0.4, 0.3, 0.3)) + directional_light((1, 0.5, 1), (0.5, 0.6, 0.7)),
+    )
     occlusion, normals = r.random(len(vertices)), r.normal(size=(len(vertices), 3))
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    image, mask = render_textured(vertices, faces, uv, texture, camera, light, background, samples=1, specular=0.3, shininess=16,
-                                  occlusion=occlusion, normals=normals)
+    image, mask = render_textured(
+        vertices,
+        faces,
+        uv,
+        texture,
+        camera,
+        light,
+        background,
+        samples=1,
+        specular=0.3,
+        shininess=16,
+        occlusion=occlusion,
+        normals=normals,
+    )
     points = project(vertices[None], torch.from_numpy(camera)[None])
     seen = rasterize(points, faces, (60, 80))
     spread = lambda a: interpolate(seen, torch.from_numpy(np.ascontiguousarray(a)).double(), faces)[0].numpy()
     u, v = spread(uv)
     place = [(1 - v) * 20 - 0.5, u * 30 - 0.5]
-    colour = np.stack([map_coordinates(texture[..., n].astype(float), place, order=1, mode="nearest") for n in range(4)])
+    colour = np.stack(
+        [map_coordinates(texture[..., n].astype(float), place, order=1, mode="nearest") for n in range(4)]
+    )
     matt = np.maximum(harmonics(normals) @ light, 0) * occlusion[:, None]
     toward = light[[3, 1, 2]] @ [0.3, 0.6, 0.1]
     half = toward / np.linalg.norm(toward) + [0, 0, 1]
-    shine = np.maximum(normals @ half / np.linalg.norm(half), 0)**16 * occlusion
-    expected = colour[:3] * spread(matt) + colour[3] * spread(shine[:, None])[0] * (0.3 * np.linalg.norm(light[1:4], axis=0))[:, None, None]
+    shine = np.maximum(normals @ half / np.linalg.norm(half), 0) ** 16 * occlusion
+    expected = (
+        colour[:3] * spread(matt)
+        + colour[3] * spread(shine[:, None])[0] * (0.3 * np.linalg.norm(light[1:4], axis=0))[:, None, None]
+    )
     hit = seen.face_index[0].numpy() >= 0
     expected = np.where(hit, np.clip(expected, 0, 1), background.transpose(2, 0, 1)).transpose(1, 2, 0)
     assert (mask == hit).all() and np.abs(image - expected).max() < 2e-3 and np.abs(image - expected).mean() < 1e-5
@@ -608,8 +705,16 @@ def test_light_at_vertices_is_light_at_pixels():
     head = Head.load("open")
     vertices, camera = turned_heads(head, 1, 13)
     light = ambient_light((0.3, 0.3, 0.3)) + directional_light((1, 0.5, 0.6), (0.7, 0.7, 0.7))
-    image, mask = render_textured(vertices[0], head.faces, np.zeros((len(head.template), 2)), np.ones((2, 2, 3)), camera[0], light,
-                                  np.zeros((128, 128, 3)), samples=1)
+    image, mask = render_textured(
+        vertices[0],
+        head.faces,
+        np.zeros((len(head.template), 2)),
+        np.ones((2, 2, 3)),
+        camera[0],
+        light,
+        np.zeros((128, 128, 3)),
+        samples=1,
+    )
     from fields.head.geometry import vertex_normals
 
     points = project(vertices, camera)
@@ -629,12 +734,24 @@ def test_textured_options():
     assert np.array_equal(both[1], single) and np.array_equal(masks[1], mask) and both.dtype == np.float32
     assert np.abs(single[mask == 1] - 0.4).max() < 1e-4 and np.array_equal(single[mask == 0], background[mask == 0])
     edge = (mask > 0) & (mask < 1)
-    assert edge.any() and np.allclose(single[edge], 0.4 * mask[edge][:, None] + 0.2 * (1 - mask[edge][:, None]), atol=1e-5)
-    seams = render_textured(vertices[1], head.faces, uv[head.faces.numpy()].reshape(-1, 2), texture, camera[0], light, background,
-                            uv_faces=np.arange(3 * len(head.faces)).reshape(-1, 3))[0]
+    assert edge.any() and np.allclose(
+        single[edge], 0.4 * mask[edge][:, None] + 0.2 * (1 - mask[edge][:, None]), atol=1e-5
+    )
+    seams = render_textured(
+        vertices[1],
+        head.faces,
+        uv[head.faces.numpy()].reshape(-1, 2),
+        texture,
+        camera[0],
+        light,
+        background,
+        uv_faces=np.arange(3 * len(head.faces)).reshape(-1, 3),
+    )[0]
     assert np.allclose(seams, single, atol=1e-6)
-    with pytest.raises(ValueError, match="NaN"): render_textured(vertices[0] * math.nan, head.faces, uv, texture, camera[0], light, background)
-    with pytest.raises(ValueError, match="not there"): render_textured(vertices[0], head.faces, uv[:5], texture, camera[0], light, background)
+    with pytest.raises(ValueError, match="NaN"):
+        render_textured(vertices[0] * math.nan, head.faces, uv, texture, camera[0], light, background)
+    with pytest.raises(ValueError, match="not there"):
+        render_textured(vertices[0], head.faces, uv[:5], texture, camera[0], light, background)
     assert light_vertices(np.eye(3), light).shape == (3, 4)
 
 
@@ -652,7 +769,11 @@ def test_speed_against_a_plain_peer(name):
     old = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({k: v for k, v in old.items() if k in HEADS} | {name: found}, indent=1) + "\n")
     times = {k: t["processor_ms"] for k, t in found["rasterizer"]["times_an_image"].items()}
-    assert times["visibility"] <= 1.5 and times["with_shading_and_backward"] <= 4 * 1.3 and times["visibility"] < 0.7 * times["plain_zbuffer_one_thread"]
+    assert (
+        times["visibility"] <= 1.5
+        and times["with_shading_and_backward"] <= 4 * 1.3
+        and times["visibility"] < 0.7 * times["plain_zbuffer_one_thread"]
+    )
     assert found["textured"]["times_an_image"]["textured"]["processor_ms"] < 9
 
 
@@ -668,10 +789,15 @@ def test_speed_of_the_head_layer():
 def test_bench_file(tmp_path, monkeypatch):
     from fields import bench
 
-    monkeypatch.setattr(bench, "BENCHES", {"one": lambda: {"times": bench.measure({"nothing": lambda: None}, rounds=2)}, "two": lambda: {"value": 2}})
+    monkeypatch.setattr(
+        bench,
+        "BENCHES",
+        {"one": lambda: {"times": bench.measure({"nothing": lambda: None}, rounds=2)}, "two": lambda: {"value": 2}},
+    )
     lines = []
     bench.write_bench(tmp_path / "b.json", ["one"], lines.append)
     kept = bench.write_bench(tmp_path / "b.json", ["two"], lines.append)
     assert set(kept) == {"one", "two"} == set(json.loads((tmp_path / "b.json").read_text())) and len(lines) == 2
     assert set(kept["one"]["times"]["nothing"]) == {"wall_ms", "processor_ms"} and kept["two"]["machine"]["cores"]
-    with pytest.raises(ValueError, match="no bench is called 'three'; there are one, two"): bench.write_bench(tmp_path / "b.json", ["three"])
+    with pytest.raises(ValueError, match="no bench is called 'three'; there are one, two"):
+        bench.write_bench(tmp_path / "b.json", ["three"])

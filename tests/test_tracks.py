@@ -1,4 +1,5 @@
 """Clips: a still face with noise trembles at most a third as much after smoothing, and a talking one is less than a frame late."""
+
 import dataclasses
 
 import numpy as np
@@ -27,7 +28,9 @@ def clip(seed, talking, frames=100):
     truth.expression[:] = 0.5 * normal(1, 50)
     truth.rotation[:, 1] = 0.3
     if talking:
-        beat = (torch.sin(2 * torch.pi * 3.1 * t) + torch.sin(2 * torch.pi * 1.7 * t + 1)).clamp_min(-0.5) * (torch.sin(2 * torch.pi * 0.4 * t) > -0.5)
+        beat = (torch.sin(2 * torch.pi * 3.1 * t) + torch.sin(2 * torch.pi * 1.7 * t + 1)).clamp_min(-0.5) * (
+            torch.sin(2 * torch.pi * 0.4 * t) > -0.5
+        )
         truth.jaw[:, 0] = 0.1 + 0.06 * beat
         truth.expression[:, 0] += 0.4 * torch.sin(2 * torch.pi * 1.1 * t)
         truth.rotation[:, 0] = 0.1 * torch.sin(2 * torch.pi * 0.5 * t)
@@ -81,7 +84,9 @@ def test_gaps_and_large_turns(head):
     smoothed = smooth_track(seen[there], boxes[there], there.numpy())
     assert len(smoothed) == len(there) and (smoothed.rotation[:, 1] - seen.rotation[there, 1]).abs().mean() < 0.05
     assert torch.isfinite(smoothed.features).all()
-    assert torch.allclose(in_picture(in_crop(in_picture(seen.camera, boxes), boxes), boxes), in_picture(seen.camera, boxes), atol=1e-4)
+    assert torch.allclose(
+        in_picture(in_crop(in_picture(seen.camera, boxes), boxes), boxes), in_picture(seen.camera, boxes), atol=1e-4
+    )
 
 
 def test_two_people_cross_a_picture():
@@ -108,7 +113,11 @@ def test_figures_for_the_notes(head):
             late = lag(opening(head, smoothed), opening(head, truth)) if talking else 0.0
             rows[kind].append((jitter(a, unit), jitter(b, unit), jitter(c, unit), abs(late)))
     names = ("jitter_raw_percent", "jitter_smoothed_percent", "jitter_true_percent", "lag_frames")
-    found = {kind: {n: round(float(v), 3) for n, v in zip(names, np.median(r, 0))} | {"largest_lag_frames": round(float(np.max(r, 0)[3]), 3)} for kind, r in rows.items()}
+    found = {
+        kind: {n: round(float(v), 3) for n, v in zip(names, np.median(r, 0))}
+        | {"largest_lag_frames": round(float(np.max(r, 0)[3]), 3)}
+        for kind, r in rows.items()
+    }
     Path(__file__).parents[1].joinpath("evidence", "tracks.json").write_text(json.dumps(found, indent=1) + "\n")
     assert found["still"]["jitter_smoothed_percent"] <= found["still"]["jitter_raw_percent"] / 3
     assert found["talking"]["largest_lag_frames"] < 1

@@ -1,4 +1,5 @@
 "Training: what is frozen stays, resume is exact, processes agree, the guard speaks, methods differ only where they say."
+
 import copy, dataclasses, json, os, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from pathlib import Path
@@ -10,7 +11,22 @@ from fields.models.fields import FieldsModel
 from fields.models.perceptual import SmallEmotion, SmallPerceptual
 from fields.training.alternate import Alternating
 from fields.training.cycle import templates_of
-from fields.training.loop import Diverged, Moment, Pass, Report, Log, Setting, Team, guard, load_state, read_log, run_pass, save_state, train, training_only
+from fields.training.loop import (
+    Diverged,
+    Moment,
+    Pass,
+    Report,
+    Log,
+    Setting,
+    Team,
+    guard,
+    load_state,
+    read_log,
+    run_pass,
+    save_state,
+    train,
+    training_only,
+)
 from fields.training.losses import Terms
 from fields.training.methods import INITIAL_NAME, METHODS, run_method, starting_model
 from fields.training.pretrain import iterations, validation_batches
@@ -19,11 +35,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def head(): return Head.load("open")
+def head():
+    return Head.load("open")
 
 
 @pytest.fixture(scope="module")
-def sources(head): return fake_sources(head)
+def sources(head):
+    return fake_sources(head)
 
 
 def build(head, sources, method, **changes):
@@ -42,20 +60,41 @@ def build(head, sources, method, **changes):
 
 def parts(model):
     e = model.encoders
-    named = {"pose": e.pose_encoder, "shape": e.shape_encoder, "expression": e.expression_encoder, "tokens": model.token_encoder,
-             "synthesizer": model.synthesizer, "emotion": model.emotion_head}
+    named = {
+        "pose": e.pose_encoder,
+        "shape": e.shape_encoder,
+        "expression": e.expression_encoder,
+        "tokens": model.token_encoder,
+        "synthesizer": model.synthesizer,
+        "emotion": model.emotion_head,
+    }
     return {n: m for n, m in named.items() if m is not None}
 
 
-def snapshot(model): return {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in parts(model).items()}
-def changed(model, before): return {n for n, m in parts(model).items() if any(not torch.equal(v, before[n][k]) for k, v in m.state_dict().items())}
+def snapshot(model):
+    return {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in parts(model).items()}
 
 
-@pytest.mark.parametrize("method, parts_option, learns", [
-    ("F1", "fig3", {"shape", "expression", "tokens"}), ("F4", "fig3", {"shape", "expression", "tokens", "emotion"}),
-    ("F4", "sec33", {"expression", "emotion"}), ("SMIRK", "fig3", {"shape", "expression"}), ("EMOCA", "fig3", {"shape", "expression", "tokens"})])
+def changed(model, before):
+    return {
+        n for n, m in parts(model).items() if any(not torch.equal(v, before[n][k]) for k, v in m.state_dict().items())
+    }
+
+
+@pytest.mark.parametrize(
+    "method, parts_option, learns",
+    [
+        ("F1", "fig3", {"shape", "expression", "tokens"}),
+        ("F4", "fig3", {"shape", "expression", "tokens", "emotion"}),
+        ("F4", "sec33", {"expression", "emotion"}),
+        ("SMIRK", "fig3", {"shape", "expression"}),
+        ("EMOCA", "fig3", {"shape", "expression", "tokens"}),
+    ],
+)
 def test_each_pass_changes_what_it_names_and_nothing_else(head, sources, method, parts_option, learns):
-    model, job, (encoder, synthesizer), moment, samples = build(head, sources, method, **{"train.train_parts": parts_option})
+    model, job, (encoder, synthesizer), moment, samples = build(
+        head, sources, method, **{"train.train_parts": parts_option}
+    )
     frozen = [job.base, job.perceptual, job.emotion_net, head]
     outside = [t.clone() for m in frozen if m is not None for t in m.state_dict().values()]
     before = snapshot(model)
@@ -64,7 +103,10 @@ def test_each_pass_changes_what_it_names_and_nothing_else(head, sources, method,
     before = snapshot(model)
     run_pass(model, synthesizer, samples, moment, Team())
     assert changed(model, before) == {"synthesizer"}
-    assert all(torch.equal(a, b) for a, b in zip(outside, (t for m in frozen if m is not None for t in m.state_dict().values())))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(outside, (t for m in frozen if m is not None for t in m.state_dict().values()))
+    )
     assert all(p.grad is None for m in frozen if m is not None for p in m.parameters())
 
 
@@ -77,7 +119,7 @@ def test_no_gradient_reaches_what_is_frozen(head, sources):
             assert {n for n, m in parts(model).items() if any(m.modules()) and next(m.modules()).training} == learns
         assert {n for n, m in parts(model).items() if any(p.grad is not None for p in m.parameters())} == learns
         graded = [p for m in one.trained for p in m.parameters()]
-        assert sum(p.grad is not None and bool(p.grad.any()) for p in graded) > .5*len(graded)
+        assert sum(p.grad is not None and bool(p.grad.any()) for p in graded) > 0.5 * len(graded)
     assert all(p.requires_grad for p in model.parameters()), "flags are restored"
 
 
@@ -85,7 +127,8 @@ def test_batchnorm_statistics_of_frozen_parts_stand_still():
     "A network made of BatchNorm, run inside a frozen part, keeps its statistics to the bit; a trained one does not."
     net = torch.nn.ModuleDict({k: torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.BatchNorm2d(3)) for k in "ab"})
     before = {k: {n: t.clone() for n, t in net[k].state_dict().items()} for k in "ab"}
-    with training_only(net, [net["a"]]): net["b"](net["a"](torch.rand(2, 3, 8, 8))).sum().backward()
+    with training_only(net, [net["a"]]):
+        net["b"](net["a"](torch.rand(2, 3, 8, 8))).sum().backward()
     assert all(torch.equal(t, before["b"][n]) for n, t in net["b"].state_dict().items())
     assert not torch.equal(net["a"][1].running_mean, before["a"]["1.running_mean"])
     assert net["a"].training and net["b"].training
@@ -93,9 +136,14 @@ def test_batchnorm_statistics_of_frozen_parts_stand_still():
 
 def test_terms_of_each_method(head, sources):
     common = {"photometric", "perceptual", "landmark", "expression_reg"}
-    expected = {"F1": common | {"pose_landmark", "region", "shape_reg"}, "F2": common | {"pose_landmark", "region", "shape_reg", "expression_3d"},
-                "F3": common | {"pose_landmark", "region", "shape_reg", "emotion"}, "SMIRK": common, "TEASER": common | {"pose_landmark", "region"},
-                "EMOCA": common | {"pose_landmark", "region", "shape_reg", "feature"}}
+    expected = {
+        "F1": common | {"pose_landmark", "region", "shape_reg"},
+        "F2": common | {"pose_landmark", "region", "shape_reg", "expression_3d"},
+        "F3": common | {"pose_landmark", "region", "shape_reg", "emotion"},
+        "SMIRK": common,
+        "TEASER": common | {"pose_landmark", "region"},
+        "EMOCA": common | {"pose_landmark", "region", "shape_reg", "feature"},
+    }
     expected["F4"] = expected["F2"] | expected["F3"]
     for method, names in expected.items():
         model, job, (encoder, synthesizer), moment, samples = build(head, sources, method)
@@ -104,7 +152,9 @@ def test_terms_of_each_method(head, sources):
             assert set(terms) == names, method
             assert all(torch.isfinite(v) for v in terms.values())
             second = set(dict(job.synthesizer_loss(samples[0], moment)[1].present()))
-            assert second == {"photometric", "perceptual", "cycle"} | ({"region"} if METHODS[method].use_regions else set()) | ({"token_cycle"} if METHODS[method].use_tokens else set())
+            assert second == {"photometric", "perceptual", "cycle"} | (
+                {"region"} if METHODS[method].use_regions else set()
+            ) | ({"token_cycle"} if METHODS[method].use_tokens else set())
 
 
 def test_smirk_schedule(head, sources):
@@ -121,7 +171,9 @@ def test_smirk_schedule(head, sources):
 
 
 def test_visible_landmarks_and_hull_regions(head, sources):
-    model, job, (encoder, _), moment, samples = build(head, sources, "F1", **{"train.pdl": "visible", "train.region": "hull"})
+    model, job, (encoder, _), moment, samples = build(
+        head, sources, "F1", **{"train.pdl": "visible", "train.region": "hull"}
+    )
     terms = dict(job.encoder_loss(samples[0], moment)[1].present())
     assert torch.isfinite(terms["pose_landmark"]) and terms["pose_landmark"] > 0 and terms["region"] > 0
     terms["pose_landmark"].backward()
@@ -135,7 +187,7 @@ def test_accumulated_batches_make_one_step(head, sources):
     data = MixedData(sources, None, config, 8, 180)
     moment, both = iterations(data, 2, Team(), job.prepare)(5)
     assert len(both) == 2 and both[0].batch.ids == data.batch(10).ids and both[1].batch.ids == data.batch(11).ids
-    assert moment.counts.expression == sum(int(s.batch.has_expression.sum()) for s in both)/2
+    assert moment.counts.expression == sum(int(s.batch.has_expression.sum()) for s in both) / 2
 
 
 @pytest.fixture(scope="module")
@@ -147,25 +199,28 @@ def run(tmp_path_factory, head, sources):
 
 def copied(run, tmp_path):
     import shutil
-    shutil.copytree(run, tmp_path/"run")
-    return tmp_path/"run"
+
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def test_pretraining_selects_and_saves(run, head):
-    summary = json.loads((run/"checkpoints/F0/summary.json").read_text())
+    summary = json.loads((run / "checkpoints/F0/summary.json").read_text())
     assert summary["selected_step"] in (2, 4) and summary["validation"] > 0
-    model = FieldsModel.load(run/"checkpoints/F0/model.safetensors", head)
-    assert model.emotion_head is None and not list((run/"checkpoints/F0").glob("state_*"))
-    log = read_log(run/"checkpoints/F0/log.csv")
+    model = FieldsModel.load(run / "checkpoints/F0/model.safetensors", head)
+    assert model.emotion_head is None and not list((run / "checkpoints/F0").glob("state_*"))
+    log = read_log(run / "checkpoints/F0/log.csv")
     assert log["pretrain.landmark"][0] == [0, 1, 2, 3] and "validation" not in log or True
 
 
 def test_methods_start_where_they_should(run, head):
     config = small_config()
     first, base = starting_model(run, METHODS["F4"], config, head)
-    initial = FieldsModel.load(run/"checkpoints"/INITIAL_NAME/"model.safetensors", head)
-    f0 = FieldsModel.load(run/"checkpoints/F0/model.safetensors", head)
-    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    initial = FieldsModel.load(run / "checkpoints" / INITIAL_NAME / "model.safetensors", head)
+    f0 = FieldsModel.load(run / "checkpoints/F0/model.safetensors", head)
+    same = lambda a, b: all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
     assert same(first.encoders, f0.encoders) and same(base, f0.encoders)
     assert same(first.token_encoder, initial.token_encoder) and same(first.synthesizer, initial.synthesizer)
     again, _ = starting_model(run, METHODS["F3"], config, head)
@@ -177,21 +232,22 @@ def test_methods_start_where_they_should(run, head):
 def same_files(a, b, method="F4"):
     "Are the checkpoints' tensors and the logs the same, bit for bit? (The order of a file's header is not fixed.)"
     from fields.models.fields import read_tensors
-    x, y = (read_tensors(p/f"checkpoints/{method}/model.safetensors")[0] for p in (a, b))
-    logs = [(p/f"checkpoints/{method}/log.csv").read_bytes() for p in (a, b)]
+
+    x, y = (read_tensors(p / f"checkpoints/{method}/model.safetensors")[0] for p in (a, b))
+    logs = [(p / f"checkpoints/{method}/log.csv").read_bytes() for p in (a, b)]
     return {"model": set(x) == set(y) and all(torch.equal(x[k], y[k]) for k in x), "log": logs[0] == logs[1]}
 
 
 def test_resume_is_exact(run, tmp_path, head, sources):
     "6 iterations equal 3, a stop, and 3 more: weights, optimiser-driven log and all."
-    whole, parts_ = copied(run, tmp_path/"a"), copied(run, tmp_path/"b")
+    whole, parts_ = copied(run, tmp_path / "a"), copied(run, tmp_path / "b")
     config = small_config()
     run_method(whole, "F4", config, head, sources)
     run_method(parts_, "F4", config, head, sources, stop_at=3)
-    assert len(list((parts_/"checkpoints/F4").glob("state_0000003"))) == 1
+    assert len(list((parts_ / "checkpoints/F4").glob("state_0000003"))) == 1
     assert run_method(parts_, "F4", config, head, sources).resumed == 3
     assert same_files(whole, parts_) == {"model": True, "log": True}
-    assert (whole/"checkpoints/F4/summary.json").read_bytes() == (parts_/"checkpoints/F4/summary.json").read_bytes()
+    assert (whole / "checkpoints/F4/summary.json").read_bytes() == (parts_ / "checkpoints/F4/summary.json").read_bytes()
 
 
 def test_state_of_another_configuration_is_not_continued(run, tmp_path, head, sources):
@@ -201,16 +257,19 @@ def test_state_of_another_configuration_is_not_continued(run, tmp_path, head, so
 
 
 def test_missing_parts_are_named(tmp_path, head, sources):
-    with pytest.raises(ValueError, match="`pretrain` step first"): run_method(tmp_path, "F1", small_config(), head, sources)
-    with pytest.raises(ValueError, match="unknown method 'F9'"): run_method(tmp_path, "F9", small_config(), head, sources)
-    with pytest.raises(ValueError, match="train.train_parts='all'"): build(head, sources, "F1", **{"train.train_parts": "all"})
+    with pytest.raises(ValueError, match="`pretrain` step first"):
+        run_method(tmp_path, "F1", small_config(), head, sources)
+    with pytest.raises(ValueError, match="unknown method 'F9'"):
+        run_method(tmp_path, "F9", small_config(), head, sources)
+    with pytest.raises(ValueError, match="train.train_parts='all'"):
+        build(head, sources, "F1", **{"train.train_parts": "all"})
 
 
 def test_select_best(run, tmp_path, head, sources):
     path = copied(run, tmp_path)
     outcome = run_method(path, "F2", small_config(**{"train.select": "best"}), head, sources)
     assert outcome.best_step in (3, 6) and np.isfinite(outcome.best)
-    assert not (path/"checkpoints/F2/best.safetensors").exists()
+    assert not (path / "checkpoints/F2/best.safetensors").exists()
 
 
 def test_nothing_is_selected_on_affectnet(head, sources):
@@ -223,53 +282,89 @@ def test_killed_while_writing_leaves_the_old_state(tmp_path):
     net = torch.nn.Linear(2, 2)
     adam = torch.optim.Adam(net.parameters())
     save_state(tmp_path, net, [adam], 5, {"key": "k"})
-    half = tmp_path/".state.999.part"
-    half.mkdir(); (half/"model.safetensors").write_bytes(b"half")
+    half = tmp_path / ".state.999.part"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     assert load_state(tmp_path, net, [adam], "k")["step"] == 5
-    (tmp_path/"state_0000005"/"optimizer.pt").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="delete that folder"): load_state(tmp_path, net, [adam], "k")
+    (tmp_path / "state_0000005" / "optimizer.pt").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="delete that folder"):
+        load_state(tmp_path, net, [adam], "k")
 
 
 def test_guard_names_term_and_step(tmp_path):
     net = torch.nn.Linear(1, 1)
+
     def loss(x, moment):
         value = net(x).square().mean()
-        return value, Terms(landmark=value, region=value*(float("nan") if moment.step == 4 else 1))
-    one = Pass("encoder", [net], loss, [torch.optim.SGD(net.parameters(), .01)])
+        return value, Terms(landmark=value, region=value * (float("nan") if moment.step == 4 else 1))
+
+    one = Pass("encoder", [net], loss, [torch.optim.SGD(net.parameters(), 0.01)])
     feed = lambda step: (Moment(step), [torch.ones(2, 1)])
     with pytest.raises(Diverged, match=r"encoder.region became nan at step 4 of F2; the last checkpoint is intact"):
         train(net, [one], feed, Setting(8, tmp_path, "F2", checkpoint_every=2))
     assert load_state(tmp_path, net, one.optimizers)["step"] == 4
-    with pytest.raises(Diverged, match="inf"): guard(1, {"a.objective": float("inf")})
-    assert len(read_log(tmp_path/"log.csv")["encoder.landmark"][0]) == 4
+    with pytest.raises(Diverged, match="inf"):
+        guard(1, {"a.objective": float("inf")})
+    assert len(read_log(tmp_path / "log.csv")["encoder.landmark"][0]) == 4
 
 
 def test_reports_and_logs(tmp_path):
     net, seen = torch.nn.Linear(1, 1), []
-    def loss(x, moment): return (v := net(x).square().mean()), Terms(landmark=v)
-    one = Pass("p", [net], loss, [torch.optim.SGD(net.parameters(), .01)])
-    train(net, [one], lambda s: (Moment(s), [torch.ones(2, 1)]), Setting(10, tmp_path, flush_every=3, events=tmp_path/"events"), callbacks=(seen.append,))
+
+    def loss(x, moment):
+        return (v := net(x).square().mean()), Terms(landmark=v)
+
+    one = Pass("p", [net], loss, [torch.optim.SGD(net.parameters(), 0.01)])
+    train(
+        net,
+        [one],
+        lambda s: (Moment(s), [torch.ones(2, 1)]),
+        Setting(10, tmp_path, flush_every=3, events=tmp_path / "events"),
+        callbacks=(seen.append,),
+    )
     assert [r.step for r in seen] == [3, 6, 9, 10] and seen[-1].left == 0 and isinstance(seen[0], Report)
-    assert read_log(tmp_path/"log.csv")["p.landmark"][0] == list(range(10))
-    assert list((tmp_path/"events").glob("events.out.tfevents*"))
-    with pytest.raises(ValueError, match="is missing"): read_log(tmp_path/"none.csv")
+    assert read_log(tmp_path / "log.csv")["p.landmark"][0] == list(range(10))
+    assert list((tmp_path / "events").glob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match="is missing"):
+        read_log(tmp_path / "none.csv")
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     "Gradients of the first step to 1e-10, parameters after three steps, float64, BatchNorm in eval."
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT/'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     saved = {}
     for world in (1, 2):
-        out = tmp_path/f"{world}.pt"
-        done = subprocess.run([sys.executable, str(ROOT/"tests/two_processes.py"), str(out), str(world)], env=environment, capture_output=True, text=True, timeout=600)
+        out = tmp_path / f"{world}.pt"
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests/two_processes.py"), str(out), str(world)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         saved[world] = torch.load(out, weights_only=True)
-    relative = lambda a, b: max(float((a[k] - b[k]).norm()/b[k].norm().clamp_min(1e-30)) for k in b if b[k].is_floating_point() and b[k].norm() > 0)
-    gradients, parameters = relative(saved[2]["grads"], saved[1]["grads"]), relative(saved[2]["params"], saved[1]["params"])
+    relative = lambda a, b: max(
+        float((a[k] - b[k]).norm() / b[k].norm().clamp_min(1e-30))
+        for k in b
+        if b[k].is_floating_point() and b[k].norm() > 0
+    )
+    gradients, parameters = (
+        relative(saved[2]["grads"], saved[1]["grads"]),
+        relative(saved[2]["params"], saved[1]["params"]),
+    )
     from fields.stage import write_json
-    write_json(ROOT/"evidence/two_processes.json", {"gradients_relative": gradients, "parameters_relative_after_3_steps": parameters, "tensors": len(saved[1]["grads"]),
-                                                    "how": "pytest -m slow tests/test_training.py: float64, gloo, global batch 8, F4, BatchNorm in eval"})
+
+    write_json(
+        ROOT / "evidence/two_processes.json",
+        {
+            "gradients_relative": gradients,
+            "parameters_relative_after_3_steps": parameters,
+            "tensors": len(saved[1]["grads"]),
+            "how": "pytest -m slow tests/test_training.py: float64, gloo, global batch 8, F4, BatchNorm in eval",
+        },
+    )
     assert set(saved[1]["grads"]) == set(saved[2]["grads"]) and gradients < 1e-10 and parameters < 1e-10
     assert "not synchronised between CPU processes" in saved[2]["notes"]
 
@@ -278,14 +373,21 @@ def test_two_processes_agree_with_one(tmp_path):
 def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources):
     "The second half runs after a SIGKILL of the process that ran the first."
     config = {"train.steps": 20, "train.checkpoint_every": 5}
-    whole, killed = copied(run, tmp_path/"a"), copied(run, tmp_path/"b")
+    whole, killed = copied(run, tmp_path / "a"), copied(run, tmp_path / "b")
     run_method(whole, "F4", small_config(**config), head, sources)
-    script = ("import torch; from fake_data import *; from fields.head.flame import Head; from fields.training.methods import run_method; import sys;"
-              f"head = Head.load('open'); run_method(sys.argv[1], 'F4', small_config(**{config!r}), head, fake_sources(head))")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT/'tests'}", "OMP_NUM_THREADS": "1"}
+    script = (
+        "import torch; from fake_data import *; from fields.head.flame import Head; from fields.training.methods import run_method; import sys;"
+        f"head = Head.load('open'); run_method(sys.argv[1], 'F4', small_config(**{config!r}), head, fake_sources(head))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, "-c", script, str(killed)], env=environment, stderr=subprocess.DEVNULL)
-    log, start = killed/"checkpoints/F4/log.csv", time.time()
-    while time.time() - start < 400 and child.poll() is None and (not log.is_file() or len(log.read_text().splitlines()) < 13): time.sleep(.05)
+    log, start = killed / "checkpoints/F4/log.csv", time.time()
+    while (
+        time.time() - start < 400
+        and child.poll() is None
+        and (not log.is_file() or len(log.read_text().splitlines()) < 13)
+    ):
+        time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
     lines = len(log.read_text().splitlines()) - 1
@@ -294,8 +396,17 @@ def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources
     assert outcome.resumed == 10
     equal = same_files(whole, killed)
     from fields.stage import write_json
-    write_json(ROOT/"evidence/resume.json", {"iterations": 20, "killed_after": lines, "resumed_at": outcome.resumed, "identical": equal,
-                                             "how": "pytest -m slow tests/test_training.py: F4 on invented data, one thread, SIGKILL"})
+
+    write_json(
+        ROOT / "evidence/resume.json",
+        {
+            "iterations": 20,
+            "killed_after": lines,
+            "resumed_at": outcome.resumed,
+            "identical": equal,
+            "how": "pytest -m slow tests/test_training.py: F4 on invented data, one thread, SIGKILL",
+        },
+    )
     assert all(equal.values())
 
 
@@ -303,47 +414,77 @@ def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources
 def test_paper_profile_runs_two_iterations(tmp_path):
     "The paper's exact networks, image size and schedule, batch 4, with the scan-derived head: every logged term is finite."
     folder = os.environ.get("FIELDS_TEST_DATA")
-    if not folder: pytest.skip("FIELDS_TEST_DATA is not set, so there is no FLAME-topology head to run the paper profile with")
+    if not folder:
+        pytest.skip("FIELDS_TEST_DATA is not set, so there is no FLAME-topology head to run the paper profile with")
     from fields.config import load_profile
     from fields.models.fields import FieldsModel
-    path = Path(folder)/"head/generic_model.pkl"
-    config = load_profile("paper", {"head": str(path), "train.batch": 4, "train.steps": 2, "train.precision": "32", "device": "cpu", "threads": 0})
+
+    path = Path(folder) / "head/generic_model.pkl"
+    config = load_profile(
+        "paper",
+        {"head": str(path), "train.batch": 4, "train.steps": 2, "train.precision": "32", "device": "cpu", "threads": 0},
+    )
     real = Head.load(str(path))
     sources, torch_seed = fake_sources(real, size=config.prepare.cache_size), torch.manual_seed(0)
     model = FieldsModel(config.network, real, seed=0)
-    assert sum(p.numel() for p in model.synthesizer.parameters()) == 85_224_355 and sum(p.numel() for p in model.encoders.parameters()) == 3_599_921
+    assert (
+        sum(p.numel() for p in model.synthesizer.parameters()) == 85_224_355
+        and sum(p.numel() for p in model.encoders.parameters()) == 3_599_921
+    )
     from fields.models.perceptual import Vgg16
-    job = Alternating(model, real, copy.deepcopy(model.encoders), METHODS["F4"], config, Vgg16(), templates_of(sources["bp4d"]))
+
+    job = Alternating(
+        model, real, copy.deepcopy(model.encoders), METHODS["F4"], config, Vgg16(), templates_of(sources["bp4d"])
+    )
     data = MixedData(sources, None, config, 4, config.train.steps)
     outcome = train(model, job.passes(), iterations(data, 1, Team(), job.prepare), Setting(2, tmp_path, "F4"))
-    log = read_log(tmp_path/"log.csv")
+    log = read_log(tmp_path / "log.csv")
     assert outcome.steps == 2 and all(len(v) == 2 and np.isfinite(v).all() for _, v in log.values())
     from fields.stage import write_json
-    write_json(ROOT/"evidence/paper_profile.json", {"iterations": 2, "batch": 4, "image_size": config.network.image_size, "terms": {k: v for k, (_, v) in log.items()},
-                                                    "how": "pytest -m slow tests/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights"})
+
+    write_json(
+        ROOT / "evidence/paper_profile.json",
+        {
+            "iterations": 2,
+            "batch": 4,
+            "image_size": config.network.image_size,
+            "terms": {k: v for k, (_, v) in log.items()},
+            "how": "pytest -m slow tests/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights",
+        },
+    )
 
 
 def test_pretraining_may_end_where_its_schedule_ends(tmp_path, head, sources):
     "`pretrain.select=last` keeps the last weights, whatever validation said; another word is refused."
     from fields.training.pretrain import pretrain
     from fields.models.encoders import GeometryEncoders
+
     def ended(select, steps=4):
         torch.manual_seed(0)
         config = small_config(**{"pretrain.select": select, "pretrain.steps": steps})
         encoders = GeometryEncoders(config.network)
-        outcome = pretrain(tmp_path/f"{select}{steps}", encoders, head, MixedData(sources, None, config, config.pretrain.batch, 4), config)
+        outcome = pretrain(
+            tmp_path / f"{select}{steps}",
+            encoders,
+            head,
+            MixedData(sources, None, config, config.pretrain.batch, 4),
+            config,
+        )
         return encoders.state_dict(), outcome.best_step
+
     last, step = ended("last")
     best, chosen = ended("best")
     assert step == 0 and chosen in (2, 4)
     same = all(torch.equal(last[k], best[k]) for k in last)
     assert same == (chosen == 4)
-    with pytest.raises(ValueError, match="pretrain.select='first' is unknown"): ended("first")
+    with pytest.raises(ValueError, match="pretrain.select='first' is unknown"):
+        ended("first")
 
 
 def test_reading_once_changes_nothing_but_rounding(head, sources):
     """Frozen backbones that are the same read each image once; the gradients of an iteration agree up to the order of two sums."""
     from fields.models.encoders import branches, reading_once
+
     found, calls = [], []
     for shared in (False, True):
         model, job, passes, moment, _ = build(head, sources, "F4", **{"train.backbone_lr_scale": 0.0})
@@ -352,14 +493,21 @@ def test_reading_once_changes_nothing_but_rounding(head, sources):
             b.encoder.load_state_dict(every[0].encoder.state_dict())
             b.encoder.pooled = lambda image, pooled=b.encoder.pooled, seen=seen: (seen.append(1), pooled(image))[1]
         with reading_once(every if shared else []):
-            moment, samples = iterations(MixedData(sources, None, job.config, job.config.train.batch, 90), 1, Team(), job.prepare)(0)
+            moment, samples = iterations(
+                MixedData(sources, None, job.config, job.config.train.batch, 90), 1, Team(), job.prepare
+            )(0)
             for one in passes:
-                with training_only(model, one.trained): one.loss(samples[0], moment)[0].backward()
+                with training_only(model, one.trained):
+                    one.loss(samples[0], moment)[0].backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         calls.append(len(seen))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 50
-    for n, g in found[0].items(): torch.testing.assert_close(found[1][n], g, rtol=1e-3, atol=1e-4*g.abs().max().item())
-    assert calls == [11, 2]  # base 3, encoder pass 3, synthesizer pass 3 and its cycle 2; or the image and the edit, once each
+    for n, g in found[0].items():
+        torch.testing.assert_close(found[1][n], g, rtol=1e-3, atol=1e-4 * g.abs().max().item())
+    assert calls == [
+        11,
+        2,
+    ]  # base 3, encoder pass 3, synthesizer pass 3 and its cycle 2; or the image and the edit, once each
 
 
 def test_painting_some_images_estimates_the_same_means(head, sources):
@@ -384,15 +532,21 @@ def test_the_emotion_head_may_begin_alone(head, sources):
     """Only the emotion head changes, it reads emotion better than before, and it comes out the same twice."""
     from fields.training.methods import warm_up_emotion
     from fields.training.losses import emotion
+
     results = []
     for _ in range(2):
-        model, job, passes, moment, samples = build(head, sources, "F4", **{"train.emotion_warmup": 6, "train.learning_rate": 1e-3})
+        model, job, passes, moment, samples = build(
+            head, sources, "F4", **{"train.emotion_warmup": 6, "train.learning_rate": 1e-3}
+        )
         data, before = MixedData(sources, None, job.config, 8, 10), snapshot(model)
         crops = next(data.evaluation("affectnet", "train", 64))
+
         def loss():
             model.eval()
-            with torch.no_grad(): said = model.emotion(model.encode(crops.image))
+            with torch.no_grad():
+                said = model.emotion(model.encode(crops.image))
             return emotion(said.logits, said.valence, said.arousal, crops).item()
+
         start = loss()
         assert "6 times" in warm_up_emotion(model, data, job.config)
         assert changed(model, before) == {"emotion"} and loss() < start
@@ -403,16 +557,17 @@ def test_the_emotion_head_may_begin_alone(head, sources):
 def test_lids_join_only_where_they_were_fitted(head, sources, tmp_path):
     """`loss.eyelids` adds the squared error of the lids of labelled frames, and is refused where no scan fit holds lids."""
     terms = {}
-    for weight in (0., 30.):
+    for weight in (0.0, 30.0):
         model, job, _, moment, samples = build(head, sources, "F2", **{"loss.eyelids": weight})
-        with torch.no_grad(): terms[weight] = job.encoder_loss(samples[0], moment)[1].expression_3d.item()
+        with torch.no_grad():
+            terms[weight] = job.encoder_loss(samples[0], moment)[1].expression_3d.item()
     batch, params = samples[0].batch, job.encode(samples[0].batch.image)[0]
     squares = (params.eyelids - batch.eyelids).square().mean(1)[batch.has_expression]
-    assert len(squares) and terms[30.] - terms[0.] == pytest.approx(30*squares.mean().item(), rel=1e-3)
-    assert batch.eyelids[batch.has_expression].std() > .05 and not batch.eyelids[~batch.has_expression].any()
+    assert len(squares) and terms[30.0] - terms[0.0] == pytest.approx(30 * squares.mean().item(), rel=1e-3)
+    assert batch.eyelids[batch.has_expression].std() > 0.05 and not batch.eyelids[~batch.has_expression].any()
     without = fake_sources(head)
     without["bp4d"].eyelids[:] = 0
     prepared(tmp_path, head, without)
     with pytest.raises(ValueError, match="loss.eyelids=5.0 needs lids fitted to the scans"):
-        run_method(tmp_path, "F2", small_config(**{"loss.eyelids": 5.}), head, without)
-    run_method(tmp_path, "F1", small_config(**{"loss.eyelids": 5.}), head, without)
+        run_method(tmp_path, "F2", small_config(**{"loss.eyelids": 5.0}), head, without)
+    run_method(tmp_path, "F1", small_config(**{"loss.eyelids": 5.0}), head, without)

@@ -16,11 +16,12 @@ from ..types import Batched
 # %% ../../nbs/38_data.augment.ipynb #c82e3d72
 SAMPLING, AUGMENTATION, CYCLE, INITIAL = range(4)
 
+
 def stream(
-    seed:int,                     # training seed
-    step:int,                     # iteration
-    purpose:int,                  # SAMPLING, AUGMENTATION, CYCLE or INITIAL
-) -> np.random.Generator:         # a fresh generator
+    seed: int,  # training seed
+    step: int,  # iteration
+    purpose: int,  # SAMPLING, AUGMENTATION, CYCLE or INITIAL
+) -> np.random.Generator:  # a fresh generator
     "Return the generator of one purpose at one step."
     return np.random.default_rng([seed, step, purpose])
 
@@ -28,156 +29,197 @@ def stream(
 @dataclass(frozen=True)
 class Augmentation:
     "Strength and probability of each change."
-    scale_low:float = 1.2         # of the face box
-    scale_high:float = 1.8
-    affine:float = .9             # probability of shift, zoom and rotation
-    shift:float = .05             # of the crop's side
-    zoom:float = .1
-    rotation:float = 10.0         # degrees
-    brightness_contrast:float = .5 # probability; strength .2
-    gamma:float = .5              # probability; exponent .8 to 1.2
-    jitter:float = .25            # probability; brightness, contrast, saturation and hue by .05
-    channel_shift:float = .25     # probability; each channel by 20/255
-    blur:float = .1               # probability; sigma .4 to 1.2 pixels at side 112
-    noise:float = .5              # probability; standard deviation 3/255 to 7/255
+
+    scale_low: float = 1.2  # of the face box
+    scale_high: float = 1.8
+    affine: float = 0.9  # probability of shift, zoom and rotation
+    shift: float = 0.05  # of the crop's side
+    zoom: float = 0.1
+    rotation: float = 10.0  # degrees
+    brightness_contrast: float = 0.5  # probability; strength .2
+    gamma: float = 0.5  # probability; exponent .8 to 1.2
+    jitter: float = 0.25  # probability; brightness, contrast, saturation and hue by .05
+    channel_shift: float = 0.25  # probability; each channel by 20/255
+    blur: float = 0.1  # probability; sigma .4 to 1.2 pixels at side 112
+    noise: float = 0.5  # probability; standard deviation 3/255 to 7/255
 
 # %% ../../nbs/38_data.augment.ipynb #95c26299
 @dataclass
 class AugmentPlan(Batched):
     "Parameters of every sample's augmentation; neutral values where a change is not applied."
-    scale:Tensor                  # (B,) part of the cached crop, in face boxes, zoom included
-    shift:Tensor                  # (B,2) half face boxes
-    angle:Tensor                  # (B,) radians, positive turns the picture clockwise
-    colour:Tensor                 # (B,3,4) affine map of (r,g,b,1)
-    gamma:Tensor                  # (B,) exponent
-    blur:Tensor                   # (B,) sigma in pixels at side 112, 0 for none
-    noise:Tensor                  # (B,) standard deviation, 0 for none
-    seed:Tensor                   # (B,) seed of the noise, long
+
+    scale: Tensor  # (B,) part of the cached crop, in face boxes, zoom included
+    shift: Tensor  # (B,2) half face boxes
+    angle: Tensor  # (B,) radians, positive turns the picture clockwise
+    colour: Tensor  # (B,3,4) affine map of (r,g,b,1)
+    gamma: Tensor  # (B,) exponent
+    blur: Tensor  # (B,) sigma in pixels at side 112, 0 for none
+    noise: Tensor  # (B,) standard deviation, 0 for none
+    seed: Tensor  # (B,) seed of the noise, long
+
 
 def fixed_plan(
-    batch:int,                    # samples
-    scale:float=1.4,              # crop scale of evaluation
-) -> AugmentPlan:                 # a plan that only crops
+    batch: int,  # samples
+    scale: float = 1.4,  # crop scale of evaluation
+) -> AugmentPlan:  # a plan that only crops
     "Return the plan of evaluation: a fixed scale and nothing else."
     z = lambda *s: torch.zeros(batch, *s)
-    return AugmentPlan(z() + scale, z(2), z(), torch.eye(3, 4).expand(batch, 3, 4).clone(), z() + 1, z(), z(), z().long())
+    return AugmentPlan(
+        z() + scale, z(2), z(), torch.eye(3, 4).expand(batch, 3, 4).clone(), z() + 1, z(), z(), z().long()
+    )
 
 # %% ../../nbs/38_data.augment.ipynb #c42245a6
-_GREY = np.array([.299, .587, .114])
+_GREY = np.array([0.299, 0.587, 0.114])
+
 
 def colour_matrix(
-    gain:float=1.0,               # contrast
-    offset=0.0,                   # brightness, a number or one a channel
-    saturation:float=1.0,         # 0 is grey
-    hue:float=0.0,                # turn about the grey axis, radians
-) -> np.ndarray:                  # (3,4)
+    gain: float = 1.0,  # contrast
+    offset=0.0,  # brightness, a number or one a channel
+    saturation: float = 1.0,  # 0 is grey
+    hue: float = 0.0,  # turn about the grey axis, radians
+) -> np.ndarray:  # (3,4)
     "Compose colour changes into one affine map of (r,g,b,1)."
-    axis = np.full(3, 3**-.5)
+    axis = np.full(3, 3**-0.5)
     cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    turn = np.cos(hue)*np.eye(3) + np.sin(hue)*cross + (1 - np.cos(hue))*np.outer(axis, axis)
-    mix = saturation*np.eye(3) + (1 - saturation)*_GREY[None]
-    return np.concatenate([gain*(turn @ mix), np.broadcast_to(offset, 3)[:, None]], 1)
+    turn = np.cos(hue) * np.eye(3) + np.sin(hue) * cross + (1 - np.cos(hue)) * np.outer(axis, axis)
+    mix = saturation * np.eye(3) + (1 - saturation) * _GREY[None]
+    return np.concatenate([gain * (turn @ mix), np.broadcast_to(offset, 3)[:, None]], 1)
 
 # %% ../../nbs/38_data.augment.ipynb #57165fde
 def draw_plan(
-    seeds,                        # (B,) whole numbers, one a sample
-    amount:Augmentation=Augmentation(), # strengths
-) -> AugmentPlan:                 # parameters of every sample
+    seeds,  # (B,) whole numbers, one a sample
+    amount: Augmentation = Augmentation(),  # strengths
+) -> AugmentPlan:  # parameters of every sample
     "Draw the augmentation of every sample from its own seed."
     rows = []
     for seed in seeds:
         r = np.random.default_rng(int(seed))
         u = lambda low, high, *n: r.uniform(low, high, *n)
         scale, (zoom, angle), shift = u(amount.scale_low, amount.scale_high), u(-1, 1, 2), u(-1, 1, 2)
-        on = r.random(6) < [amount.affine, amount.brightness_contrast, amount.gamma, amount.jitter, amount.blur, amount.noise]
-        scale *= 1/(1 + amount.zoom*zoom*on[0])
+        on = r.random(6) < [
+            amount.affine,
+            amount.brightness_contrast,
+            amount.gamma,
+            amount.jitter,
+            amount.blur,
+            amount.noise,
+        ]
+        scale *= 1 / (1 + amount.zoom * zoom * on[0])
         colour = np.concatenate([colour_matrix(), [[0, 0, 0, 1]]])
-        bright, contrast, jitter, channels = u(-.2, .2), u(.8, 1.2), u(-.05, .05, 4), u(-20/255, 20/255, 3)
+        bright, contrast, jitter, channels = u(-0.2, 0.2), u(0.8, 1.2), u(-0.05, 0.05, 4), u(-20 / 255, 20 / 255, 3)
         shifted = r.random() < amount.channel_shift
-        if on[1]: colour[:3] = colour_matrix(contrast, bright) @ colour
-        if on[3]: colour[:3] = colour_matrix((1 + jitter[0])*(1 + jitter[1]), -.5*jitter[1], 1 + jitter[2], 2*np.pi*jitter[3]) @ colour
-        if shifted: colour[:3, 3] += channels
-        gamma, blur, noise = u(.8, 1.2), u(.4, 1.2), u(3/255, 7/255)
-        rows.append((scale, shift*2*amount.shift*on[0]*scale, np.deg2rad(amount.rotation)*angle*on[0], colour[:3],
-                     gamma if on[2] else 1.0, blur*on[4], noise*on[5]))
+        if on[1]:
+            colour[:3] = colour_matrix(contrast, bright) @ colour
+        if on[3]:
+            colour[:3] = (
+                colour_matrix((1 + jitter[0]) * (1 + jitter[1]), -0.5 * jitter[1], 1 + jitter[2], 2 * np.pi * jitter[3])
+                @ colour
+            )
+        if shifted:
+            colour[:3, 3] += channels
+        gamma, blur, noise = u(0.8, 1.2), u(0.4, 1.2), u(3 / 255, 7 / 255)
+        rows.append(
+            (
+                scale,
+                shift * 2 * amount.shift * on[0] * scale,
+                np.deg2rad(amount.rotation) * angle * on[0],
+                colour[:3],
+                gamma if on[2] else 1.0,
+                blur * on[4],
+                noise * on[5],
+            )
+        )
     columns = [torch.from_numpy(np.asarray(c, np.float32)) for c in zip(*rows)]
     return AugmentPlan(*columns, torch.from_numpy(np.asarray(seeds, np.int64)))
 
 # %% ../../nbs/38_data.augment.ipynb #3fcc2991
 def crop_matrices(
-    plan:AugmentPlan,             # the batch's plan
-    cache_scale:float=2.0,        # what the cached crop spans, in face boxes
-) -> tuple[Tensor, Tensor]:       # (B,3,3) new NDC -> cached NDC, and its inverse
+    plan: AugmentPlan,  # the batch's plan
+    cache_scale: float = 2.0,  # what the cached crop spans, in face boxes
+) -> tuple[Tensor, Tensor]:  # (B,3,3) new NDC -> cached NDC, and its inverse
     "Return the affine map from the new crop to the cached one, and back."
-    cos, sin, k = plan.angle.cos(), plan.angle.sin(), plan.scale/cache_scale
-    c = plan.shift/cache_scale
+    cos, sin, k = plan.angle.cos(), plan.angle.sin(), plan.scale / cache_scale
+    c = plan.shift / cache_scale
     zero, one = torch.zeros_like(k), torch.ones_like(k)
-    back = torch.stack([k*cos, k*sin, c[:, 0], -k*sin, k*cos, c[:, 1], zero, zero, one], 1).view(-1, 3, 3)
-    a = torch.stack([cos/k, -sin/k, sin/k, cos/k], 1).view(-1, 2, 2)
+    back = torch.stack([k * cos, k * sin, c[:, 0], -k * sin, k * cos, c[:, 1], zero, zero, one], 1).view(-1, 3, 3)
+    a = torch.stack([cos / k, -sin / k, sin / k, cos / k], 1).view(-1, 2, 2)
     t = -a @ c[:, :, None]
     last = torch.stack([zero, zero, one], 1)[:, None]
     return back, torch.cat([torch.cat([a, t], 2), last], 1)
 
 # %% ../../nbs/38_data.augment.ipynb #8381b79c
 def move_points(
-    matrix:Tensor,                # (B,3,3)
-    points:Tensor,                # (B,L,2) NDC
-) -> Tensor:                      # (B,L,2) NDC
+    matrix: Tensor,  # (B,3,3)
+    points: Tensor,  # (B,L,2) NDC
+) -> Tensor:  # (B,L,2) NDC
     "Apply the batch's maps to landmark sets; missing points (NaN) stay missing."
     return kornia.geometry.linalg.transform_points(matrix, points)
 
+
 def warp(
-    crops:Tensor,                 # (B,S,S,C) uint8 cached crops
-    back:Tensor,                  # (B,3,3) new NDC -> cached NDC
-    size:int,                     # side of the new crop, pixels
-) -> tuple[Tensor, Tensor]:       # (B,C,size,size) in [0,1], and (B,1,size,size) 1 inside the cached crop
+    crops: Tensor,  # (B,S,S,C) uint8 cached crops
+    back: Tensor,  # (B,3,3) new NDC -> cached NDC
+    size: int,  # side of the new crop, pixels
+) -> tuple[Tensor, Tensor]:  # (B,C,size,size) in [0,1], and (B,1,size,size) 1 inside the cached crop
     "Cut the new crops out of the cached ones; what lies outside is 0."
     grid = F.affine_grid(back[:, :2], (len(crops), 1, size, size), align_corners=False)
     pixels = crops.permute(0, 3, 1, 2).float().div_(255)
     inside = (grid.abs() <= 1).all(-1)[:, None].float()
-    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)*inside, inside
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False) * inside, inside
 
 # %% ../../nbs/38_data.augment.ipynb #d7ba19a6
 def recolour(
-    images:Tensor,                # (B,3,S,S) in [0,1]
-    inside:Tensor,                # (B,1,S,S) 1 inside the cached crop
-    plan:AugmentPlan,             # the batch's plan
-) -> Tensor:                      # (B,3,S,S) in [0,1]
+    images: Tensor,  # (B,3,S,S) in [0,1]
+    inside: Tensor,  # (B,1,S,S) 1 inside the cached crop
+    plan: AugmentPlan,  # the batch's plan
+) -> Tensor:  # (B,3,S,S) in [0,1]
     "Change colours, blur and add noise, each only where the plan says so."
     size = images.shape[-1]
     x = torch.baddbmm(plan.colour[:, :, 3:], plan.colour[:, :, :3], images.flatten(2)).view_as(images).clamp_(0, 1)
-    for name, change in (("gamma", lambda i: kornia.enhance.adjust_gamma(x[i], plan.gamma[i])),
-                         ("blur", lambda i: _blur(x[i], plan.blur[i]*size/112)),
-                         ("noise", lambda i: x[i] + plan.noise[i, None, None, None]*_noise(plan.seed[i], x[i]))):
+    for name, change in (
+        ("gamma", lambda i: kornia.enhance.adjust_gamma(x[i], plan.gamma[i])),
+        ("blur", lambda i: _blur(x[i], plan.blur[i] * size / 112)),
+        ("noise", lambda i: x[i] + plan.noise[i, None, None, None] * _noise(plan.seed[i], x[i])),
+    ):
         chosen = (getattr(plan, name) != (1 if name == "gamma" else 0)).nonzero()[:, 0]
-        if len(chosen): x = x.index_copy(0, chosen, change(chosen))
-    return x.clamp_(0, 1)*inside
+        if len(chosen):
+            x = x.index_copy(0, chosen, change(chosen))
+    return x.clamp_(0, 1) * inside
+
 
 def _blur(x, sigma):
-    k = 2*int(np.ceil(2*float(sigma.max()))) + 1
+    k = 2 * int(np.ceil(2 * float(sigma.max()))) + 1
     return kornia.filters.gaussian_blur2d(x, (k, k), sigma[:, None].expand(-1, 2), "replicate")
 
+
 def _noise(seeds, like):
-    return torch.stack([torch.randn(like.shape[1:], generator=torch.Generator(like.device).manual_seed(int(s)), device=like.device) for s in seeds])
+    return torch.stack(
+        [
+            torch.randn(like.shape[1:], generator=torch.Generator(like.device).manual_seed(int(s)), device=like.device)
+            for s in seeds
+        ]
+    )
 
 # %% ../../nbs/38_data.augment.ipynb #d8b9875f
 @dataclass
 class Augmented(Batched):
     "What the augmentation returns."
-    image:Tensor                  # (B,3,S,S) RGB in [0,1]
-    hull:Tensor                   # (B,1,S,S) 1 inside the convex hull of the face's landmarks
-    points:Tensor                 # (B,L,2) NDC of the new crop
-    matrix:Tensor                 # (B,3,3) cached NDC -> new NDC
+
+    image: Tensor  # (B,3,S,S) RGB in [0,1]
+    hull: Tensor  # (B,1,S,S) 1 inside the convex hull of the face's landmarks
+    points: Tensor  # (B,L,2) NDC of the new crop
+    matrix: Tensor  # (B,3,3) cached NDC -> new NDC
+
 
 def augment(
-    crops:Tensor,                 # (B,S,S,4) uint8: RGB and hull mask, a cached crop
-    points:Tensor,                # (B,L,2) NDC of the cached crop, all landmark sets one after another
-    plan:AugmentPlan,             # from `draw_plan` (training) or `fixed_plan` (evaluation)
-    size:int,                     # side of the new crop, pixels
-    cache_scale:float=2.0,        # what the cached crop spans, in face boxes
-) -> Augmented:                   # image, hull and points of the new crop
+    crops: Tensor,  # (B,S,S,4) uint8: RGB and hull mask, a cached crop
+    points: Tensor,  # (B,L,2) NDC of the cached crop, all landmark sets one after another
+    plan: AugmentPlan,  # from `draw_plan` (training) or `fixed_plan` (evaluation)
+    size: int,  # side of the new crop, pixels
+    cache_scale: float = 2.0,  # what the cached crop spans, in face boxes
+) -> Augmented:  # image, hull and points of the new crop
     "Crop, turn and recolour a batch on the device of `crops`."
     plan = plan.to(crops.device)
     back, forth = crop_matrices(plan, cache_scale)
     new, inside = warp(crops, back, size)
-    return Augmented(recolour(new[:, :3], inside, plan), (new[:, 3:] > .5).float(), move_points(forth, points), forth)
+    return Augmented(recolour(new[:, :3], inside, plan), (new[:, 3:] > 0.5).float(), move_points(forth, points), forth)

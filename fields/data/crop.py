@@ -15,100 +15,112 @@ from .detect import cut
 @dataclass(frozen=True)
 class Box:
     "A square of a picture, in its pixels."
-    cx:float                      # centre, pixels; the centre of the first pixel is at 0.5
-    cy:float
-    side:float                    # side, pixels
 
-    def scaled(self, factor): return Box(self.cx, self.cy, self.side*factor)
+    cx: float  # centre, pixels; the centre of the first pixel is at 0.5
+    cy: float
+    side: float  # side, pixels
 
-    def row(self): return (float(self.cx), float(self.cy), float(self.side))
+    def scaled(self, factor):
+        return Box(self.cx, self.cy, self.side * factor)
+
+    def row(self):
+        return (float(self.cx), float(self.cy), float(self.side))
 
     def matrix(self, size):
         "(2,3) map from pixels of the picture to pixels of a crop of the given side."
-        k = size/self.side
-        return np.array([[k, 0, size/2 - k*self.cx], [0, k, size/2 - k*self.cy]])
+        k = size / self.side
+        return np.array([[k, 0, size / 2 - k * self.cx], [0, k, size / 2 - k * self.cy]])
 
-    def to_json(self): return json.dumps({"cx": self.cx, "cy": self.cy, "side": self.side})
+    def to_json(self):
+        return json.dumps({"cx": self.cx, "cy": self.cy, "side": self.side})
 
     @classmethod
     def from_json(cls, text):
         "Read what `to_json` wrote; raise `ValueError` for anything else."
-        try: return cls(*(float(json.loads(text)[k]) for k in ("cx", "cy", "side")))
-        except (KeyError, TypeError, ValueError): raise ValueError(f"{text[:60]!r} is not a crop box; it needs cx, cy and side") from None
+        try:
+            return cls(*(float(json.loads(text)[k]) for k in ("cx", "cy", "side")))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{text[:60]!r} is not a crop box; it needs cx, cy and side") from None
 
 # %% ../../nbs/32_data.crop.ipynb #0f0b0e74
 def face_box(
-    points:np.ndarray,            # (L,2) or (L,3) pixels of the picture
-    scale:float=1.0,              # side over the mean of the points' width and height
-    whole:bool=False,             # cut the side down to whole pixels, as SMIRK does
-) -> Box:                         # the square
+    points: np.ndarray,  # (L,2) or (L,3) pixels of the picture
+    scale: float = 1.0,  # side over the mean of the points' width and height
+    whole: bool = False,  # cut the side down to whole pixels, as SMIRK does
+) -> Box:  # the square
     "Return SMIRK's box around a face's points; raise `ValueError` where it has no extent."
     p = np.asarray(points, np.float64)[:, :2]
     low, high = p.min(0), p.max(0)
-    side = (high - low).mean()*scale
-    if not np.isfinite(side) or side <= 0: raise ValueError("the points of this face have no extent or are not finite; there is nothing to crop")
-    if whole: side = max(1, int(side))
-    return Box(*((low + high)/2).tolist(), float(side))
+    side = (high - low).mean() * scale
+    if not np.isfinite(side) or side <= 0:
+        raise ValueError("the points of this face have no extent or are not finite; there is nothing to crop")
+    if whole:
+        side = max(1, int(side))
+    return Box(*((low + high) / 2).tolist(), float(side))
 
 # %% ../../nbs/32_data.crop.ipynb #f96848f6
 def to_crop(
-    points,                       # (...,2) or (...,3) pixels of the picture
-    box:Box,                      # the crop's box
-):                                # (...,2) NDC of the crop
+    points,  # (...,2) or (...,3) pixels of the picture
+    box: Box,  # the crop's box
+):  # (...,2) NDC of the crop
     "Map points of a picture to the NDC of a crop."
     p = np.asarray(points, np.float64)[..., :2]
-    return (p - [box.cx, box.cy])*(2/box.side)
+    return (p - [box.cx, box.cy]) * (2 / box.side)
+
 
 def from_crop(
-    points,                       # (...,2) NDC of the crop
-    box:Box,                      # the crop's box
-):                                # (...,2) pixels of the picture
+    points,  # (...,2) NDC of the crop
+    box: Box,  # the crop's box
+):  # (...,2) pixels of the picture
     "Map points in the NDC of a crop back to the picture; the inverse of `to_crop`."
-    return np.asarray(points, np.float64)[..., :2]*(box.side/2) + [box.cx, box.cy]
+    return np.asarray(points, np.float64)[..., :2] * (box.side / 2) + [box.cx, box.cy]
+
 
 def between(
-    points,                       # (...,2) NDC of the first crop
-    first:Box,                    # where they are
-    second:Box,                   # where they go
-):                                # (...,2) NDC of the second crop
+    points,  # (...,2) NDC of the first crop
+    first: Box,  # where they are
+    second: Box,  # where they go
+):  # (...,2) NDC of the second crop
     "Map points from one crop of a picture to another."
     return to_crop(from_crop(points, first), second)
 
 # %% ../../nbs/32_data.crop.ipynb #ff402c1d
 def crop_image(
-    image:np.ndarray,             # (H,W,C) uint8
-    box:Box,                      # the square to cut
-    size:int,                     # side of the crop, pixels
-    edge:str="black",             # beyond the picture: black | repeat | mirror
-) -> np.ndarray:                  # (size,size,C) uint8
+    image: np.ndarray,  # (H,W,C) uint8
+    box: Box,  # the square to cut
+    size: int,  # side of the crop, pixels
+    edge: str = "black",  # beyond the picture: black | repeat | mirror
+) -> np.ndarray:  # (size,size,C) uint8
     "Cut a box out of a picture and bring it to a size."
     return cut(np.ascontiguousarray(image), box.matrix(size), size, edge)
 
 # %% ../../nbs/32_data.crop.ipynb #43bce7a8
 def paste(
-    crop:np.ndarray,              # (S,S,C) uint8 or float
-    box:Box,                      # where it came from
-    shape:tuple,                  # (H,W) of the picture
-) -> tuple[np.ndarray, np.ndarray]: # (H,W,C) the crop in its place, (H,W) 1 where it lies
+    crop: np.ndarray,  # (S,S,C) uint8 or float
+    box: Box,  # where it came from
+    shape: tuple,  # (H,W) of the picture
+) -> tuple[np.ndarray, np.ndarray]:  # (H,W,C) the crop in its place, (H,W) 1 where it lies
     "Return a crop in the frame of its picture, and where it lies."
     import cv2
-    k = box.side/crop.shape[0]
-    matrix = np.array([[k, 0, box.cx - box.side/2], [0, k, box.cy - box.side/2]])
-    matrix[:, 2] += matrix[:, :2]@[.5, .5] - .5
+
+    k = box.side / crop.shape[0]
+    matrix = np.array([[k, 0, box.cx - box.side / 2], [0, k, box.cy - box.side / 2]])
+    matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
     put = lambda a: cv2.warpAffine(a, matrix, (shape[1], shape[0]), flags=cv2.INTER_LINEAR)
     return put(np.ascontiguousarray(crop)), put(np.ones(crop.shape[:2], np.float32))
 
 # %% ../../nbs/32_data.crop.ipynb #f5711476
 def hull_mask(
-    points,                       # (L,2) NDC of the crop
-    size:int,                     # side of the crop, pixels
-) -> np.ndarray:                  # (size,size) uint8, 255 inside
+    points,  # (L,2) NDC of the crop
+    size: int,  # side of the crop, pixels
+) -> np.ndarray:  # (size,size) uint8, 255 inside
     "Draw the convex hull of points."
     import cv2
+
     mask = np.zeros((size, size), np.uint8)
-    pixels = (np.asarray(points, np.float64)[:, :2] + 1)*(size/2) - .5
+    pixels = (np.asarray(points, np.float64)[:, :2] + 1) * (size / 2) - 0.5
     if np.isfinite(pixels).all():
-        hull = cv2.convexHull((pixels.clip(-4*size, 5*size)*16).round().astype(np.int32))
+        hull = cv2.convexHull((pixels.clip(-4 * size, 5 * size) * 16).round().astype(np.int32))
         cv2.fillConvexPoly(mask, hull, 255, lineType=cv2.LINE_8, shift=4)
     return mask
 
@@ -116,18 +128,20 @@ def hull_mask(
 @dataclass
 class FaceCrop:
     "A face cut out of its picture."
-    image:np.ndarray              # (S,S,3) uint8 RGB
-    hull:np.ndarray               # (S,S) uint8, 255 inside the hull of the points
-    points:np.ndarray             # (L,2) float32 NDC of the crop
-    box:Box                       # where it was
+
+    image: np.ndarray  # (S,S,3) uint8 RGB
+    hull: np.ndarray  # (S,S) uint8, 255 inside the hull of the points
+    points: np.ndarray  # (L,2) float32 NDC of the crop
+    box: Box  # where it was
+
 
 def crop_face(
-    image:np.ndarray,             # (H,W,3) uint8 RGB
-    points:np.ndarray,            # (L,2) or (L,3) pixels
-    size:int,                     # side of the crop, pixels
-    scale:float=1.4,              # of SMIRK's box
-    edge:str="black",             # beyond the picture: black | repeat | mirror
-) -> FaceCrop:                    # crop, hull, points and box
+    image: np.ndarray,  # (H,W,3) uint8 RGB
+    points: np.ndarray,  # (L,2) or (L,3) pixels
+    size: int,  # side of the crop, pixels
+    scale: float = 1.4,  # of SMIRK's box
+    edge: str = "black",  # beyond the picture: black | repeat | mirror
+) -> FaceCrop:  # crop, hull, points and box
     "Cut a face out of a picture with SMIRK's box."
     box = face_box(points, scale)
     inside = to_crop(points, box)

@@ -17,8 +17,9 @@ from ..media import read_image
 @dataclass
 class Face:
     "One detected face."
-    points478:np.ndarray          # (478,3) float32: x, y pixels, z relative depth
-    score:float                   # confidence of the detector, 0 to 1
+
+    points478: np.ndarray  # (478,3) float32: x, y pixels, z relative depth
+    score: float  # confidence of the detector, 0 to 1
 
     @property
     def box(self):
@@ -32,259 +33,435 @@ class Face:
 
 # %% ../../nbs/31_data.detect.ipynb #0cadcbde
 MEDIAPIPE_105 = (
-    276, 282, 283, 285, 293, 295, 296, 300, 334, 336, 46, 52, 53, 55, 63, 65, 66, 70, 105, 107, 249, 263, 362, 373, 374, 380, 381,
-    382, 384, 385, 386, 387, 388, 390, 398, 466, 7, 33, 133, 144, 145, 153, 154, 155, 157, 158, 159, 160, 161, 163, 173, 246, 168,
-    6, 197, 195, 5, 4, 129, 98, 97, 2, 326, 327, 358, 0, 13, 14, 17, 37, 39, 40, 61, 78, 80, 81, 82, 84, 87, 88, 91, 95, 146, 178,
-    181, 185, 191, 267, 269, 270, 291, 308, 310, 311, 312, 314, 317, 318, 321, 324, 375, 402, 405, 409, 415)
+    276,
+    282,
+    283,
+    285,
+    293,
+    295,
+    296,
+    300,
+    334,
+    336,
+    46,
+    52,
+    53,
+    55,
+    63,
+    65,
+    66,
+    70,
+    105,
+    107,
+    249,
+    263,
+    362,
+    373,
+    374,
+    380,
+    381,
+    382,
+    384,
+    385,
+    386,
+    387,
+    388,
+    390,
+    398,
+    466,
+    7,
+    33,
+    133,
+    144,
+    145,
+    153,
+    154,
+    155,
+    157,
+    158,
+    159,
+    160,
+    161,
+    163,
+    173,
+    246,
+    168,
+    6,
+    197,
+    195,
+    5,
+    4,
+    129,
+    98,
+    97,
+    2,
+    326,
+    327,
+    358,
+    0,
+    13,
+    14,
+    17,
+    37,
+    39,
+    40,
+    61,
+    78,
+    80,
+    81,
+    82,
+    84,
+    87,
+    88,
+    91,
+    95,
+    146,
+    178,
+    181,
+    185,
+    191,
+    267,
+    269,
+    270,
+    291,
+    308,
+    310,
+    311,
+    312,
+    314,
+    317,
+    318,
+    321,
+    324,
+    375,
+    402,
+    405,
+    409,
+    415,
+)
 
 # %% ../../nbs/31_data.detect.ipynb #58bdb05d
 @contextlib.contextmanager
 def quiet():
     "Silence everything written to the process's standard error inside the block."
     sys.stderr.flush()
-    try: saved = os.dup(2)
+    try:
+        saved = os.dup(2)
     except OSError:
         yield
         return
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
-    try: yield
+    try:
+        yield
     finally:
         os.dup2(saved, 2)
-        os.close(nothing); os.close(saved)
+        os.close(nothing)
+        os.close(saved)
 
 # %% ../../nbs/31_data.detect.ipynb #220558d2
 class BundledMesh:
     "MediaPipe's face mesh with the models in its wheel (0.10.21)."
-    def __init__(self,
-        faces:int,                # most faces in a picture
-        confidence:float,         # of detection and of presence
+
+    def __init__(
+        self,
+        faces: int,  # most faces in a picture
+        confidence: float,  # of detection and of presence
     ):
         with quiet():
             from mediapipe.python.solution_base import SolutionBase
             from mediapipe.python.solutions import face_mesh
+
             short = "facedetectionshortrangecpu__facedetectionshortrange__facedetection__TensorsToDetectionsCalculator.min_score_thresh"
             self.graph = SolutionBase(
                 binary_graph_path=face_mesh._BINARYPB_FILE_PATH,
                 side_inputs={"num_faces": faces, "with_attention": True, "use_prev_landmarks": False},
                 calculator_params={short: confidence, "facelandmarkcpu__ThresholdingCalculator.threshold": confidence},
-                outputs=["multi_face_landmarks", "face_detections"])
+                outputs=["multi_face_landmarks", "face_detections"],
+            )
             self.graph.process(np.zeros((16, 16, 3), np.uint8))
         self.silent = True
 
     def __call__(self, image):
-        with quiet() if self.silent else contextlib.nullcontext(): result = self.graph.process(np.ascontiguousarray(image))
-        if not result.multi_face_landmarks: return []
+        with quiet() if self.silent else contextlib.nullcontext():
+            result = self.graph.process(np.ascontiguousarray(image))
+        if not result.multi_face_landmarks:
+            return []
         self.silent = False
         h, w = image.shape[:2]
-        points = [_landmarks(face)*np.array([w, h, w], np.float32) for face in result.multi_face_landmarks]
+        points = [_landmarks(face) * np.array([w, h, w], np.float32) for face in result.multi_face_landmarks]
         boxes = [(d.location_data.relative_bounding_box, d.score[0]) for d in result.face_detections or []]
-        centres = np.array([[(b.xmin + b.width/2)*w, (b.ymin + b.height/2)*h] for b, _ in boxes]).reshape(-1, 2)
-        scores = [boxes[int(np.linalg.norm(centres - p[:, :2].mean(0), axis=1).argmin())][1] if len(boxes) else 0. for p in points]
+        centres = np.array([[(b.xmin + b.width / 2) * w, (b.ymin + b.height / 2) * h] for b, _ in boxes]).reshape(-1, 2)
+        scores = [
+            boxes[int(np.linalg.norm(centres - p[:, :2].mean(0), axis=1).argmin())][1] if len(boxes) else 0.0
+            for p in points
+        ]
         return [Face(p, float(s)) for p, s in zip(points, scores)]
 
-    def close(self): self.graph.close()
+    def close(self):
+        self.graph.close()
+
 
 def _landmarks(face):
     "Return a MediaPipe landmark list as (478,3) float32 fractions of the image."
     block = np.frombuffer(face.SerializeToString(), np.uint8)
-    if len(block) != 478*17: return np.array([(p.x, p.y, p.z) for p in face.landmark], np.float32)
+    if len(block) != 478 * 17:
+        return np.array([(p.x, p.y, p.z) for p in face.landmark], np.float32)
     rows = block.reshape(478, 17)
-    return np.concatenate([np.ascontiguousarray(rows[:, k:k + 4]).view("<f4") for k in (3, 8, 13)], 1)
+    return np.concatenate([np.ascontiguousarray(rows[:, k : k + 4]).view("<f4") for k in (3, 8, 13)], 1)
 
 # %% ../../nbs/31_data.detect.ipynb #b20459bb
 class TaskMesh:
     "MediaPipe's Tasks interface with a `face_landmarker.task` file."
-    def __init__(self,
-        task:Path|str,            # path of face_landmarker.task
-        faces:int,                # most faces in a picture
-        confidence:float,         # of detection and of presence
+
+    def __init__(
+        self,
+        task: Path | str,  # path of face_landmarker.task
+        faces: int,  # most faces in a picture
+        confidence: float,  # of detection and of presence
     ):
-        if not Path(task).is_file(): raise FileNotFoundError(f"there is no file {task}; leave the option out to use MediaPipe's bundled models")
+        if not Path(task).is_file():
+            raise FileNotFoundError(f"there is no file {task}; leave the option out to use MediaPipe's bundled models")
         with quiet():
             from mediapipe.tasks import python as tasks
             from mediapipe.tasks.python import vision
+
             options = vision.FaceLandmarkerOptions(
-                base_options=tasks.BaseOptions(model_asset_path=str(task)), num_faces=faces,
-                min_face_detection_confidence=confidence, min_face_presence_confidence=confidence)
-            try: self.graph = vision.FaceLandmarker.create_from_options(options)
+                base_options=tasks.BaseOptions(model_asset_path=str(task)),
+                num_faces=faces,
+                min_face_detection_confidence=confidence,
+                min_face_presence_confidence=confidence,
+            )
+            try:
+                self.graph = vision.FaceLandmarker.create_from_options(options)
             except (RuntimeError, ValueError) as e:
-                raise ValueError(f"{task} is not a face_landmarker.task that this MediaPipe can open ({str(e).splitlines()[0]})") from None
+                raise ValueError(
+                    f"{task} is not a face_landmarker.task that this MediaPipe can open ({str(e).splitlines()[0]})"
+                ) from None
 
     def __call__(self, image):
         import mediapipe
-        h, w = image.shape[:2]
-        with quiet(): result = self.graph.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(image)))
-        return [Face(np.array([(p.x*w, p.y*h, p.z*w) for p in face], np.float32), 1.) for face in result.face_landmarks]
 
-    def close(self): self.graph.close()
+        h, w = image.shape[:2]
+        with quiet():
+            result = self.graph.detect(
+                mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(image))
+            )
+        return [
+            Face(np.array([(p.x * w, p.y * h, p.z * w) for p in face], np.float32), 1.0)
+            for face in result.face_landmarks
+        ]
+
+    def close(self):
+        self.graph.close()
 
 # %% ../../nbs/31_data.detect.ipynb #06e45e38
 def cut(
-    image:np.ndarray,             # (H,W,C) uint8
-    matrix:np.ndarray,            # (2,3) map from picture pixels to pixels of the cut-out
-    size:int,                     # side of the cut-out, pixels
-    edge:str="black",             # beyond the picture: black | repeat | mirror
-) -> np.ndarray:                  # (size,size,C) uint8
+    image: np.ndarray,  # (H,W,C) uint8
+    matrix: np.ndarray,  # (2,3) map from picture pixels to pixels of the cut-out
+    size: int,  # side of the cut-out, pixels
+    edge: str = "black",  # beyond the picture: black | repeat | mirror
+) -> np.ndarray:  # (size,size,C) uint8
     "Cut a square out of a picture, sampled at pixel centres."
     import cv2
+
     border = {"black": cv2.BORDER_CONSTANT, "repeat": cv2.BORDER_REPLICATE, "mirror": cv2.BORDER_REFLECT_101}[edge]
     linear, shift = np.asarray(matrix, np.float64)[:, :2], np.asarray(matrix, np.float64)[:, 2]
-    block = int(np.sqrt(1/max(abs(np.linalg.det(linear)), 1e-12))*1.05)
+    block = int(np.sqrt(1 / max(abs(np.linalg.det(linear)), 1e-12)) * 1.05)
     if block >= 2:
         h, w = (n + -n % block for n in image.shape[:2])
-        image = cv2.copyMakeBorder(image, 0, h - image.shape[0], 0, w - image.shape[1], cv2.BORDER_REPLICATE if edge != "black" else border)
-        image, linear = cv2.resize(image, (w//block, h//block), interpolation=cv2.INTER_AREA), linear*block
-    shift = shift + linear@[.5, .5] - .5
-    return cv2.warpAffine(image, np.concatenate([linear, shift[:, None]], 1), (size, size), flags=cv2.INTER_LINEAR, borderMode=border)
+        image = cv2.copyMakeBorder(
+            image, 0, h - image.shape[0], 0, w - image.shape[1], cv2.BORDER_REPLICATE if edge != "black" else border
+        )
+        image, linear = cv2.resize(image, (w // block, h // block), interpolation=cv2.INTER_AREA), linear * block
+    shift = shift + linear @ [0.5, 0.5] - 0.5
+    return cv2.warpAffine(
+        image, np.concatenate([linear, shift[:, None]], 1), (size, size), flags=cv2.INTER_LINEAR, borderMode=border
+    )
 
 # %% ../../nbs/31_data.detect.ipynb #41dfc0a6
 @dataclass
 class Window:
     "A square part of a picture, possibly turned and reaching over its edges."
-    cx:float                      # centre, pixels
-    cy:float
-    side:float                    # pixels of the picture
-    degrees:float = 0.            # by which the content is turned counter-clockwise to stand upright
-    size:int = 256                # side of the cut-out, pixels
+
+    cx: float  # centre, pixels
+    cy: float
+    side: float  # pixels of the picture
+    degrees: float = 0.0  # by which the content is turned counter-clockwise to stand upright
+    size: int = 256  # side of the cut-out, pixels
 
     @property
     def matrix(self):
         "(2,3) map from picture pixels to pixels of the cut-out."
-        k, a = self.size/self.side, np.deg2rad(self.degrees)
-        linear = k*np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-        return np.concatenate([linear, (self.size/2 - linear@[self.cx, self.cy])[:, None]], 1)
+        k, a = self.size / self.side, np.deg2rad(self.degrees)
+        linear = k * np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+        return np.concatenate([linear, (self.size / 2 - linear @ [self.cx, self.cy])[:, None]], 1)
 
-    def cut(self, image): return cut(image, self.matrix, self.size, edge="repeat")
+    def cut(self, image):
+        return cut(image, self.matrix, self.size, edge="repeat")
 
     def back(self, face):
         "Return a face found in the cut-out with its points in the picture."
         m = self.matrix
         points = face.points478.astype(np.float64)
-        xy = (points[:, :2] - m[:, 2])@np.linalg.inv(m[:, :2]).T
-        return replace(face, points478=np.concatenate([xy, points[:, 2:]*self.side/self.size], 1).astype(np.float32))
+        xy = (points[:, :2] - m[:, 2]) @ np.linalg.inv(m[:, :2]).T
+        return replace(
+            face, points478=np.concatenate([xy, points[:, 2:] * self.side / self.size], 1).astype(np.float32)
+        )
 
 # %% ../../nbs/31_data.detect.ipynb #13337568
 def upright(
-    face:Face,                    # a face in a picture
-    margin:float=2.0,             # side of the window in units of the face's box
-) -> Window:                      # a window in which the face stands upright
+    face: Face,  # a face in a picture
+    margin: float = 2.0,  # side of the window in units of the face's box
+) -> Window:  # a window in which the face stands upright
     "Return a square window around a face, turned so that its eyes are level."
     p = face.points478[:, :2].astype(np.float64)
     across = p[263] - p[33]
-    centre, side = (p.min(0) + p.max(0))/2, max(np.ptp(p, 0).max()*margin, 8.)
+    centre, side = (p.min(0) + p.max(0)) / 2, max(np.ptp(p, 0).max() * margin, 8.0)
     return Window(*centre, side, float(np.rad2deg(np.arctan2(across[1], across[0]))))
 
+
 def check(
-    mesh,                         # BundledMesh or TaskMesh
-    image:np.ndarray,             # (H,W,3) uint8 RGB
-    face:Face,                    # a candidate
-    tolerance:float=.12,          # largest mean distance between the two readings, in eye distances
-) -> Face|None:                   # the second reading, or None
+    mesh,  # BundledMesh or TaskMesh
+    image: np.ndarray,  # (H,W,3) uint8 RGB
+    face: Face,  # a candidate
+    tolerance: float = 0.12,  # largest mean distance between the two readings, in eye distances
+) -> Face | None:  # the second reading, or None
     "Look at a candidate again in its own upright window; return None unless the readings agree."
     window = upright(face)
     again = [window.back(f) for f in mesh(window.cut(image))]
     for f in again:
         distance = np.linalg.norm(f.points478[:, :2] - face.points478[:, :2], axis=1).mean()
-        if distance <= tolerance*max(f.eye_distance, .5*np.ptp(f.points478[:, 1])): return f
+        if distance <= tolerance * max(f.eye_distance, 0.5 * np.ptp(f.points478[:, 1])):
+            return f
     return None
 
+
 def overlap(
-    a:Face,                       # two faces
-    b:Face,
-) -> float:                       # 0 to 1
+    a: Face,  # two faces
+    b: Face,
+) -> float:  # 0 to 1
     "Return the intersection over union of two faces' boxes."
     x, y = a.box, b.box
     w, h = (np.minimum(x[2:], y[2:]) - np.maximum(x[:2], y[:2])).clip(0)
-    return float(w*h/max(np.prod(x[2:] - x[:2]) + np.prod(y[2:] - y[:2]) - w*h, 1e-9))
+    return float(w * h / max(np.prod(x[2:] - x[:2]) + np.prod(y[2:] - y[:2]) - w * h, 1e-9))
 
 # %% ../../nbs/31_data.detect.ipynb #eaded378
 class FaceDetector:
     "Find faces; keep one and use it for many pictures, in one process and one thread."
-    def __init__(self,
-        max_faces:int=1,          # most faces that are returned
-        minimum_confidence:float=.1, # of the first look, as SMIRK has it
-        accept:float=.85,         # a first look that scores this much is final
-        task:Path|str|None=None,  # face_landmarker.task; None: MediaPipe's bundled models
-        effort:int=2,             # 0: one look; 1: also padded and turned pictures; 2: also small windows
-    ):
-        if max_faces < 1: raise ValueError(f"max_faces is {max_faces}; ask for at least one face")
-        self.max_faces, self.minimum_confidence, self.accept, self.effort = max_faces, minimum_confidence, accept, effort
-        self.mesh = TaskMesh(task, max_faces, minimum_confidence) if task else BundledMesh(max_faces, minimum_confidence)
 
-    def __call__(self,
-        image:np.ndarray,         # (H,W,3) uint8 RGB
-    ) -> list[Face]:              # largest first
+    def __init__(
+        self,
+        max_faces: int = 1,  # most faces that are returned
+        minimum_confidence: float = 0.1,  # of the first look, as SMIRK has it
+        accept: float = 0.85,  # a first look that scores this much is final
+        task: Path | str | None = None,  # face_landmarker.task; None: MediaPipe's bundled models
+        effort: int = 2,  # 0: one look; 1: also padded and turned pictures; 2: also small windows
+    ):
+        if max_faces < 1:
+            raise ValueError(f"max_faces is {max_faces}; ask for at least one face")
+        self.max_faces, self.minimum_confidence, self.accept, self.effort = (
+            max_faces,
+            minimum_confidence,
+            accept,
+            effort,
+        )
+        self.mesh = (
+            TaskMesh(task, max_faces, minimum_confidence) if task else BundledMesh(max_faces, minimum_confidence)
+        )
+
+    def __call__(
+        self,
+        image: np.ndarray,  # (H,W,3) uint8 RGB
+    ) -> list[Face]:  # largest first
         "Return the faces of a picture; raise `ValueError` for anything but 8-bit RGB."
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"the detector wants (H,W,3) uint8 RGB, not {image.dtype} of shape {image.shape}; use read_image")
+            raise ValueError(
+                f"the detector wants (H,W,3) uint8 RGB, not {image.dtype} of shape {image.shape}; use read_image"
+            )
         faces = self.mesh(image)
-        best = max((f.score for f in faces), default=0.)
-        if self.effort and (best < self.accept or len(faces) < self.max_faces): faces = self._look_again(image, faces)
-        return sorted(faces, key=lambda f: -np.prod(f.box[2:] - f.box[:2]))[:self.max_faces]
+        best = max((f.score for f in faces), default=0.0)
+        if self.effort and (best < self.accept or len(faces) < self.max_faces):
+            faces = self._look_again(image, faces)
+        return sorted(faces, key=lambda f: -np.prod(f.box[2:] - f.box[:2]))[: self.max_faces]
 
-    def close(self): self.mesh.close()
+    def close(self):
+        self.mesh.close()
 
 # %% ../../nbs/31_data.detect.ipynb #ab378b80
 def windows(
-    height:int,                   # of the picture, pixels
-    width:int,
-) -> list[list[Window]]:          # rounds of windows, from the likely to the rare
+    height: int,  # of the picture, pixels
+    width: int,
+) -> list[list[Window]]:  # rounds of windows, from the likely to the rare
     "List where to look again: padded and turned pictures, then windows of a half and a quarter."
-    cx, cy, long, short = width/2, height/2, max(height, width), min(height, width)
-    whole = [Window(cx, cy, 1.6*long), *(Window(cx, cy, 1.1*long, a) for a in (180., 90., -90.))]
-    rounds = [whole, [Window(cx, cy, 1.3*long, a) for a in (45., -45., 135., -135.)]]
+    cx, cy, long, short = width / 2, height / 2, max(height, width), min(height, width)
+    whole = [Window(cx, cy, 1.6 * long), *(Window(cx, cy, 1.1 * long, a) for a in (180.0, 90.0, -90.0))]
+    rounds = [whole, [Window(cx, cy, 1.3 * long, a) for a in (45.0, -45.0, 135.0, -135.0)]]
     for part in (2, 4):
-        side = short/part*1.1
-        if side < 24: break
-        across, down = (max(1, int(np.ceil(2*n/side)) - 1) for n in (width, height))
-        place = lambda n, count, k: n/2 if count == 1 else side/2 + (n - side)*k/(count - 1)
-        rounds.append([Window(place(width, across, i), place(height, down, j), side) for j in range(down) for i in range(across)])
+        side = short / part * 1.1
+        if side < 24:
+            break
+        across, down = (max(1, int(np.ceil(2 * n / side)) - 1) for n in (width, height))
+        place = lambda n, count, k: n / 2 if count == 1 else side / 2 + (n - side) * k / (count - 1)
+        rounds.append(
+            [Window(place(width, across, i), place(height, down, j), side) for j in range(down) for i in range(across)]
+        )
     return rounds
+
 
 def _merge(faces):
     "Return faces without doubles, the higher score kept."
     kept = []
     for face in sorted(faces, key=lambda f: -f.score):
-        if all(overlap(face, k) < .4 for k in kept): kept.append(face)
+        if all(overlap(face, k) < 0.4 for k in kept):
+            kept.append(face)
     return kept
+
 
 def _look_again(self, image, faces):
     "Try further windows; return what passes the check, or what the first look gave if nothing better appears."
     checked = [f if f.score >= self.accept else check(self.mesh, image, f) for f in faces]
-    found = [f for f in checked if f is not None and f.score >= .3]
-    if self.max_faces == 1 and found and (self.effort == 1 or max(f.score for f in found) >= self.accept): return _merge(found)
-    for group in windows(*image.shape[:2])[:2 if self.effort == 1 else None]:
+    found = [f for f in checked if f is not None and f.score >= 0.3]
+    if self.max_faces == 1 and found and (self.effort == 1 or max(f.score for f in found) >= self.accept):
+        return _merge(found)
+    for group in windows(*image.shape[:2])[: 2 if self.effort == 1 else None]:
         for window in group:
             for candidate in [window.back(f) for f in self.mesh(window.cut(image))]:
-                if candidate.score < .4 or any(overlap(candidate, f) > .4 and f.score >= self.accept for f in found): continue
+                if candidate.score < 0.4 or any(overlap(candidate, f) > 0.4 and f.score >= self.accept for f in found):
+                    continue
                 again = check(self.mesh, image, candidate)
-                if again is not None and again.score >= .5: found.append(again)
+                if again is not None and again.score >= 0.5:
+                    found.append(again)
         found = _merge(found)
-        if found and self.max_faces == 1: break
+        if found and self.max_faces == 1:
+            break
     return found
+
+
 FaceDetector._look_again = _look_again
 
 # %% ../../nbs/31_data.detect.ipynb #402a8fb7
 @functools.lru_cache(maxsize=4)
 def cached_detector(
-    max_faces:int=1,              # most faces that are returned
-    minimum_confidence:float=.1,  # of the first look
-    accept:float=.85,             # a first look that scores this much is final
-    task:str|None=None,           # face_landmarker.task
-    effort:int=2,                 # 0, 1 or 2, as for `FaceDetector`
-    process:int=0,                # the process, so that a forked child makes its own
-) -> FaceDetector:                # shared by all callers of a process
+    max_faces: int = 1,  # most faces that are returned
+    minimum_confidence: float = 0.1,  # of the first look
+    accept: float = 0.85,  # a first look that scores this much is final
+    task: str | None = None,  # face_landmarker.task
+    effort: int = 2,  # 0, 1 or 2, as for `FaceDetector`
+    process: int = 0,  # the process, so that a forked child makes its own
+) -> FaceDetector:  # shared by all callers of a process
     "Return this process's detector for these settings, making it at the first call."
     return FaceDetector(max_faces, minimum_confidence, accept, task, effort)
 
+
 def detect(
-    image:np.ndarray|Path|str,    # (H,W,3) uint8 RGB, or an image file
-    max_faces:int=1,              # most faces that are returned
-    minimum_confidence:float=.1,  # of the first look
-    task:str|None=None,           # face_landmarker.task; None: MediaPipe's bundled models
-) -> list[Face]:                  # largest first; empty where there is no face
+    image: np.ndarray | Path | str,  # (H,W,3) uint8 RGB, or an image file
+    max_faces: int = 1,  # most faces that are returned
+    minimum_confidence: float = 0.1,  # of the first look
+    task: str | None = None,  # face_landmarker.task; None: MediaPipe's bundled models
+) -> list[Face]:  # largest first; empty where there is no face
     "Find the faces of a picture."
-    if isinstance(image, (str, Path)): image = read_image(image)
-    return cached_detector(max_faces, minimum_confidence, .85, task, 2, os.getpid())(image)
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    return cached_detector(max_faces, minimum_confidence, 0.85, task, 2, os.getpid())(image)

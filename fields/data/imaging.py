@@ -18,121 +18,143 @@ from .population import Moment, Person, neutral_surface, unposed_surface
 
 # %% ../../nbs/35_data.imaging.ipynb #1f70ebc8
 def posed_surface(
-    unposed:np.ndarray,           # (V,3) true surface before the rig, metres
-    moment:Moment,                # jaw, lids, gaze and head rotation
-) -> np.ndarray:                  # (V,3) posed vertices, metres
+    unposed: np.ndarray,  # (V,3) true surface before the rig, metres
+    moment: Moment,  # jaw, lids, gaze and head rotation
+) -> np.ndarray:  # (V,3) posed vertices, metres
     "Pose a sculpted surface with its own rig."
     sculpt = load_sculpt()
     v = unposed + np.tensordot(moment.lids, sculpt.eyelids, 1)
     joints = sculpt.joint_regressor @ unposed
     turns = np.concatenate([moment.rotation, np.zeros(3), moment.jaw, moment.gaze]).reshape(1, 5, 3)
     t = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float32)
-    posed, _ = skin(t(v)[None], t(joints)[None], t(sculpt.weights), t(sculpt.posedirs), rodrigues(t(turns)), [-1, 0, 1, 1, 1])
+    posed, _ = skin(
+        t(v)[None], t(joints)[None], t(sculpt.weights), t(sculpt.posedirs), rodrigues(t(turns)), [-1, 0, 1, 1, 1]
+    )
     return posed[0].numpy()
 
 # %% ../../nbs/35_data.imaging.ipynb #5996bf20
 def sample_light(
-    rng:np.random.Generator,      # random stream
-    wild:bool,                    # in the wild, or in a laboratory
-) -> np.ndarray:                  # (9,3) spherical harmonics of the irradiance, one column a colour
+    rng: np.random.Generator,  # random stream
+    wild: bool,  # in the wild, or in a laboratory
+) -> np.ndarray:  # (9,3) spherical harmonics of the irradiance, one column a colour
     "Draw an ambient light and one to three lamps."
-    warm = lambda spread: np.clip(1 + spread*rng.normal()*np.array([1, .1, -1]), .6, 1.4)
-    light = ambient_light((rng.uniform(.25, .55) if wild else rng.uniform(.40, .50))*warm(.08 if wild else .02))
+    warm = lambda spread: np.clip(1 + spread * rng.normal() * np.array([1, 0.1, -1]), 0.6, 1.4)
+    light = ambient_light((rng.uniform(0.25, 0.55) if wild else rng.uniform(0.40, 0.50)) * warm(0.08 if wild else 0.02))
     for _ in range(rng.integers(1, 4) if wild else 2):
-        direction = rng.normal(size=3)*((1, .7, .3) if wild else (.6, .3, .1)) + (0, .35, .9)
-        light = light + directional_light(direction, rng.uniform(.25, .8)*warm(.10 if wild else .02)*(1 if wild else .7))
+        direction = rng.normal(size=3) * ((1, 0.7, 0.3) if wild else (0.6, 0.3, 0.1)) + (0, 0.35, 0.9)
+        light = light + directional_light(
+            direction, rng.uniform(0.25, 0.8) * warm(0.10 if wild else 0.02) * (1 if wild else 0.7)
+        )
     return light
 
+
 def sample_background(
-    rng:np.random.Generator,      # random stream
-    size:int,                     # side, pixels
-    wild:bool,                    # in the wild, or in a laboratory
-) -> np.ndarray:                  # (size,size,3) in [0,1]
+    rng: np.random.Generator,  # random stream
+    size: int,  # side, pixels
+    wild: bool,  # in the wild, or in a laboratory
+) -> np.ndarray:  # (size,size,3) in [0,1]
     "Draw a backdrop: an even wall in the laboratory, blurred clutter in the wild."
     import cv2
-    base = rng.uniform(.25, .75, 3) if wild else np.full(3, rng.uniform(.35, .55)) + .03*rng.normal(size=3)
+
+    base = rng.uniform(0.25, 0.75, 3) if wild else np.full(3, rng.uniform(0.35, 0.55)) + 0.03 * rng.normal(size=3)
     picture = np.tile(base.astype(np.float32), (size, size, 1))
     if wild:
-        for cells, strength in ((3, .25), (7, .18), (17, .10)):
-            clutter = strength*(.5*rng.normal(size=(cells, cells, 1)) + .25*rng.normal(size=(cells, cells, 3)))
+        for cells, strength in ((3, 0.25), (7, 0.18), (17, 0.10)):
+            clutter = strength * (0.5 * rng.normal(size=(cells, cells, 1)) + 0.25 * rng.normal(size=(cells, cells, 3)))
             picture += cv2.resize(clutter.astype(np.float32), (size, size))
         for _ in range(rng.integers(0, 5)):
-            x, y, w, h = (rng.uniform(0, size, 4)*(1, 1, .5, .7)).astype(int)
-            picture[y:y + h, x:x + w] += .2*rng.normal() + .1*rng.normal(size=3)
-        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(.3, 4))
-    return np.clip(picture + rng.uniform(-.12, .12)*np.linspace(-1, 1, size)[:, None, None], 0, 1).astype(np.float32)
+            x, y, w, h = (rng.uniform(0, size, 4) * (1, 1, 0.5, 0.7)).astype(int)
+            picture[y : y + h, x : x + w] += 0.2 * rng.normal() + 0.1 * rng.normal(size=3)
+        picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 4))
+    return np.clip(picture + rng.uniform(-0.12, 0.12) * np.linspace(-1, 1, size)[:, None, None], 0, 1).astype(
+        np.float32
+    )
 
 # %% ../../nbs/35_data.imaging.ipynb #33446003
-FACE = 0.165                      # side of the landmark box of a frontal mean face, metres
+FACE = 0.165  # side of the landmark box of a frontal mean face, metres
+
 
 @dataclass
 class Scene:
     "Everything about a photograph that is not the person."
-    size:int                      # side of the picture, pixels
-    camera:np.ndarray             # (3,) scale, and translation in metres
-    light:np.ndarray              # (9,3) spherical harmonics
-    background:np.ndarray         # (size,size,3)
-    blur:float                    # of the lens, pixels
-    noise:float                   # of the sensor
-    gamma:float                   # tone curve
-    wild:bool
+
+    size: int  # side of the picture, pixels
+    camera: np.ndarray  # (3,) scale, and translation in metres
+    light: np.ndarray  # (9,3) spherical harmonics
+    background: np.ndarray  # (size,size,3)
+    blur: float  # of the lens, pixels
+    noise: float  # of the sensor
+    gamma: float  # tone curve
+    wild: bool
+
 
 def sample_scene(
-    rng:np.random.Generator,      # random stream
-    size:int,                     # side of the picture, pixels
-    wild:bool,                    # in the wild, or in a laboratory
-    fraction:tuple=(.50, .68),    # range of the face's share of the side
-) -> Scene:                       # the scene
+    rng: np.random.Generator,  # random stream
+    size: int,  # side of the picture, pixels
+    wild: bool,  # in the wild, or in a laboratory
+    fraction: tuple = (0.50, 0.68),  # range of the face's share of the side
+) -> Scene:  # the scene
     "Draw camera, light, backdrop and lens."
-    scale = 2*rng.uniform(*fraction)/FACE
-    middle = np.array([0, .012])  # of the face, in the head's coordinates
-    shift = rng.normal(size=2)*((.05, .05) if wild else (.03, .03))/scale - middle
-    lens = (abs(rng.normal())*.5, rng.uniform(.004, .020), rng.uniform(.8, 1.25)) if wild else (abs(rng.normal())*.2, .006, 1.)
-    return Scene(size, np.array([scale, *shift]), sample_light(rng, wild), sample_background(rng, size, wild), *lens, wild)
+    scale = 2 * rng.uniform(*fraction) / FACE
+    middle = np.array([0, 0.012])  # of the face, in the head's coordinates
+    shift = rng.normal(size=2) * ((0.05, 0.05) if wild else (0.03, 0.03)) / scale - middle
+    lens = (
+        (abs(rng.normal()) * 0.5, rng.uniform(0.004, 0.020), rng.uniform(0.8, 1.25))
+        if wild
+        else (abs(rng.normal()) * 0.2, 0.006, 1.0)
+    )
+    return Scene(
+        size, np.array([scale, *shift]), sample_light(rng, wild), sample_background(rng, size, wild), *lens, wild
+    )
+
 
 def photograph(
-    posed:np.ndarray,             # (V,3) posed vertices, metres
-    texture:np.ndarray,           # (T,T,3) albedo
-    scene:Scene,                  # camera, light, backdrop, lens
-    rng:np.random.Generator,      # random stream of the sensor's noise
-) -> np.ndarray:                  # (size,size,3) uint8
+    posed: np.ndarray,  # (V,3) posed vertices, metres
+    texture: np.ndarray,  # (T,T,3) albedo
+    scene: Scene,  # camera, light, backdrop, lens
+    rng: np.random.Generator,  # random stream of the sensor's noise
+) -> np.ndarray:  # (size,size,3) uint8
     "Render a posed surface and put it through the lens."
     import cv2
+
     sculpt = load_sculpt()
     picture, _ = render_textured(posed, sculpt.faces, sculpt.uv, texture, scene.camera, scene.light, scene.background)
     picture = np.clip(picture, 0, 1)
-    if scene.gamma != 1: picture = picture**scene.gamma
-    if scene.blur > .25: picture = cv2.GaussianBlur(picture, (0, 0), scene.blur)
-    picture = picture + scene.noise*rng.standard_normal(picture.shape, dtype=np.float32)
-    return (255*np.clip(picture, 0, 1) + .5).astype(np.uint8)
+    if scene.gamma != 1:
+        picture = picture**scene.gamma
+    if scene.blur > 0.25:
+        picture = cv2.GaussianBlur(picture, (0, 0), scene.blur)
+    picture = picture + scene.noise * rng.standard_normal(picture.shape, dtype=np.float32)
+    return (255 * np.clip(picture, 0, 1) + 0.5).astype(np.uint8)
 
 # %% ../../nbs/35_data.imaging.ipynb #5b23bd71
 @dataclass
 class Studio:
     "A person ready to be photographed: neutral surface and texture are made once."
-    person:Person
-    neutral:np.ndarray            # (V,3) metres
-    texture:np.ndarray            # (T,T,3) albedo
+
+    person: Person
+    neutral: np.ndarray  # (V,3) metres
+    texture: np.ndarray  # (T,T,3) albedo
 
     @classmethod
-    def of(cls, person:Person) -> "Studio":
+    def of(cls, person: Person) -> "Studio":
         "Sculpt and paint a person."
         return cls(person, neutral_surface(person), paint(person.appearance))
 
-    def surface(self, moment:Moment) -> tuple[np.ndarray, np.ndarray]:
+    def surface(self, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
         "Return the unposed and the posed surface of a moment, (V,3) metres each."
         unposed = unposed_surface(self.person, moment, self.neutral)
         return unposed, posed_surface(unposed, moment)
 
-    def photograph(self, moment:Moment, scene:Scene, rng:np.random.Generator) -> np.ndarray:
+    def photograph(self, moment: Moment, scene: Scene, rng: np.random.Generator) -> np.ndarray:
         "Photograph a moment; (size,size,3) uint8."
         return photograph(self.surface(moment)[1], self.texture, scene, rng)
 
 # %% ../../nbs/35_data.imaging.ipynb #f7f9eeb4
 def split_faces(
-    faces:np.ndarray,             # (F,3)
-    count:int,                    # vertices there are
-) -> tuple[np.ndarray, np.ndarray]: # (E,2) ends of the edges whose middles become vertices, (4F,3) triangles
+    faces: np.ndarray,  # (F,3)
+    count: int,  # vertices there are
+) -> tuple[np.ndarray, np.ndarray]:  # (E,2) ends of the edges whose middles become vertices, (4F,3) triangles
     "Say how to split every triangle into four."
     edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), 1)
     unique, where = np.unique(edges, axis=0, return_inverse=True)
@@ -142,37 +164,47 @@ def split_faces(
     parts = [np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
     return unique, np.concatenate(parts)
 
+
 @lru_cache(1)
 def _scanned():
     "Edges and triangles of what a scanner sees of any head: everything but the eyeballs, split once."
     sculpt = load_sculpt()
     eyes = np.zeros(len(sculpt.template), bool)
-    for name in ("left_eyeball", "right_eyeball"): eyes[sculpt.masks[name]] = True
+    for name in ("left_eyeball", "right_eyeball"):
+        eyes[sculpt.masks[name]] = True
     return split_faces(sculpt.faces[~eyes[sculpt.faces].all(1)], len(eyes))
 
 # %% ../../nbs/35_data.imaging.ipynb #421ff093
 @dataclass
 class RawScan:
     "What a scanner writes to disk."
-    vertices:np.ndarray           # (N,3) millimetres, scanner coordinates
-    faces:np.ndarray              # (F,3)
-    landmarks:np.ndarray          # (83,3) or (51,3) millimetres, scanner coordinates
+
+    vertices: np.ndarray  # (N,3) millimetres, scanner coordinates
+    faces: np.ndarray  # (F,3)
+    landmarks: np.ndarray  # (83,3) or (51,3) millimetres, scanner coordinates
+
 
 def scanner_pose(
-    rng:np.random.Generator,      # random stream
-) -> tuple[np.ndarray, np.ndarray]: # (3,3) rotation, (3,) translation in millimetres
+    rng: np.random.Generator,  # random stream
+) -> tuple[np.ndarray, np.ndarray]:  # (3,3) rotation, (3,) translation in millimetres
     "Draw where the scanner puts its origin."
     from scipy.spatial.transform import Rotation
-    return Rotation.from_rotvec(rng.normal(size=3)*(.06, .10, .03)).as_matrix(), rng.normal(size=3)*(15, 15, 30) + (0, 0, -90)
+
+    return Rotation.from_rotvec(rng.normal(size=3) * (0.06, 0.10, 0.03)).as_matrix(), rng.normal(size=3) * (
+        15,
+        15,
+        30,
+    ) + (0, 0, -90)
+
 
 def scan(
-    posed:np.ndarray,             # (V,3) posed surface, metres
-    landmarks:np.ndarray,         # (L,3) landmarks on it, metres
-    hair:float,                   # length of the hair, metres
-    pose:tuple,                   # scanner coordinates, from `scanner_pose`
-    rng:np.random.Generator,      # random stream
-    noise_mm:float=.12,           # of the points, millimetres
-) -> RawScan:                     # the scan
+    posed: np.ndarray,  # (V,3) posed surface, metres
+    landmarks: np.ndarray,  # (L,3) landmarks on it, metres
+    hair: float,  # length of the hair, metres
+    pose: tuple,  # scanner coordinates, from `scanner_pose`
+    rng: np.random.Generator,  # random stream
+    noise_mm: float = 0.12,  # of the points, millimetres
+) -> RawScan:  # the scan
     "Scan a posed surface; raise nothing, lose nothing but what a scanner loses."
     sculpt = load_sculpt()
     V = len(posed)
@@ -186,17 +218,20 @@ def scan(
     corner = f.T.ravel()
     normals = np.stack([np.bincount(corner, np.tile(a, 3), len(v)) for a in across.T], 1)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-    rough = hair*scalp*(.6 + .4*np.sin(v @ rng.normal(size=(3, 3))*400).mean(1)) + 2e-3*scalp*rng.normal(size=len(v))
-    v = v + normals*(rough + noise_mm*1e-3*rng.normal(size=len(v)))[:, None]
-    seen = normals[:, 2] > -.15                                           # the scanner stands in front
-    for _ in range(rng.integers(2, 6)):                                   # holes
+    rough = hair * scalp * (0.6 + 0.4 * np.sin(v @ rng.normal(size=(3, 3)) * 400).mean(1)) + 2e-3 * scalp * rng.normal(
+        size=len(v)
+    )
+    v = v + normals * (rough + noise_mm * 1e-3 * rng.normal(size=len(v)))[:, None]
+    seen = normals[:, 2] > -0.15  # the scanner stands in front
+    for _ in range(rng.integers(2, 6)):  # holes
         centre = v[rng.integers(len(v))]
-        seen &= np.linalg.norm(v - centre, axis=1) > rng.uniform(.002, .007)
-    stray = rng.normal(size=(rng.integers(20, 80), 3))*(.09, .12, .08)
+        seen &= np.linalg.norm(v - centre, axis=1) > rng.uniform(0.002, 0.007)
+    stray = rng.normal(size=(rng.integers(20, 80), 3)) * (0.09, 0.12, 0.08)
     kept = np.flatnonzero(seen)
-    number = np.full(len(v), -1); number[kept] = np.arange(len(kept))
+    number = np.full(len(v), -1)
+    number[kept] = np.arange(len(kept))
     faces = number[f[seen[f].all(1)]]
     R, t = pose
-    place = lambda p: 1e3*p @ R.T + t
-    marks = landmarks + .5e-3*rng.normal(size=landmarks.shape)
+    place = lambda p: 1e3 * p @ R.T + t
+    marks = landmarks + 0.5e-3 * rng.normal(size=landmarks.shape)
     return RawScan(place(np.concatenate([v[kept], stray])).astype(np.float32), faces.astype(np.int32), place(marks))

@@ -22,39 +22,43 @@ from ..types import Batch, DATASETS
 
 # %% ../../nbs/39_data.mixing.ipynb #2ece2907
 def shares(
-    config:MixingConfig,          # printed shares
-    stage:int,                    # 1 or 2
-) -> dict[str, Fraction]:         # dataset -> exact share, all adding up to 1
+    config: MixingConfig,  # printed shares
+    stage: int,  # 1 or 2
+) -> dict[str, Fraction]:  # dataset -> exact share, all adding up to 1
     "Return the exact shares of a stage: BP4D's as printed, the others in their ratio; raise `ValueError` if they cannot be."
     printed = {n: Fraction(str(getattr(config, n))) for n in DATASETS if n != "bp4d"}
     bp4d, total = Fraction(str(config.bp4d_first if stage == 1 else config.bp4d_second)), sum(printed.values())
-    if stage not in (1, 2): raise ValueError(f"stage {stage} does not exist; there are stages 1 and 2")
+    if stage not in (1, 2):
+        raise ValueError(f"stage {stage} does not exist; there are stages 1 and 2")
     if min([bp4d, *printed.values()]) < 0 or bp4d > 1 or (total == 0 and bp4d != 1):
-        raise ValueError("the shares in the configuration's mixing part cannot fill a batch; give each 0 or more, and BP4D at most 1")
-    return {n: bp4d if n == "bp4d" else printed[n]/total*(1 - bp4d) if total else Fraction(0) for n in DATASETS}
+        raise ValueError(
+            "the shares in the configuration's mixing part cannot fill a batch; give each 0 or more, and BP4D at most 1"
+        )
+    return {n: bp4d if n == "bp4d" else printed[n] / total * (1 - bp4d) if total else Fraction(0) for n in DATASETS}
+
 
 def stage_of(
-    step:int,                     # iteration
-    steps:int,                    # iterations of the whole training
-    config:MixingConfig,          # holds `first_stage`
-) -> int:                         # 1 or 2
+    step: int,  # iteration
+    steps: int,  # iterations of the whole training
+    config: MixingConfig,  # holds `first_stage`
+) -> int:  # 1 or 2
     "Return the stage an iteration belongs to: the first `first_stage` part of the training, then the second."
-    return 1 if step < math.ceil(config.first_stage*steps) else 2
+    return 1 if step < math.ceil(config.first_stage * steps) else 2
 
 # %% ../../nbs/39_data.mixing.ipynb #e8df2087
 def allocation(
-    part:dict[str, Fraction],     # dataset -> share
-    batch:int,                    # samples a batch
-) -> Iterator[dict[str, int]]:    # counts of batch 0, 1, 2, ...
+    part: dict[str, Fraction],  # dataset -> share
+    batch: int,  # samples a batch
+) -> Iterator[dict[str, int]]:  # counts of batch 0, 1, 2, ...
     "Yield the counts of every batch: floors of the shares, extra places to the largest cumulative deficit."
     unit = math.lcm(*(s.denominator for s in part.values()))
-    earned = {n: int(s*unit)*batch for n, s in part.items()}
+    earned = {n: int(s * unit) * batch for n, s in part.items()}
     deficit = dict.fromkeys(part, 0)
     while True:
-        counts = {n: e//unit for n, e in earned.items()}
-        deficit = {n: deficit[n] + earned[n] - counts[n]*unit for n in part}
+        counts = {n: e // unit for n, e in earned.items()}
+        deficit = {n: deficit[n] + earned[n] - counts[n] * unit for n in part}
         fractional = sorted((n for n in part if earned[n] % unit), key=lambda n: -deficit[n])
-        for n in fractional[:batch - sum(counts.values())]:
+        for n in fractional[: batch - sum(counts.values())]:
             counts[n] += 1
             deficit[n] -= unit
         yield counts
@@ -62,127 +66,169 @@ def allocation(
 # %% ../../nbs/39_data.mixing.ipynb #2a988e18
 class MixedSampler:
     "Draws (dataset, row) pairs: exact counts a batch, everything a function of (seed, step)."
+
     def __init__(
         self,
-        rows:dict,                # dataset -> number of rows, array of rows, or list of arrays (groups)
-        config:MixingConfig,      # shares
-        batch:int,                # samples in the global batch
-        seed:int,                 # training seed
-        second:int=0,             # step at which the second stage begins; its counts start there
+        rows: dict,  # dataset -> number of rows, array of rows, or list of arrays (groups)
+        config: MixingConfig,  # shares
+        batch: int,  # samples in the global batch
+        seed: int,  # training seed
+        second: int = 0,  # step at which the second stage begins; its counts start there
     ):
         self.config, self.size, self.seed, self.second = config, batch, seed, second
         self.rows = {n: np.arange(r) if isinstance(r, int) else r for n, r in rows.items()}
         self._parts = {s: shares(config, s) for s in (1, 2)}
         for n in DATASETS:
             if any(p[n] for p in self._parts.values()) and len(self.rows.get(n, ())) == 0:
-                raise ValueError(f"{n} has a share of the batch but no usable training frame; prepare it, or set its share under `mixing` to 0")
-        self._made, self._next, self._period = {1: [], 2: []}, {s: allocation(p, batch) for s, p in self._parts.items()}, {1: 0, 2: 0}
+                raise ValueError(
+                    f"{n} has a share of the batch but no usable training frame; prepare it, or set its share under `mixing` to 0"
+                )
+        self._made, self._next, self._period = (
+            {1: [], 2: []},
+            {s: allocation(p, batch) for s, p in self._parts.items()},
+            {1: 0, 2: 0},
+        )
         self._total = {s: dict.fromkeys(DATASETS, 0) for s in (1, 2)}
 
-    def counts(self, step:int, stage:int) -> dict[str, int]:
+    def counts(self, step: int, stage: int) -> dict[str, int]:
         "Return how many samples of each dataset the batch of a step holds."
         step, made = step - (self.second if stage == 2 and step >= self.second else 0), self._made[stage]
         while not self._period[stage] and len(made) <= step:
             made.append(next(self._next[stage]))
-            for n, c in made[-1].items(): self._total[stage][n] += c
-            if all(self._total[stage][n] == s*self.size*len(made) for n, s in self._parts[stage].items()): self._period[stage] = len(made)
+            for n, c in made[-1].items():
+                self._total[stage][n] += c
+            if all(self._total[stage][n] == s * self.size * len(made) for n, s in self._parts[stage].items()):
+                self._period[stage] = len(made)
         return made[step % self._period[stage] if self._period[stage] else step]
 
-    def batch(self, step:int, stage:int, rank:int=0, world:int=1) -> list[tuple[str, int]]:
+    def batch(self, step: int, stage: int, rank: int = 0, world: int = 1) -> list[tuple[str, int]]:
         "Return the samples of a step; with several processes, this process's slice of them."
         r, chosen = stream(self.seed, step, SAMPLING), []
         for name, count in self.counts(step, stage).items():
             rows = self.rows.get(name, ())
             for u, v in r.random((count, 2)):
-                row = rows[int(u*len(rows))]
-                chosen.append((name, int(row[int(v*len(row))]) if np.ndim(row) else int(row)))
+                row = rows[int(u * len(rows))]
+                chosen.append((name, int(row[int(v * len(row))]) if np.ndim(row) else int(row)))
         order = r.permutation(len(chosen))
         return [chosen[i] for i in order[share_of(len(chosen), rank, world)]]
 
+
 def share_of(
-    batch:int,                    # samples in the global batch
-    rank:int,                     # this process
-    world:int,                    # processes
-) -> slice:                       # this process's samples
+    batch: int,  # samples in the global batch
+    rank: int,  # this process
+    world: int,  # processes
+) -> slice:  # this process's samples
     "Return the slice of the global batch that one process works on; raise `ValueError` if it does not divide."
-    if batch % world: raise ValueError(f"a batch of {batch} does not divide among {world} processes; change train.batch or pretrain.batch")
-    return slice(rank*batch//world, (rank + 1)*batch//world)
+    if batch % world:
+        raise ValueError(
+            f"a batch of {batch} does not divide among {world} processes; change train.batch or pretrain.batch"
+        )
+    return slice(rank * batch // world, (rank + 1) * batch // world)
 
 # %% ../../nbs/39_data.mixing.ipynb #05199684
 @dataclass
 class Derived:
     "Targets of one dataset's cached crops that other networks or their stand-ins gave."
-    ids:np.ndarray                # (N,) strings, as in rows.csv
-    contour17:np.ndarray          # (N,17,2) NDC of the cached crop
-    has_contour:np.ndarray        # (N,) bool
-    points203:np.ndarray          # (N,203,2) NDC of the cached crop
-    has_points203:np.ndarray      # (N,) bool
-    identity:np.ndarray           # (N,300)
-    has_identity:np.ndarray       # (N,) bool
-    head_sha256:str               # the head the identity codes belong to
+
+    ids: np.ndarray  # (N,) strings, as in rows.csv
+    contour17: np.ndarray  # (N,17,2) NDC of the cached crop
+    has_contour: np.ndarray  # (N,) bool
+    points203: np.ndarray  # (N,203,2) NDC of the cached crop
+    has_points203: np.ndarray  # (N,) bool
+    identity: np.ndarray  # (N,300)
+    has_identity: np.ndarray  # (N,) bool
+    head_sha256: str  # the head the identity codes belong to
 
     def save(self, path):
         "Write a plain `.npz`."
         path = Path(path)
-        with open(path.with_suffix(".part"), "wb") as file: np.savez(file, **self.__dict__)
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.savez(file, **self.__dict__)
         path.with_suffix(".part").replace(path)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; raise `ValueError` if it is missing or something else."
         try:
-            with np.load(path, allow_pickle=False) as z: return cls(*(str(z[n]) if n == "head_sha256" else z[n] for n in cls.__dataclass_fields__))
+            with np.load(path, allow_pickle=False) as z:
+                return cls(*(str(z[n]) if n == "head_sha256" else z[n] for n in cls.__dataclass_fields__))
         except (OSError, KeyError, ValueError) as e:
-            raise ValueError(f"{path} does not hold derived targets ({type(e).__name__}); run the chain's `standins` step") from None
+            raise ValueError(
+                f"{path} does not hold derived targets ({type(e).__name__}); run the chain's `standins` step"
+            ) from None
 
 # %% ../../nbs/39_data.mixing.ipynb #cc39e190
 def read_columns(
-    store,                        # CropStore
-) -> dict:                        # column of rows.csv -> array of strings, or of numbers with NaN where unknown
+    store,  # CropStore
+) -> dict:  # column of rows.csv -> array of strings, or of numbers with NaN where unknown
     "Return the rows of a store; from the file itself where there is one, which needs no pandas."
     names = ("id", "split", "subject", "emotion", "valence", "arousal")
     number = lambda n: n in names[3:]
-    if not hasattr(store, "path"): return {n: store.rows[n].to_numpy(np.float64 if number(n) else str) for n in names}
-    with open(Path(store.path)/"rows.csv", newline="", encoding="utf-8") as file: rows = list(csv.DictReader(file))
-    return {n: np.array([float(r[n] or "nan") if number(n) else r[n] for r in rows], np.float64 if number(n) else str) for n in names}
+    if not hasattr(store, "path"):
+        return {n: store.rows[n].to_numpy(np.float64 if number(n) else str) for n in names}
+    with open(Path(store.path) / "rows.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        n: np.array([float(r[n] or "nan") if number(n) else r[n] for r in rows], np.float64 if number(n) else str)
+        for n in names
+    }
 
 # %% ../../nbs/39_data.mixing.ipynb #6da13add
 class Source:
     "One dataset: cached crops, landmarks, labels and flags, row by row."
+
     def __init__(
         self,
-        name:str,                 # one of DATASETS
-        store,                    # CropStore: images (N,S,S,4), points (N,478,2), rows, found
-        derived:Derived,          # its derived targets
-        labels=None,              # ExpressionLabels, used where ids agree
-        classes:int=7,            # emotion classes; a class beyond them is not used
+        name: str,  # one of DATASETS
+        store,  # CropStore: images (N,S,S,4), points (N,478,2), rows, found
+        derived: Derived,  # its derived targets
+        labels=None,  # ExpressionLabels, used where ids agree
+        classes: int = 7,  # emotion classes; a class beyond them is not used
     ):
         rows = read_columns(store)
         n = len(rows["id"])
         self.name, self.store, self.ids = name, store, rows["id"].tolist()
         if self.ids != [str(i) for i in derived.ids]:
-            raise ValueError(f"the derived targets of {name} belong to other frames than its crops; run the chain's `standins` step again")
+            raise ValueError(
+                f"the derived targets of {name} belong to other frames than its crops; run the chain's `standins` step again"
+            )
         self.derived, self.split, self.found = derived, rows["split"], np.asarray(store.found, bool)
         self.expression, self.jaw, self.eyelids = (np.zeros((n, k), np.float32) for k in (50, 3, 2))
         self.has_expression = np.zeros(n, bool)
         if labels is not None:
             place = {str(i): k for k, i in enumerate(labels.ids) if not str(labels.rejected[k])}
             for row, k in ((r, place[i]) for r, i in enumerate(self.ids) if i in place):
-                self.expression[row], self.jaw[row], self.eyelids[row], self.has_expression[row] = labels.expression[k][:50], labels.jaw[k], labels.eyelids[k], True
+                self.expression[row], self.jaw[row], self.eyelids[row], self.has_expression[row] = (
+                    labels.expression[k][:50],
+                    labels.jaw[k],
+                    labels.eyelids[k],
+                    True,
+                )
         emotion, valence, arousal = rows["emotion"], rows["valence"], rows["arousal"]
-        self.has_emotion = (name == "affectnet") & np.isfinite(emotion) & np.isfinite(valence) & np.isfinite(arousal) & (emotion < classes)
+        self.has_emotion = (
+            (name == "affectnet")
+            & np.isfinite(emotion)
+            & np.isfinite(valence)
+            & np.isfinite(arousal)
+            & (emotion < classes)
+        )
         clean = lambda x: np.where(self.has_emotion, np.nan_to_num(x), 0)
-        self.emotion, self.valence, self.arousal = clean(emotion).astype(np.int64), clean(valence).astype(np.float32), clean(arousal).astype(np.float32)
+        self.emotion, self.valence, self.arousal = (
+            clean(emotion).astype(np.int64),
+            clean(valence).astype(np.float32),
+            clean(arousal).astype(np.float32),
+        )
         self.subject = rows["subject"]
 
-    def usable(self, split:str) -> np.ndarray:
+    def usable(self, split: str) -> np.ndarray:
         "Return the rows of a split in which a face was found."
         return np.flatnonzero((self.split == split) & self.found)
 
-    def groups(self, split:str):
+    def groups(self, split: str):
         "Return the rows of a split for the sampler: CelebA's by identity, others as they are."
         rows = self.usable(split)
-        if self.name != "celeba" or not len(rows): return rows
+        if self.name != "celeba" or not len(rows):
+            return rows
         order = rows[np.argsort(self.subject[rows], kind="stable")]
         return np.split(order, np.flatnonzero(self.subject[order][1:] != self.subject[order][:-1]) + 1)
 
@@ -190,40 +236,75 @@ class Source:
 def _gather(sources, picks, indices, plan, size, device, cache_scale):
     "Assemble a `Batch` from (source, row) picks, on the device."
     groups, B = {}, len(picks)
-    for place, (name, row) in enumerate(picks): groups.setdefault(name, ([], []))[0].append(place); groups[name][1].append(row)
+    for place, (name, row) in enumerate(picks):
+        groups.setdefault(name, ([], []))[0].append(place)
+        groups[name][1].append(row)
     side = next(iter(sources.values())).store.images.shape[1]
     crops, points = np.empty((B, side, side, 4), np.uint8), np.zeros((B, 325, 2), np.float32)
-    names = ("has_contour", "has_points203", "identity", "has_identity", "expression", "jaw", "eyelids", "has_expression", "emotion", "valence", "arousal", "has_emotion")
-    columns = {n: [None]*B for n in names}
+    names = (
+        "has_contour",
+        "has_points203",
+        "identity",
+        "has_identity",
+        "expression",
+        "jaw",
+        "eyelids",
+        "has_expression",
+        "emotion",
+        "valence",
+        "arousal",
+        "has_emotion",
+    )
+    columns = {n: [None] * B for n in names}
     for name, (places, rows) in groups.items():
         s, rows = sources[name], np.asarray(rows)
         crops[places] = s.store.images[rows]
-        points[places] = np.concatenate([s.store.points[rows][:, indices], s.derived.contour17[rows], s.derived.points203[rows]], 1)
+        points[places] = np.concatenate(
+            [s.store.points[rows][:, indices], s.derived.contour17[rows], s.derived.points203[rows]], 1
+        )
         for n in names:
             values = getattr(s.derived if hasattr(s.derived, n) else s, n)[rows]
-            for p, v in zip(places, values): columns[n][p] = v
+            for p, v in zip(places, values):
+                columns[n][p] = v
     c = {n: torch.from_numpy(np.stack(v)) for n, v in columns.items()}
     dataset = torch.tensor([DATASETS.index(n) for n, _ in picks])
     points[:, 105:122][~c["has_contour"].numpy()], points[:, 122:][~c["has_points203"].numpy()] = 0, 0
-    out = augment(torch.from_numpy(crops).to(device, non_blocking=True), torch.from_numpy(points).to(device), plan, size, cache_scale)
+    out = augment(
+        torch.from_numpy(crops).to(device, non_blocking=True),
+        torch.from_numpy(points).to(device),
+        plan,
+        size,
+        cache_scale,
+    )
     c = {n: v.float().to(device) if v.is_floating_point() else v.to(device) for n, v in c.items()}
-    return Batch(out.image, out.hull, out.points[:, :105], out.points[:, 105:122], c["has_contour"], out.points[:, 122:], c["has_points203"],
-                 *(c[n] for n in names[2:]), dataset.to(device), [sources[n].ids[r] for n, r in picks])
+    return Batch(
+        out.image,
+        out.hull,
+        out.points[:, :105],
+        out.points[:, 105:122],
+        c["has_contour"],
+        out.points[:, 122:],
+        c["has_points203"],
+        *(c[n] for n in names[2:]),
+        dataset.to(device),
+        [sources[n].ids[r] for n, r in picks],
+    )
 
 # %% ../../nbs/39_data.mixing.ipynb #1427199c
 class MixedData:
     "Training batches of the mixed datasets, and batches of one split in order."
+
     def __init__(
         self,
-        sources:dict,             # dataset -> Source
-        indices,                  # (105,) MediaPipe indices of the head's embedding; None: the published ones
-        config:Config,            # mixing, prepare, network and seed are read
-        batch:int,                # samples in the global batch
-        steps:int,                # iterations of the training, for the stages
-        device="cpu",             # where batches are made
-        rank:int=0,               # this process
-        world:int=1,              # processes
-        part:str="train",         # split that training draws from
+        sources: dict,  # dataset -> Source
+        indices,  # (105,) MediaPipe indices of the head's embedding; None: the published ones
+        config: Config,  # mixing, prepare, network and seed are read
+        batch: int,  # samples in the global batch
+        steps: int,  # iterations of the training, for the stages
+        device="cpu",  # where batches are made
+        rank: int = 0,  # this process
+        world: int = 1,  # processes
+        part: str = "train",  # split that training draws from
     ):
         self.sources, self.config, self.steps = sources, config, steps
         self.indices = np.asarray(MEDIAPIPE_105 if indices is None else indices)
@@ -233,14 +314,20 @@ class MixedData:
     @cached_property
     def sampler(self) -> MixedSampler:
         "The sampler of training batches, made when the first one is asked for."
-        second = math.ceil(self.config.mixing.first_stage*self.steps)
-        return MixedSampler({n: s.groups(self.part) for n, s in self.sources.items()}, self.config.mixing, self.size, self.config.seed, second)
+        second = math.ceil(self.config.mixing.first_stage * self.steps)
+        return MixedSampler(
+            {n: s.groups(self.part) for n, s in self.sources.items()},
+            self.config.mixing,
+            self.size,
+            self.config.seed,
+            second,
+        )
 
-    def stage(self, step:int) -> int:
+    def stage(self, step: int) -> int:
         "Return the stage of an iteration."
         return stage_of(step, self.steps, self.config.mixing)
 
-    def batch(self, step:int, stage:int|None=None) -> Batch:
+    def batch(self, step: int, stage: int | None = None) -> Batch:
         "Return this process's part of a step's batch, augmented."
         stage = stage or self.stage(step)
         mine = share_of(self.size, self.rank, self.world)
@@ -248,36 +335,55 @@ class MixedData:
         seeds = stream(self.config.seed, step, AUGMENTATION).integers(0, 2**62, self.size)[mine]
         return self._make(picks, draw_plan(seeds))
 
-    def evaluation(self, dataset:str, split:str, batch:int=64, limit:int=0) -> Iterator[Batch]:
+    def evaluation(self, dataset: str, split: str, batch: int = 64, limit: int = 0) -> Iterator[Batch]:
         "Yield a split in order, frames with a face only, cropped at the evaluation scale; `limit` spreads that many over it."
         rows = self.sources[dataset].usable(split)
-        if limit and len(rows) > limit: rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+        if limit and len(rows) > limit:
+            rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
         for start in range(0, len(rows), batch):
-            part = rows[start:start + batch]
-            yield self._make([(dataset, int(r)) for r in part], fixed_plan(len(part), self.config.prepare.evaluation_scale))
+            part = rows[start : start + batch]
+            yield self._make(
+                [(dataset, int(r)) for r in part], fixed_plan(len(part), self.config.prepare.evaluation_scale)
+            )
 
     def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         "Return, for every dataset and split, the number of frames and of those with a face."
-        return {n: {str(k): (int((s.split == k).sum()), len(s.usable(k))) for k in np.unique(s.split)} for n, s in self.sources.items()}
+        return {
+            n: {str(k): (int((s.split == k).sum()), len(s.usable(k))) for k in np.unique(s.split)}
+            for n, s in self.sources.items()
+        }
 
     def _make(self, picks, plan):
-        return _gather(self.sources, picks, self.indices, plan, self.config.network.image_size, self.device, self.config.prepare.cache_scale)
+        return _gather(
+            self.sources,
+            picks,
+            self.indices,
+            plan,
+            self.config.network.image_size,
+            self.device,
+            self.config.prepare.cache_scale,
+        )
 
 # %% ../../nbs/39_data.mixing.ipynb #f624901e
 def open_sources(
-    crops:Path|str,               # folder with one folder a dataset
-    labels=None,                  # ExpressionLabels or None
-    names=DATASETS,               # datasets to open
-    head_sha256:str|None=None,    # if given, derived targets and labels must belong to this head
-) -> dict[str, Source]:           # dataset -> Source
+    crops: Path | str,  # folder with one folder a dataset
+    labels=None,  # ExpressionLabels or None
+    names=DATASETS,  # datasets to open
+    head_sha256: str | None = None,  # if given, derived targets and labels must belong to this head
+) -> dict[str, Source]:  # dataset -> Source
     "Open crops, derived targets and labels; raise `ValueError` for what is missing or belongs to another head."
     sources = {}
     for name in names:
-        folder = Path(crops)/name
-        if not folder.is_dir(): raise ValueError(f"{folder} is missing; run the chain's `prepare` step for {name}")
-        sources[name] = Source(name, CropStore(folder), Derived.load(folder/"derived.npz"), labels)
+        folder = Path(crops) / name
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is missing; run the chain's `prepare` step for {name}")
+        sources[name] = Source(name, CropStore(folder), Derived.load(folder / "derived.npz"), labels)
         if head_sha256 and sources[name].derived.head_sha256 != head_sha256:
-            raise ValueError(f"{folder/'derived.npz'} was made with head {sources[name].derived.head_sha256[:12]}, not {head_sha256[:12]}; run the `standins` step again")
+            raise ValueError(
+                f"{folder / 'derived.npz'} was made with head {sources[name].derived.head_sha256[:12]}, not {head_sha256[:12]}; run the `standins` step again"
+            )
     if labels is not None and head_sha256 and labels.head_sha256 != head_sha256:
-        raise ValueError(f"the scan labels belong to head {labels.head_sha256[:12]}, not {head_sha256[:12]}; run the `fit_scans` step again")
+        raise ValueError(
+            f"the scan labels belong to head {labels.head_sha256[:12]}, not {head_sha256[:12]}; run the `fit_scans` step again"
+        )
     return sources

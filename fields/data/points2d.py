@@ -12,104 +12,141 @@ import numpy as np
 from .detect import MEDIAPIPE_105, Window
 
 # %% ../../nbs/32_data.points2d.ipynb #b3ac932b
-def fan_weights() -> Path|None:   # path of FAN's weights, or None
+def fan_weights() -> Path | None:  # path of FAN's weights, or None
     "Return the file that face-alignment has stored, if it has."
     import torch
-    return next(iter(sorted((Path(torch.hub.get_dir())/"checkpoints").glob("2DFAN4-*.pth.tar"))), None)
+
+    return next(iter(sorted((Path(torch.hub.get_dir()) / "checkpoints").glob("2DFAN4-*.pth.tar"))), None)
+
 
 def fan_window(
-    points:np.ndarray,            # (478,2) or more columns, pixels
-) -> Window:                      # the square FAN sees
+    points: np.ndarray,  # (478,2) or more columns, pixels
+) -> Window:  # the square FAN sees
     "Return FAN's crop for a face."
     low, high = points[:, :2].min(0), points[:, :2].max(0)
     width, height = (high - low).tolist()
-    centre = (low + high)/2
-    return Window(float(centre[0]), float(centre[1] - .12*height), 200/195*(width + height), 0., 256)
+    centre = (low + high) / 2
+    return Window(float(centre[0]), float(centre[1] - 0.12 * height), 200 / 195 * (width + height), 0.0, 256)
+
 
 def heat_map_points(
-    maps:np.ndarray,              # (L,H,W) heat maps
-) -> np.ndarray:                  # (L,2) x, y in cells; the centre of the first cell is at 0.5
+    maps: np.ndarray,  # (L,H,W) heat maps
+) -> np.ndarray:  # (L,2) x, y in cells; the centre of the first cell is at 0.5
     "Return the maxima of heat maps, moved a quarter of a cell towards the higher neighbour."
     count, height, width = maps.shape
     y, x = np.unravel_index(maps.reshape(count, -1).argmax(1), (height, width))
     n = np.arange(count)
-    step = lambda a, b: .25*np.sign(a - b)
+    step = lambda a, b: 0.25 * np.sign(a - b)
     inner_x, inner_y = (x > 0) & (x < width - 1), (y > 0) & (y < height - 1)
     dx = np.where(inner_x, step(maps[n, y, (x + 1).clip(max=width - 1)], maps[n, y, (x - 1).clip(0)]), 0)
     dy = np.where(inner_y, step(maps[n, (y + 1).clip(max=height - 1), x], maps[n, (y - 1).clip(0), x]), 0)
-    return np.stack([x + .5 + dx, y + .5 + dy], 1)
+    return np.stack([x + 0.5 + dx, y + 0.5 + dy], 1)
 
 # %% ../../nbs/32_data.points2d.ipynb #03dcbaad
 class FanPoints:
     "FAN's 68 points, from a face that MediaPipe has found."
-    def __init__(self,
-        weights:Path|str|None=None, # 2DFAN4-*.pth.tar; None: what face-alignment has stored
+
+    def __init__(
+        self,
+        weights: Path | str | None = None,  # 2DFAN4-*.pth.tar; None: what face-alignment has stored
     ):
         import torch
+
         path = Path(weights) if weights else fan_weights()
-        if path is None or not path.is_file(): raise FileNotFoundError(f"FAN's weights {path or '2DFAN4-*.pth.tar'} are not there; use face-alignment once to fetch them, or go on with the stand-in")
-        try: from face_alignment.models import FAN
-        except ImportError: raise ImportError("face-alignment is not installed; install fields[detect]") from None
+        if path is None or not path.is_file():
+            raise FileNotFoundError(
+                f"FAN's weights {path or '2DFAN4-*.pth.tar'} are not there; use face-alignment once to fetch them, or go on with the stand-in"
+            )
+        try:
+            from face_alignment.models import FAN
+        except ImportError:
+            raise ImportError("face-alignment is not installed; install fields[detect]") from None
         self.network = FAN(4)
-        try: self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as e: raise ValueError(f"{path} does not hold FAN's weights ({type(e).__name__}); delete it and fetch it again") from None
+        try:
+            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as e:
+            raise ValueError(
+                f"{path} does not hold FAN's weights ({type(e).__name__}); delete it and fetch it again"
+            ) from None
         self.network.eval()
 
-    def __call__(self,
-        image:np.ndarray,         # (H,W,3) uint8 RGB
-        points:np.ndarray,        # (478,2) or more columns, pixels
-    ) -> np.ndarray:              # (68,2) float32 pixels
+    def __call__(
+        self,
+        image: np.ndarray,  # (H,W,3) uint8 RGB
+        points: np.ndarray,  # (478,2) or more columns, pixels
+    ) -> np.ndarray:  # (68,2) float32 pixels
         "Return the 68 points of a face."
         import torch
+
         window = fan_window(points)
-        crop = torch.from_numpy(window.cut(image)).permute(2, 0, 1)[None].float()/255
-        with torch.no_grad(): maps = self.network(crop)
+        crop = torch.from_numpy(window.cut(image)).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            maps = self.network(crop)
         maps = (maps[-1] if isinstance(maps, (list, tuple)) else maps)[0].numpy()
-        inside = heat_map_points(maps)*(256/maps.shape[-1])
+        inside = heat_map_points(maps) * (256 / maps.shape[-1])
         m = window.matrix
-        return ((inside - m[:, 2])@np.linalg.inv(m[:, :2]).T).astype(np.float32)
+        return ((inside - m[:, 2]) @ np.linalg.inv(m[:, :2]).T).astype(np.float32)
 
 # %% ../../nbs/32_data.points2d.ipynb #36c116bd
 JAW = (234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454)
 
+
 def window_203(
-    points:np.ndarray,            # (478,2) or more columns, pixels
-    size:int=224,                 # side of the network's input
-) -> Window:                      # the turned square the network sees
+    points: np.ndarray,  # (478,2) or more columns, pixels
+    size: int = 224,  # side of the network's input
+) -> Window:  # the turned square the network sees
     "Return the crop of the 203-point network for a face."
     p = np.asarray(points, np.float64)[:, :2]
     eyes, mouth = (p[[33, 133, 362, 263]].mean(0), p[[61, 291]].mean(0))
-    down = (mouth - eyes)/max(np.linalg.norm(mouth - eyes), 1e-9)
+    down = (mouth - eyes) / max(np.linalg.norm(mouth - eyes), 1e-9)
     across = np.array([down[1], -down[0]])
     seen = p[[*MEDIAPIPE_105, *JAW]]
-    u, v = seen@across, seen@down
-    side = 1.5*max(np.ptp(u), np.ptp(v))
-    centre = across*(u.min() + u.max())/2 + down*((v.min() + v.max())/2 - .1*side)
-    return Window(float(centre[0]), float(centre[1]), float(side), float(np.rad2deg(np.arctan2(across[1], across[0]))), size)
+    u, v = seen @ across, seen @ down
+    side = 1.5 * max(np.ptp(u), np.ptp(v))
+    centre = across * (u.min() + u.max()) / 2 + down * ((v.min() + v.max()) / 2 - 0.1 * side)
+    return Window(
+        float(centre[0]), float(centre[1]), float(side), float(np.rad2deg(np.arctan2(across[1], across[0]))), size
+    )
+
 
 class Points203:
     "The 203 points by an onnx file, from a face that MediaPipe has found."
-    def __init__(self,
-        model,                    # path of the onnx file, or anything with onnxruntime's `run` and `get_inputs`
-        size:int=224,             # side of the network's input
+
+    def __init__(
+        self,
+        model,  # path of the onnx file, or anything with onnxruntime's `run` and `get_inputs`
+        size: int = 224,  # side of the network's input
     ):
         self.size, self.session = size, model
         if isinstance(model, (str, Path)):
-            if not Path(model).is_file(): raise FileNotFoundError(f"there is no file {model}; leave the option out to use the stand-in of the 203 points")
-            try: import onnxruntime
-            except ImportError: raise ImportError("onnxruntime is not installed; install fields[detect]") from None
-            try: self.session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-            except Exception as e: raise ValueError(f"{model} is not an onnx file that onnxruntime can open ({type(e).__name__})") from None
+            if not Path(model).is_file():
+                raise FileNotFoundError(
+                    f"there is no file {model}; leave the option out to use the stand-in of the 203 points"
+                )
+            try:
+                import onnxruntime
+            except ImportError:
+                raise ImportError("onnxruntime is not installed; install fields[detect]") from None
+            try:
+                self.session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+            except Exception as e:
+                raise ValueError(
+                    f"{model} is not an onnx file that onnxruntime can open ({type(e).__name__})"
+                ) from None
 
-    def __call__(self,
-        image:np.ndarray,         # (H,W,3) uint8 RGB
-        points:np.ndarray,        # (478,2) or more columns, pixels
-    ) -> np.ndarray:              # (203,2) float32 pixels
+    def __call__(
+        self,
+        image: np.ndarray,  # (H,W,3) uint8 RGB
+        points: np.ndarray,  # (478,2) or more columns, pixels
+    ) -> np.ndarray:  # (203,2) float32 pixels
         "Return the 203 points of a face; raise `ValueError` for a network with other outputs."
         window = window_203(points, self.size)
-        crop = window.cut(image).astype(np.float32).transpose(2, 0, 1)[None]/255
+        crop = window.cut(image).astype(np.float32).transpose(2, 0, 1)[None] / 255
         outputs = self.session.run(None, {self.session.get_inputs()[0].name: crop})
         found = [np.asarray(o) for o in outputs if np.asarray(o).size == 406]
-        if not found: raise ValueError(f"this onnx file returns {[np.asarray(o).shape for o in outputs]}, none of which are 203 points; give the 203-point network")
+        if not found:
+            raise ValueError(
+                f"this onnx file returns {[np.asarray(o).shape for o in outputs]}, none of which are 203 points; give the 203-point network"
+            )
         m = window.matrix
-        return ((found[-1].reshape(203, 2)*self.size - m[:, 2])@np.linalg.inv(m[:, :2]).T).astype(np.float32)
+        return ((found[-1].reshape(203, 2) * self.size - m[:, 2]) @ np.linalg.inv(m[:, :2]).T).astype(np.float32)

@@ -19,84 +19,151 @@ from ..head.appearance import Appearance, sample_appearance
 @dataclass(frozen=True)
 class WorldConstants:
     "How emotion shows, and what hides it; calibrated on the oracle and frozen."
-    version:str = "1"
-    amplitude:float = 1.0        # facial action at full intensity
-    style:float = 0.25            # spread of a person's gain on each action, in log units
-    bias:float = 0.05             # spread of a person's neutral face, in action units
-    speech:float = 0.30           # share of moments with a speech mouth shape
-    stray:float = 0.04            # share of actions that are active for no reason
-    overlap:float = 0.38          # largest share of a second emotion in the mixture
-    class_noise:float = 0.10      # share of labels that name another class
-    affect_noise:float = 0.08     # spread of the labelled valence and arousal
-    intensity_low:float = 0.25    # intensities are uniform from here to 1
+
+    version: str = "1"
+    amplitude: float = 1.0  # facial action at full intensity
+    style: float = 0.25  # spread of a person's gain on each action, in log units
+    bias: float = 0.05  # spread of a person's neutral face, in action units
+    speech: float = 0.30  # share of moments with a speech mouth shape
+    stray: float = 0.04  # share of actions that are active for no reason
+    overlap: float = 0.38  # largest share of a second emotion in the mixture
+    class_noise: float = 0.10  # share of labels that name another class
+    affect_noise: float = 0.08  # spread of the labelled valence and arousal
+    intensity_low: float = 0.25  # intensities are uniform from here to 1
+
 
 CONSTANTS = WorldConstants()
 
 # %% ../../nbs/34_data.population.ipynb #ea118158
 PROTOTYPES = {
     "neutral": {},
-    "happy": {"au6_cheek_raise": .7, "au12_smile": 1.0, "au25_upper_part": .35, "au25_lower_part": .35, "lip_corner_open_smile": .3, "jaw": .03},
-    "sad": {"au1_inner_brow_raise": .9, "au4_brow_lower": .35, "au15_corner_depress": .9, "au17_chin_raise": .5, "lid": .18},
-    "surprise": {"au1_inner_brow_raise": .8, "au2_outer_brow_raise": 1.0, "au5_upper_lid_raise": .9, "forehead_raise": .4, "au25_upper_part": .3, "au25_lower_part": .3, "jaw": .22},
-    "fear": {"au1_inner_brow_raise": .9, "au2_outer_brow_raise": .4, "au4_brow_lower": .5, "au5_upper_lid_raise": .8, "au7_lid_tighten": .3, "au20_lip_stretch": .8, "au25_lower_part": .35, "jaw": .07},
-    "disgust": {"au9_nose_wrinkle": .9, "au10_upper_lip_raise": .7, "sneer": .3, "au7_lid_tighten": .4, "au15_corner_depress": .3, "au17_chin_raise": .3},
-    "anger": {"au4_brow_lower": 1.0, "brow_knit": .6, "au5_upper_lid_raise": .35, "au7_lid_tighten": .6, "au23_corner_tighten": .6, "au24_press": .6},
+    "happy": {
+        "au6_cheek_raise": 0.7,
+        "au12_smile": 1.0,
+        "au25_upper_part": 0.35,
+        "au25_lower_part": 0.35,
+        "lip_corner_open_smile": 0.3,
+        "jaw": 0.03,
+    },
+    "sad": {
+        "au1_inner_brow_raise": 0.9,
+        "au4_brow_lower": 0.35,
+        "au15_corner_depress": 0.9,
+        "au17_chin_raise": 0.5,
+        "lid": 0.18,
+    },
+    "surprise": {
+        "au1_inner_brow_raise": 0.8,
+        "au2_outer_brow_raise": 1.0,
+        "au5_upper_lid_raise": 0.9,
+        "forehead_raise": 0.4,
+        "au25_upper_part": 0.3,
+        "au25_lower_part": 0.3,
+        "jaw": 0.22,
+    },
+    "fear": {
+        "au1_inner_brow_raise": 0.9,
+        "au2_outer_brow_raise": 0.4,
+        "au4_brow_lower": 0.5,
+        "au5_upper_lid_raise": 0.8,
+        "au7_lid_tighten": 0.3,
+        "au20_lip_stretch": 0.8,
+        "au25_lower_part": 0.35,
+        "jaw": 0.07,
+    },
+    "disgust": {
+        "au9_nose_wrinkle": 0.9,
+        "au10_upper_lip_raise": 0.7,
+        "sneer": 0.3,
+        "au7_lid_tighten": 0.4,
+        "au15_corner_depress": 0.3,
+        "au17_chin_raise": 0.3,
+    },
+    "anger": {
+        "au4_brow_lower": 1.0,
+        "brow_knit": 0.6,
+        "au5_upper_lid_raise": 0.35,
+        "au7_lid_tighten": 0.6,
+        "au23_corner_tighten": 0.6,
+        "au24_press": 0.6,
+    },
 }
-VALENCE = {"au12_smile": .35, "au6_cheek_raise": .2, "au15_corner_depress": -.35, "au4_brow_lower": -.2}
-AROUSAL = {"au5_upper_lid_raise": .4, "au2_outer_brow_raise": .25, "au25_lower_part": .25, "lid": -.15, "jaw": .05}
-CENTRES = {"neutral": (.02, .0), "happy": (.75, .25), "sad": (-.65, -.40), "surprise": (.25, .80),
-           "fear": (-.50, .75), "disgust": (-.70, .35), "anger": (-.60, .65)}
-SPEECH = ({"lips_o": .9, "au18_pucker": .3, "jaw": .07}, {"lips_e": .9, "au25_lower_part": .3, "jaw": .04},
-          {"au24_press": .8}, {"lower_lip_f": .9, "au25_upper_part": .2, "jaw": .02}, {"au22_funnel": .9, "jaw": .04},
-          {"au25_upper_part": .4, "au25_lower_part": .6, "jaw": .14}, {"upper_lip_m": .7, "mouth_forward": .3}, {"lips_e": .4, "jaw": .10})
-CLASS_SHARES = np.array([.25, .29, .12, .10, .07, .06, .11])  # of a wild collection, in the order of EMOTIONS
+VALENCE = {"au12_smile": 0.35, "au6_cheek_raise": 0.2, "au15_corner_depress": -0.35, "au4_brow_lower": -0.2}
+AROUSAL = {"au5_upper_lid_raise": 0.4, "au2_outer_brow_raise": 0.25, "au25_lower_part": 0.25, "lid": -0.15, "jaw": 0.05}
+CENTRES = {
+    "neutral": (0.02, 0.0),
+    "happy": (0.75, 0.25),
+    "sad": (-0.65, -0.40),
+    "surprise": (0.25, 0.80),
+    "fear": (-0.50, 0.75),
+    "disgust": (-0.70, 0.35),
+    "anger": (-0.60, 0.65),
+}
+SPEECH = (
+    {"lips_o": 0.9, "au18_pucker": 0.3, "jaw": 0.07},
+    {"lips_e": 0.9, "au25_lower_part": 0.3, "jaw": 0.04},
+    {"au24_press": 0.8},
+    {"lower_lip_f": 0.9, "au25_upper_part": 0.2, "jaw": 0.02},
+    {"au22_funnel": 0.9, "jaw": 0.04},
+    {"au25_upper_part": 0.4, "au25_lower_part": 0.6, "jaw": 0.14},
+    {"upper_lip_m": 0.7, "mouth_forward": 0.3},
+    {"lips_e": 0.4, "jaw": 0.10},
+)
+CLASS_SHARES = np.array([0.25, 0.29, 0.12, 0.10, 0.07, 0.06, 0.11])  # of a wild collection, in the order of EMOTIONS
+
 
 def spread(
-    actions:dict,                 # action name -> strength; sided actions are named without side
-    names:list[str],              # control names of the sculpt
-) -> tuple[np.ndarray, float, float]: # (E,) controls, jaw opening in radians, closing of both lids
+    actions: dict,  # action name -> strength; sided actions are named without side
+    names: list[str],  # control names of the sculpt
+) -> tuple[np.ndarray, float, float]:  # (E,) controls, jaw opening in radians, closing of both lids
     "Spread named actions over the sculpt's sided controls; raise `KeyError` for an unknown action."
     controls, place = np.zeros(len(names)), {n: i for i, n in enumerate(names)}
     for name, strength in actions.items():
-        if name in ("jaw", "lid"): continue
-        for side in ([name] if name in place else [f"{name}_l", f"{name}_r"]): controls[place[side]] += strength
-    return controls, actions.get("jaw", 0.), actions.get("lid", 0.)
+        if name in ("jaw", "lid"):
+            continue
+        for side in [name] if name in place else [f"{name}_l", f"{name}_r"]:
+            controls[place[side]] += strength
+    return controls, actions.get("jaw", 0.0), actions.get("lid", 0.0)
 
 # %% ../../nbs/34_data.population.ipynb #8c41ae88
 @dataclass
 class Person:
     "One inhabitant: identity, detail, appearance and habits."
-    name:str
-    identity:np.ndarray           # (I,) identity controls, standard deviations
-    detail:np.ndarray             # (2,) seed and RMS millimetres of the detail outside any head's span
-    appearance:Appearance
-    gain:np.ndarray               # (E,) gain on each action
-    bias:np.ndarray               # (E,) neutral face
+
+    name: str
+    identity: np.ndarray  # (I,) identity controls, standard deviations
+    detail: np.ndarray  # (2,) seed and RMS millimetres of the detail outside any head's span
+    appearance: Appearance
+    gain: np.ndarray  # (E,) gain on each action
+    bias: np.ndarray  # (E,) neutral face
+
 
 def generator(
-    *key,                         # anything that names what is drawn
-) -> np.random.Generator:         # its own stream
+    *key,  # anything that names what is drawn
+) -> np.random.Generator:  # its own stream
     "Return a random stream that depends on its key alone, not on what was drawn before."
     return np.random.default_rng(int(fingerprint([str(k) for k in key]), 16))
 
+
 def make_person(
-    world_seed:int,               # seed of the world
-    name:str,                     # for example "bp4d/F001"; two names are two people
-    constants:WorldConstants=CONSTANTS,
-) -> Person:                      # the person of that name
+    world_seed: int,  # seed of the world
+    name: str,  # for example "bp4d/F001"; two names are two people
+    constants: WorldConstants = CONSTANTS,
+) -> Person:  # the person of that name
     "Draw the person of a name; the same name gives the same person in every process."
     rng, sculpt = generator(world_seed, "person", name), load_sculpt()
     E = len(sculpt.expression_names)
     identity = np.clip(rng.normal(size=len(sculpt.identity_names)), -2.5, 2.5)
-    detail = np.array([rng.integers(1 << 31), rng.uniform(.3, .6)])
+    detail = np.array([rng.integers(1 << 31), rng.uniform(0.3, 0.6)])
     appearance = sample_appearance(rng)
-    gain = np.exp(constants.style*rng.normal(size=E))
-    bias = np.where(rng.random(E) < .35, constants.bias*rng.normal(size=E), 0)
+    gain = np.exp(constants.style * rng.normal(size=E))
+    bias = np.where(rng.random(E) < 0.35, constants.bias * rng.normal(size=E), 0)
     return Person(name, identity, detail, appearance, gain, bias)
 
+
 def neutral_surface(
-    person:Person,                # who
-) -> np.ndarray:                  # (V,3) unposed neutral vertices, metres
+    person: Person,  # who
+) -> np.ndarray:  # (V,3) unposed neutral vertices, metres
     "Return a person's face at rest: sculpted identity and detail."
     sculpt = load_sculpt()
     return sculpt.identity(person.identity[None])[0] + sculpt.detail(int(person.detail[0]), float(person.detail[1]))
@@ -105,74 +172,90 @@ def neutral_surface(
 @dataclass
 class Moment:
     "What a face does at one instant, and what an annotator would write down."
-    controls:np.ndarray           # (E,) actions of the sculpt
-    jaw:np.ndarray                # (3,) axis-angle, radians
-    lids:np.ndarray               # (2,) closing of left and right lid
-    gaze:np.ndarray               # (6,) axis-angle of left and right eye, radians
-    rotation:np.ndarray           # (3,) axis-angle of the head, radians
-    emotion:int                   # labelled class, index into EMOTIONS
-    valence:float                 # labelled valence
-    arousal:float                 # labelled arousal
+
+    controls: np.ndarray  # (E,) actions of the sculpt
+    jaw: np.ndarray  # (3,) axis-angle, radians
+    lids: np.ndarray  # (2,) closing of left and right lid
+    gaze: np.ndarray  # (6,) axis-angle of left and right eye, radians
+    rotation: np.ndarray  # (3,) axis-angle of the head, radians
+    emotion: int  # labelled class, index into EMOTIONS
+    valence: float  # labelled valence
+    arousal: float  # labelled arousal
+
 
 def feel(
-    rng:np.random.Generator,      # random stream
-    emotion:int,                  # class, index into EMOTIONS
-    constants:WorldConstants=CONSTANTS,
-) -> tuple[dict, float, float]:   # actions, true valence, true arousal
+    rng: np.random.Generator,  # random stream
+    emotion: int,  # class, index into EMOTIONS
+    constants: WorldConstants = CONSTANTS,
+) -> tuple[dict, float, float]:  # actions, true valence, true arousal
     "Draw an intensity, a point on the circumplex and the actions of a class, mixed with a second one."
     name, intensity = EMOTIONS[emotion], rng.uniform(constants.intensity_low, 1)
     other = EMOTIONS[rng.integers(len(EMOTIONS))]
     share = rng.uniform(0, constants.overlap)
-    centre = (1 - share)*np.array(CENTRES[name]) + share*np.array(CENTRES[other])
-    valence, arousal = np.clip(intensity*centre + .10*rng.normal(size=2), -1, 1)
+    centre = (1 - share) * np.array(CENTRES[name]) + share * np.array(CENTRES[other])
+    valence, arousal = np.clip(intensity * centre + 0.10 * rng.normal(size=2), -1, 1)
     actions = {}
-    for part, weight in ((PROTOTYPES[name], (1 - share)*intensity), (PROTOTYPES[other], share*intensity), (VALENCE, valence), (AROUSAL, arousal)):
-        for k, v in part.items(): actions[k] = actions.get(k, 0) + constants.amplitude*weight*v
+    for part, weight in (
+        (PROTOTYPES[name], (1 - share) * intensity),
+        (PROTOTYPES[other], share * intensity),
+        (VALENCE, valence),
+        (AROUSAL, arousal),
+    ):
+        for k, v in part.items():
+            actions[k] = actions.get(k, 0) + constants.amplitude * weight * v
     return actions, float(valence), float(arousal)
 
 # %% ../../nbs/34_data.population.ipynb #a3aa245c
 def head_pose(
-    rng:np.random.Generator,      # random stream
-    wild:bool,                    # in the wild, or in a laboratory
-) -> np.ndarray:                  # (3,) axis-angle, radians
+    rng: np.random.Generator,  # random stream
+    wild: bool,  # in the wild, or in a laboratory
+) -> np.ndarray:  # (3,) axis-angle, radians
     "Draw a head rotation: yaw within 45 degrees, less pitch and roll."
     from scipy.spatial.transform import Rotation
-    yaw, pitch, roll = rng.normal(size=3)*((17, 8, 7) if wild else (8, 5, 3))
-    return Rotation.from_euler("YXZ", [np.clip(yaw, -45, 45), np.clip(pitch, -22, 22), np.clip(roll, -25, 25)], degrees=True).as_rotvec()
+
+    yaw, pitch, roll = rng.normal(size=3) * ((17, 8, 7) if wild else (8, 5, 3))
+    return Rotation.from_euler(
+        "YXZ", [np.clip(yaw, -45, 45), np.clip(pitch, -22, 22), np.clip(roll, -25, 25)], degrees=True
+    ).as_rotvec()
+
 
 def make_moment(
-    person:Person,                # who
-    rng:np.random.Generator,      # random stream
-    emotion:int,                  # class that drives the face, index into EMOTIONS
-    wild:bool=True,               # in the wild, or in a laboratory
-    single:float=0.0,             # share of moments that are a few single actions instead of an emotion
-    constants:WorldConstants=CONSTANTS,
-) -> Moment:                      # the moment
+    person: Person,  # who
+    rng: np.random.Generator,  # random stream
+    emotion: int,  # class that drives the face, index into EMOTIONS
+    wild: bool = True,  # in the wild, or in a laboratory
+    single: float = 0.0,  # share of moments that are a few single actions instead of an emotion
+    constants: WorldConstants = CONSTANTS,
+) -> Moment:  # the moment
     "Draw what a person's face does when an emotion drives it, with all that hides the emotion."
     names = load_sculpt().expression_names
     actions, valence, arousal = feel(rng, emotion, constants)
     if rng.random() < single:
-        actions = {"jaw": max(0., rng.normal(.04, .08)), "lid": max(0., rng.normal(-.1, .4))}
-        for k in rng.choice(len(names), rng.integers(2, 6), replace=False): actions[names[k]] = rng.uniform(.3, 1)
+        actions = {"jaw": max(0.0, rng.normal(0.04, 0.08)), "lid": max(0.0, rng.normal(-0.1, 0.4))}
+        for k in rng.choice(len(names), rng.integers(2, 6), replace=False):
+            actions[names[k]] = rng.uniform(0.3, 1)
     elif rng.random() < constants.speech:
-        for k, v in SPEECH[rng.integers(len(SPEECH))].items(): actions[k] = actions.get(k, 0) + rng.uniform(.3, 1)*v
+        for k, v in SPEECH[rng.integers(len(SPEECH))].items():
+            actions[k] = actions.get(k, 0) + rng.uniform(0.3, 1) * v
     controls, jaw, lid = spread(actions, names)
-    controls = person.gain*controls + person.bias
-    controls += np.where(rng.random(len(names)) < constants.stray, rng.uniform(.2, .9, len(names)), 0)
-    blink = 1. if rng.random() < .03 else 0.
-    lids = np.clip(max(lid, blink) + rng.normal(.02, .05) + .03*rng.normal(size=2), 0, 1)
-    jaw = np.array([np.clip(jaw + .01*abs(rng.normal()), 0, .45), *.012*rng.normal(size=2)])
-    gaze = np.tile(np.array([.08, .14, 0])*rng.normal(size=3), 2)
+    controls = person.gain * controls + person.bias
+    controls += np.where(rng.random(len(names)) < constants.stray, rng.uniform(0.2, 0.9, len(names)), 0)
+    blink = 1.0 if rng.random() < 0.03 else 0.0
+    lids = np.clip(max(lid, blink) + rng.normal(0.02, 0.05) + 0.03 * rng.normal(size=2), 0, 1)
+    jaw = np.array([np.clip(jaw + 0.01 * abs(rng.normal()), 0, 0.45), *0.012 * rng.normal(size=2)])
+    gaze = np.tile(np.array([0.08, 0.14, 0]) * rng.normal(size=3), 2)
     label = int(rng.integers(len(EMOTIONS))) if rng.random() < constants.class_noise else emotion
-    affect = np.clip(np.array([valence, arousal]) + constants.affect_noise*rng.normal(size=2), -1, 1)
-    return Moment(np.clip(controls, -.5, 1.25), jaw, lids, gaze, head_pose(rng, wild), label, float(affect[0]), float(affect[1]))
+    affect = np.clip(np.array([valence, arousal]) + constants.affect_noise * rng.normal(size=2), -1, 1)
+    return Moment(
+        np.clip(controls, -0.5, 1.25), jaw, lids, gaze, head_pose(rng, wild), label, float(affect[0]), float(affect[1])
+    )
 
 # %% ../../nbs/34_data.population.ipynb #d6277f34
 def unposed_surface(
-    person:Person,                # who
-    moment:Moment,                # what the face does
-    neutral:np.ndarray|None=None, # (V,3) the person's neutral surface, if it is at hand
-) -> np.ndarray:                  # (V,3) unposed vertices without jaw, lids and gaze, metres
+    person: Person,  # who
+    moment: Moment,  # what the face does
+    neutral: np.ndarray | None = None,  # (V,3) the person's neutral surface, if it is at hand
+) -> np.ndarray:  # (V,3) unposed vertices without jaw, lids and gaze, metres
     "Return the true surface before the rig moves it: this is what the oracle sees."
     neutral = neutral_surface(person) if neutral is None else neutral
     return load_sculpt().expression(neutral[None], moment.controls[None])[0]

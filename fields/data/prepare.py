@@ -22,26 +22,29 @@ from ..media import read_frames, read_image
 
 # %% ../../nbs/37_data.prepare.ipynb #c9fa074c
 def shards(
-    paths:list,                   # path of each sample, in order
-    size:int=64,                  # samples a shard, at least
-) -> list[tuple[int, int]]:       # first row and the row behind the last
+    paths: list,  # path of each sample, in order
+    size: int = 64,  # samples a shard, at least
+) -> list[tuple[int, int]]:  # first row and the row behind the last
     "Cut a list of samples into shards; a video is never cut."
     cuts = [0]
     for k in range(1, len(paths)):
-        if k - cuts[-1] >= size and paths[k] != paths[k - 1]: cuts.append(k)
+        if k - cuts[-1] >= size and paths[k] != paths[k - 1]:
+            cuts.append(k)
     return list(zip(cuts, [*cuts[1:], len(paths)])) if paths else []
 
 # %% ../../nbs/37_data.prepare.ipynb #712da99c
 @dataclass(frozen=True)
 class Shard:
     "Rows that one call of a worker does."
-    number:int
-    first:int                     # first row
-    samples:tuple                 # (path, frame or None) of each
-    images:str                    # the array on disk that receives the crops
-    done:str                      # the small file that is written at the end
-    config:PrepareConfig
-    task:str|None = None          # face_landmarker.task
+
+    number: int
+    first: int  # first row
+    samples: tuple  # (path, frame or None) of each
+    images: str  # the array on disk that receives the crops
+    done: str  # the small file that is written at the end
+    config: PrepareConfig
+    task: str | None = None  # face_landmarker.task
+
 
 def _pictures(samples):
     "Yield a picture or an error for each sample; frames of one video are decoded in one pass."
@@ -49,40 +52,48 @@ def _pictures(samples):
     while k < len(samples):
         path, frame = samples[k]
         if frame is None:
-            try: yield read_image(path)
-            except (ValueError, OSError) as e: yield e
+            try:
+                yield read_image(path)
+            except (ValueError, OSError) as e:
+                yield e
             k += 1
             continue
         last = k
-        while last + 1 < len(samples) and samples[last + 1][0] == path: last += 1
-        frames = [f for _, f in samples[k:last + 1]]
-        try: yield from read_frames(path, frames)
+        while last + 1 < len(samples) and samples[last + 1][0] == path:
+            last += 1
+        frames = [f for _, f in samples[k : last + 1]]
+        try:
+            yield from read_frames(path, frames)
         except (ValueError, OSError):
             for f in frames:
-                try: yield read_frames(path, [f])[0]
-                except (ValueError, OSError) as e: yield e
+                try:
+                    yield read_frames(path, [f])[0]
+                except (ValueError, OSError) as e:
+                    yield e
         k = last + 1
 
+
 def do_shard(
-    shard:Shard,                  # what to do
-) -> tuple[int, int, int]:        # shard number, samples, faces found
+    shard: Shard,  # what to do
+) -> tuple[int, int, int]:  # shard number, samples, faces found
     "Detect and crop the samples of a shard and write its rows."
     size, n, config = shard.config.cache_size, len(shard.samples), shard.config
-    detector = cached_detector(1, config.minimum_confidence, .7, shard.task, 1, os.getpid())
+    detector = cached_detector(1, config.minimum_confidence, 0.7, shard.task, 1, os.getpid())
     crops = np.zeros((n, size, size, 4), np.uint8)
     points, boxes = np.full((n, 478, 2), np.nan, np.float32), np.full((n, 3), np.nan)
-    scores, notes = np.full(n, np.nan, np.float32), [""]*n
+    scores, notes = np.full(n, np.nan, np.float32), [""] * n
     for k, image in enumerate(_pictures(shard.samples)):
         if isinstance(image, Exception):
             notes[k] = str(image).splitlines()[0]
             continue
         faces = detector(image)
-        if not faces: continue
+        if not faces:
+            continue
         face = crop_face(image, faces[0].points478, size, config.cache_scale)
         crops[k, ..., :3], crops[k, ..., 3] = face.image, face.hull
         points[k], boxes[k], scores[k] = face.points, face.box.row(), faces[0].score
     array = np.lib.format.open_memmap(shard.images, mode="r+")
-    array[shard.first:shard.first + n] = crops
+    array[shard.first : shard.first + n] = crops
     array.flush()
     done = Path(shard.done)
     with open(done.with_suffix(".tmp"), "wb") as file:
@@ -93,58 +104,100 @@ def do_shard(
 # %% ../../nbs/37_data.prepare.ipynb #95c8f9f8
 class CropStore:
     "Crops, points and rows that `prepare` wrote."
-    def __init__(self,
-        path:Path|str,            # folder of one dataset's crops
+
+    def __init__(
+        self,
+        path: Path | str,  # folder of one dataset's crops
     ):
         self.path = Path(path)
-        missing = [n for n in ("images.npy", "points.npy", "rows.csv", "report.json") if not (self.path/n).is_file()]
-        if missing: raise FileNotFoundError(f"{self.path} holds no prepared crops ({missing[0]} is missing); run `fields prepare` for this dataset")
-        self.images = np.load(self.path/"images.npy", mmap_mode="r")
-        self.points = np.load(self.path/"points.npy", mmap_mode="r")
-        self.report = json.loads((self.path/"report.json").read_text(encoding="utf-8"))
+        missing = [n for n in ("images.npy", "points.npy", "rows.csv", "report.json") if not (self.path / n).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.path} holds no prepared crops ({missing[0]} is missing); run `fields prepare` for this dataset"
+            )
+        self.images = np.load(self.path / "images.npy", mmap_mode="r")
+        self.points = np.load(self.path / "points.npy", mmap_mode="r")
+        self.report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
         if len(self.images) != len(self.points) or len(self.points) != self.report["items"]:
-            raise ValueError(f"{self.path} holds arrays of different lengths; delete the folder and run `fields prepare` again")
+            raise ValueError(
+                f"{self.path} holds arrays of different lengths; delete the folder and run `fields prepare` again"
+            )
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     @cached_property
     def rows(self):
         "The rows as a pandas table; unknown values are not-a-number or empty."
         import pandas
+
         text = {c: str for c in ("id", "split", "subject", "note")}
-        rows = pandas.read_csv(self.path/"rows.csv", dtype={**text, "found": bool}, keep_default_na=False, na_values={c: [""] for c in ROWS if c not in text})
-        if len(rows) != len(self): raise ValueError(f"{self.path}/rows.csv has {len(rows)} rows for {len(self)} crops; delete the folder and run `fields prepare` again")
+        rows = pandas.read_csv(
+            self.path / "rows.csv",
+            dtype={**text, "found": bool},
+            keep_default_na=False,
+            na_values={c: [""] for c in ROWS if c not in text},
+        )
+        if len(rows) != len(self):
+            raise ValueError(
+                f"{self.path}/rows.csv has {len(rows)} rows for {len(self)} crops; delete the folder and run `fields prepare` again"
+            )
         return rows
 
     @cached_property
-    def found(self): return np.isfinite(np.asarray(self.points[:, 0, 0]))
+    def found(self):
+        return np.isfinite(np.asarray(self.points[:, 0, 0]))
 
     @property
-    def ids(self): return self.rows["id"].tolist()
+    def ids(self):
+        return self.rows["id"].tolist()
 
-    def box(self, row): return Box(*(float(self.rows[c][row]) for c in ("box_cx", "box_cy", "box_side")))
+    def box(self, row):
+        return Box(*(float(self.rows[c][row]) for c in ("box_cx", "box_cy", "box_side")))
 
     @property
-    def cache_scale(self): return self.report["config"]["cache_scale"]
+    def cache_scale(self):
+        return self.report["config"]["cache_scale"]
 
-ROWS = ("index", "id", "split", "subject", "found", "emotion", "valence", "arousal", "box_cx", "box_cy", "box_side", "score", "note")
+
+ROWS = (
+    "index",
+    "id",
+    "split",
+    "subject",
+    "found",
+    "emotion",
+    "valence",
+    "arousal",
+    "box_cx",
+    "box_cy",
+    "box_side",
+    "score",
+    "note",
+)
 
 # %% ../../nbs/37_data.prepare.ipynb #fa5a9b0e
 def worker_pool(
-    workers:int,                  # processes
-):                                # ProcessPoolExecutor, or None for one worker
+    workers: int,  # processes
+):  # ProcessPoolExecutor, or None for one worker
     "Start processes for `prepare`; a script that calls it needs the usual `if __name__ == '__main__'`."
-    if workers <= 1: return None
+    if workers <= 1:
+        return None
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
+
     return ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, ("cv2",))
 
-ALONE = 300                       # samples that this process does faster alone than with others that first have to start
+
+ALONE = 300  # samples that this process does faster alone than with others that first have to start
+
 
 def _run_shards(left, pool, workers):
     "Yield results of shards: from a given pool; or from this process and further ones, which begin at the other end."
-    if pool is not None: return pool.map(do_shard, left)
+    if pool is not None:
+        return pool.map(do_shard, left)
     return work_together(do_shard, left, workers if sum(len(j.samples) for j in left) >= ALONE else 1, "cv2")
+
 
 def _identity(data, config, task):
     "Name what a prepared folder depends on: samples, file sizes, settings."
@@ -152,12 +205,14 @@ def _identity(data, config, task):
     rows = [(i.id, sizes.get(i.path, -1), i.frame) for i in data.items]
     return fingerprint([asdict(config), str(task), asdict(data.twin) if data.twin else None, rows])
 
+
 def _progress(jobs, total, name, show):
     "Yield results while a bar counts samples."
     if not show:
         yield from jobs
         return
     from tqdm.auto import tqdm
+
     with tqdm(total=total, desc=f"prepare {name}", unit="image", mininterval=1) as bar:
         for result in jobs:
             bar.update(result[1])
@@ -165,37 +220,51 @@ def _progress(jobs, total, name, show):
 
 # %% ../../nbs/37_data.prepare.ipynb #4197eb0c
 def prepare(
-    name:str,                     # lrw | celeba | ffhq | mead | affectnet | bp4d | identity
-    root:Path|str,                # folder that holds the datasets' folders
-    out:Path|str,                 # receives a folder of this name
-    config:PrepareConfig|None=None, # size and scale of the stored crops
-    workers:int=1,                # processes, this one among them; 0: one a core
-    progress:bool=True,           # show a bar
-    strict:bool=False,            # stop if anything is wrong with the dataset's folder
-    dataset:Dataset|None=None,    # what `open_dataset` returned, if it is already open
-    pool=None,                    # what `worker_pool` returned, to use it for several datasets
-    task:str|None=None,           # face_landmarker.task; None: MediaPipe's bundled models
-    shard_size:int=64,            # samples a shard
-) -> dict:                        # the report; its numbers add up
+    name: str,  # lrw | celeba | ffhq | mead | affectnet | bp4d | identity
+    root: Path | str,  # folder that holds the datasets' folders
+    out: Path | str,  # receives a folder of this name
+    config: PrepareConfig | None = None,  # size and scale of the stored crops
+    workers: int = 1,  # processes, this one among them; 0: one a core
+    progress: bool = True,  # show a bar
+    strict: bool = False,  # stop if anything is wrong with the dataset's folder
+    dataset: Dataset | None = None,  # what `open_dataset` returned, if it is already open
+    pool=None,  # what `worker_pool` returned, to use it for several datasets
+    task: str | None = None,  # face_landmarker.task; None: MediaPipe's bundled models
+    shard_size: int = 64,  # samples a shard
+) -> dict:  # the report; its numbers add up
     "Detect and crop every sample of a dataset, going on where an earlier run stopped; raise `ValueError` for a folder that does not match."
     config, data = config or PrepareConfig(), dataset or open_dataset(name, root, strict=strict)
-    folder = Path(out)/name
+    folder = Path(out) / name
     identity = _identity(data, config, task)
-    if (folder/"report.json").is_file():
-        report = json.loads((folder/"report.json").read_text(encoding="utf-8"))
-        if report.get("identity") == identity: return CropStore(folder).report
+    if (folder / "report.json").is_file():
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if report.get("identity") == identity:
+            return CropStore(folder).report
     start, size, n = time.perf_counter(), config.cache_size, len(data)
-    unfinished, images = folder/"unfinished", folder/"unfinished"/"images.npy"
-    note = unfinished/"identity.txt"
+    unfinished, images = folder / "unfinished", folder / "unfinished" / "images.npy"
+    note = unfinished / "identity.txt"
     if not note.is_file() or note.read_text() != identity:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.mkdir(parents=True)
         np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(n, size, size, 4)).flush()
         note.write_text(identity)
-    jobs = [Shard(k, a, tuple((str(i.path), i.frame) for i in data.items[a:b]), str(images), str(unfinished/f"{k:06d}.npz"), config, task)
-            for k, (a, b) in enumerate(shards([i.path for i in data.items], shard_size))]
+    jobs = [
+        Shard(
+            k,
+            a,
+            tuple((str(i.path), i.frame) for i in data.items[a:b]),
+            str(images),
+            str(unfinished / f"{k:06d}.npz"),
+            config,
+            task,
+        )
+        for k, (a, b) in enumerate(shards([i.path for i in data.items], shard_size))
+    ]
     left = [j for j in jobs if not Path(j.done).is_file()]
-    for _ in _progress(_run_shards(left, pool, workers or os.cpu_count() or 1), sum(len(j.samples) for j in left), name, progress): pass
+    for _ in _progress(
+        _run_shards(left, pool, workers or os.cpu_count() or 1), sum(len(j.samples) for j in left), name, progress
+    ):
+        pass
     report = _finish(folder, data, config, identity, jobs)
     return {**report, "seconds": time.perf_counter() - start}
 
@@ -205,35 +274,71 @@ def _finish(folder, data, config, identity, jobs):
     parts = [np.load(j.done, allow_pickle=False) for j in jobs]
     points, boxes, scores = (np.concatenate([p[k] for p in parts]) for k in ("points", "boxes", "scores"))
     notes = [str(t) for p in parts for t in p["notes"]]
-    np.save(folder/"points.npy", points)
+    np.save(folder / "points.npy", points)
     text = lambda v: "" if v is None or v != v else f"{v:.6g}" if isinstance(v, float) else str(v)
     found = np.isfinite(boxes[:, 0])
-    with open(folder/"rows.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(ROWS)
         for k, i in enumerate(data.items):
-            writer.writerow([k, i.id, i.split, i.subject, bool(found[k]), text(i.emotion), text(i.valence), text(i.arousal),
-                             *(text(float(b)) if found[k] else "" for b in boxes[k]), text(float(scores[k])), notes[k].replace(str(data.folder), data.name)])
+            writer.writerow(
+                [
+                    k,
+                    i.id,
+                    i.split,
+                    i.subject,
+                    bool(found[k]),
+                    text(i.emotion),
+                    text(i.valence),
+                    text(i.arousal),
+                    *(text(float(b)) if found[k] else "" for b in boxes[k]),
+                    text(float(scores[k])),
+                    notes[k].replace(str(data.folder), data.name),
+                ]
+            )
     by_split = lambda rows: {s: sum(data.items[k].split == s for k in rows) for s in ("train", "val", "test")}
-    report = {**data.report(), "faces": int(found.sum()), "faces_of": by_split(np.flatnonzero(found)), "without_face": int(len(found) - found.sum() - sum(map(bool, notes))),
-              "unreadable": sum(map(bool, notes)), "ids_without_face": [data.items[k].id for k in np.flatnonzero(~found)][:200],
-              "config": asdict(config), "identity": identity}
-    os.replace(folder/"unfinished"/"images.npy", folder/"images.npy")
-    (folder/"report.tmp").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(folder/"report.tmp", folder/"report.json")
-    for p in parts: p.close()
-    shutil.rmtree(folder/"unfinished")
+    report = {
+        **data.report(),
+        "faces": int(found.sum()),
+        "faces_of": by_split(np.flatnonzero(found)),
+        "without_face": int(len(found) - found.sum() - sum(map(bool, notes))),
+        "unreadable": sum(map(bool, notes)),
+        "ids_without_face": [data.items[k].id for k in np.flatnonzero(~found)][:200],
+        "config": asdict(config),
+        "identity": identity,
+    }
+    os.replace(folder / "unfinished" / "images.npy", folder / "images.npy")
+    (folder / "report.tmp").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
+    os.replace(folder / "report.tmp", folder / "report.json")
+    for p in parts:
+        p.close()
+    shutil.rmtree(folder / "unfinished")
     return report
 
 # %% ../../nbs/37_data.prepare.ipynb #05535ecf
 def summary(
-    report:dict,                  # what `prepare` returned
-) -> str:                         # a few lines of text
+    report: dict,  # what `prepare` returned
+) -> str:  # a few lines of text
     "Say how a preparation went: counts against the expected ones, faces, faults."
     r = report
-    counts = ", ".join(f"{n:,} {s} (of {r['expected'].get(s, 0):,} expected)" for s, n in r["counts"].items() if n or r["expected"].get(s))
-    lines = [f"{r['dataset']}{' (twin)' if r['twin'] else ''}: {r['items']:,} items of {r['found']:,} found: {counts}; expected numbers count {r['expected_of']}",
-             f"  faces found {r['faces']:,} ({100*r['faces']/max(1, r['items']):.1f}%), without a face {r['without_face']:,}, unreadable {r['unreadable']:,}"]
-    if r["dropped"]: lines.append("  dropped by rule: " + ", ".join(f"{n:,} {reason}" for reason, n in r["dropped"].items()))
-    if r["problems"]: lines.append(f"  {len(r['files'])} problems, {r['faulty']:,} samples lost: " + ", ".join(f"{n:,} {k}" for k, n in r["problems"].items()))
-    return "\n".join(lines + [f"    {f}" for f in r["files"][:10]] + ([f"    and {len(r['files']) - 10} more in report.json"] if len(r["files"]) > 10 else []))
+    counts = ", ".join(
+        f"{n:,} {s} (of {r['expected'].get(s, 0):,} expected)"
+        for s, n in r["counts"].items()
+        if n or r["expected"].get(s)
+    )
+    lines = [
+        f"{r['dataset']}{' (twin)' if r['twin'] else ''}: {r['items']:,} items of {r['found']:,} found: {counts}; expected numbers count {r['expected_of']}",
+        f"  faces found {r['faces']:,} ({100 * r['faces'] / max(1, r['items']):.1f}%), without a face {r['without_face']:,}, unreadable {r['unreadable']:,}",
+    ]
+    if r["dropped"]:
+        lines.append("  dropped by rule: " + ", ".join(f"{n:,} {reason}" for reason, n in r["dropped"].items()))
+    if r["problems"]:
+        lines.append(
+            f"  {len(r['files'])} problems, {r['faulty']:,} samples lost: "
+            + ", ".join(f"{n:,} {k}" for k, n in r["problems"].items())
+        )
+    return "\n".join(
+        lines
+        + [f"    {f}" for f in r["files"][:10]]
+        + ([f"    and {len(r['files']) - 10} more in report.json"] if len(r["files"]) > 10 else [])
+    )

@@ -20,74 +20,125 @@ from .records import Dataset, DatasetItem, Problem, Reading, suffix_pattern
 def _label(r, where, emotion, valence, arousal):
     "Return (class, valence, arousal) of a sample, or None after reporting why not."
     rules = r.manifest.label("emotion")
-    try: emotion, valence, arousal = float(emotion), float(valence), float(arousal)
-    except (TypeError, ValueError): return r.fault("label", where, f"{str((emotion, valence, arousal))[:60]} are no numbers")
-    if emotion in rules.dropped: r.dropped[rules.dropped[int(emotion)]] += 1
-    elif emotion not in rules.values: r.fault("label", where, f"the class {emotion:g} does not exist")
-    elif valence == -2 or arousal == -2: r.dropped["no valence and arousal"] += 1
-    elif not (abs(valence) <= 1 and abs(arousal) <= 1): r.fault("label", where, f"valence {valence:g} or arousal {arousal:g} is outside of [-1,1]")
-    else: return int(emotion), valence, arousal
+    try:
+        emotion, valence, arousal = float(emotion), float(valence), float(arousal)
+    except (TypeError, ValueError):
+        return r.fault("label", where, f"{str((emotion, valence, arousal))[:60]} are no numbers")
+    if emotion in rules.dropped:
+        r.dropped[rules.dropped[int(emotion)]] += 1
+    elif emotion not in rules.values:
+        r.fault("label", where, f"the class {emotion:g} does not exist")
+    elif valence == -2 or arousal == -2:
+        r.dropped["no valence and arousal"] += 1
+    elif not (abs(valence) <= 1 and abs(arousal) <= 1):
+        r.fault("label", where, f"valence {valence:g} or arousal {arousal:g} is outside of [-1,1]")
+    else:
+        return int(emotion), valence, arousal
+
 
 def _affectnet_folders(r, folder, split):
-    images, notes = folder/"images", folder/"annotations"
+    images, notes = folder / "images", folder / "annotations"
     for p in (images, notes):
-        if not p.is_dir(): raise ValueError(f"{p} is missing: rule layout.tree of {r.manifest.name} asks for {r.manifest.layout.tree[0]} and {r.manifest.layout.tree[1]}")
+        if not p.is_dir():
+            raise ValueError(
+                f"{p} is missing: rule layout.tree of {r.manifest.name} asks for {r.manifest.layout.tree[0]} and {r.manifest.layout.tree[1]}"
+            )
     labelled = {p.name.split("_")[0] for p in notes.iterdir() if p.suffix == ".npy"}
     seen = set()
-    for path in sorted(r.entries(images, r"\d+" + suffix_pattern(r.manifest, "images"), False), key=lambda p: int(p.stem)):
+    for path in sorted(
+        r.entries(images, r"\d+" + suffix_pattern(r.manifest, "images"), False), key=lambda p: int(p.stem)
+    ):
         seen.add(path.stem)
         values = []
         for kind in r.manifest.check("labels"):
-            file = notes/f"{path.stem}_{kind}.npy"
-            try: values.append(np.load(file, allow_pickle=False).reshape(-1)[0])
-            except FileNotFoundError: r.fault("missing", file, "this annotation is not there")
-            except (ValueError, EOFError, OSError, IndexError): r.fault("corrupt", file, "this annotation is not a plain numpy value")
-            else: continue
+            file = notes / f"{path.stem}_{kind}.npy"
+            try:
+                values.append(np.load(file, allow_pickle=False).reshape(-1)[0])
+            except FileNotFoundError:
+                r.fault("missing", file, "this annotation is not there")
+            except (ValueError, EOFError, OSError, IndexError):
+                r.fault("corrupt", file, "this annotation is not a plain numpy value")
+            else:
+                continue
             break
         label = _label(r, path, *values) if len(values) == 3 else None
-        if label and r.image_ok(path): r.add(f"{folder.name}/{path.stem}", split, path, emotion=label[0], valence=label[1], arousal=label[2])
-    for orphan in sorted(labelled - seen): r.fault("missing", images/f"{orphan}.jpg", "there are annotations but no picture")
+        if label and r.image_ok(path):
+            r.add(f"{folder.name}/{path.stem}", split, path, emotion=label[0], valence=label[1], arousal=label[2])
+    for orphan in sorted(labelled - seen):
+        r.fault("missing", images / f"{orphan}.jpg", "there are annotations but no picture")
 
 # %% ../../nbs/33_data.readers.ipynb #7b9542b3
-AFFECTNET_COLUMNS = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks", "expression", "valence", "arousal")
+AFFECTNET_COLUMNS = (
+    "subDirectory_filePath",
+    "face_x",
+    "face_y",
+    "face_width",
+    "face_height",
+    "facial_landmarks",
+    "expression",
+    "valence",
+    "arousal",
+)
+
 
 def _affectnet_csv(r, path, images, split):
     seen, suffix = set(), suffix_pattern(r.manifest, "images")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.reader(file)
         first = next(rows, None)
-        if first is None: raise ValueError(f"{path} is empty; copy it again")
+        if first is None:
+            raise ValueError(f"{path} is empty; copy it again")
         bare = len(first) == len(AFFECTNET_COLUMNS) and first[6].strip().lstrip("-").isdigit()
         header = AFFECTNET_COLUMNS if bare else first
         if not {"subDirectory_filePath", "expression", "valence", "arousal"} <= set(header):
-            raise ValueError(f"{path} has no column subDirectory_filePath, expression, valence or arousal; it is not AffectNet's list")
-        if bare: _affectnet_row(r, path, 1, first, header, images, split, seen, suffix)
-        for n, row in enumerate(rows, 2): _affectnet_row(r, path, n, row, header, images, split, seen, suffix)
+            raise ValueError(
+                f"{path} has no column subDirectory_filePath, expression, valence or arousal; it is not AffectNet's list"
+            )
+        if bare:
+            _affectnet_row(r, path, 1, first, header, images, split, seen, suffix)
+        for n, row in enumerate(rows, 2):
+            _affectnet_row(r, path, n, row, header, images, split, seen, suffix)
+
 
 def _affectnet_row(r, path, n, row, header, images, split, seen, suffix):
     where = f"{path.name} line {n}"
-    if len(row) != len(header): return r.fault("truncated", where, f"the line has {len(row)} values, not {len(header)}")
+    if len(row) != len(header):
+        return r.fault("truncated", where, f"the line has {len(row)} values, not {len(header)}")
     values = dict(zip(header, row))
     name = PurePosixPath(values["subDirectory_filePath"])
-    if ".." in name.parts or name.is_absolute() or not re.fullmatch(".*" + suffix, name.name): return r.fault("misnamed", where, f"{str(name)[:60]!r} is no path of an image")
-    if name in seen: return r.fault("label", where, f"{name} is listed twice")
+    if ".." in name.parts or name.is_absolute() or not re.fullmatch(".*" + suffix, name.name):
+        return r.fault("misnamed", where, f"{str(name)[:60]!r} is no path of an image")
+    if name in seen:
+        return r.fault("label", where, f"{name} is listed twice")
     seen.add(name)
     label = _label(r, where, values["expression"], values["valence"], values["arousal"])
-    if label and r.image_ok(images/name):
-        r.add(f"{split}_set/{name.with_suffix('')}", split, images/name, emotion=label[0], valence=label[1], arousal=label[2])
+    if label and r.image_ok(images / name):
+        r.add(
+            f"{split}_set/{name.with_suffix('')}",
+            split,
+            images / name,
+            emotion=label[0],
+            valence=label[1],
+            arousal=label[2],
+        )
+
 
 def read_affectnet(r):
     "Read either release of AffectNet."
     later = {s: r.place(s, False) for s in ("train", "val")}
     if any(later.values()):
         for split, folder in later.items():
-            if folder: _affectnet_folders(r, folder, split)
-            else: r.fault("missing", r.manifest.layout.roles[split][0], "this half of the release is not there", 0)
+            if folder:
+                _affectnet_folders(r, folder, split)
+            else:
+                r.fault("missing", r.manifest.layout.roles[split][0], "this half of the release is not there", 0)
     else:
         lists = {s: r.place(k, False) for s, k in (("train", "training"), ("val", "validation"))}
-        if not any(lists.values()): r.place("train")
+        if not any(lists.values()):
+            r.place("train")
         for split, path in lists.items():
-            if path: _affectnet_csv(r, path, r.place("manual"), split)
+            if path:
+                _affectnet_csv(r, path, r.place("manual"), split)
 
 # %% ../../nbs/33_data.readers.ipynb #3fdcf63d
 def _table(r, path):
@@ -95,9 +146,17 @@ def _table(r, path):
     out = {}
     for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         words = line.split()
-        if len(words) == 2 and words[1].isdigit() and words[0] not in out: out[words[0]] = words[1]
-        elif words: r.fault("label", f"{path.name} line {n}", f"{line[:40]!r} is not a file name and a number, or the file is named twice", 0)
+        if len(words) == 2 and words[1].isdigit() and words[0] not in out:
+            out[words[0]] = words[1]
+        elif words:
+            r.fault(
+                "label",
+                f"{path.name} line {n}",
+                f"{line[:40]!r} is not a file name and a number, or the file is named twice",
+                0,
+            )
     return out
+
 
 def read_celeba(r):
     "Read CelebA: pictures, identities and, if there, the official partition."
@@ -109,71 +168,132 @@ def read_celeba(r):
         key = path.name if path.name in people else path.stem + ".jpg"
         seen.add(key)
         split = {"0": "train", "1": "val", "2": "test"}.get(splits.get(key, "" if partition else "0"))
-        if key not in people: r.fault("label", path, "the identity file does not name this picture")
-        elif split is None: r.fault("label", path, "the partition does not give this picture 0, 1 or 2")
-        elif r.image_ok(path): r.add(path.stem, split, path, subject=people[key])
-    for name in sorted(set(people) - seen): r.fault("missing", images/name, "the identity file names this picture")
+        if key not in people:
+            r.fault("label", path, "the identity file does not name this picture")
+        elif split is None:
+            r.fault("label", path, "the partition does not give this picture 0, 1 or 2")
+        elif r.image_ok(path):
+            r.add(path.stem, split, path, subject=people[key])
+    for name in sorted(set(people) - seen):
+        r.fault("missing", images / name, "the identity file names this picture")
+
 
 def read_ffhq(r):
     "Read FFHQ by its json file, or by picture numbers where that is missing."
     images, listed = r.place("images"), r.place("metadata", False)
     entries, seen = {}, set()
-    if listed is None: r.fault("missing", r.manifest.layout.roles["metadata"][0], "splits are taken from the picture numbers", 0)
+    if listed is None:
+        r.fault("missing", r.manifest.layout.roles["metadata"][0], "splits are taken from the picture numbers", 0)
     else:
         try:
-            for k, e in json.loads(listed.read_text(encoding="utf-8")).items(): entries[int(k)] = (e["category"], PurePosixPath(e["image"]["file_path"]))
-        except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{listed} is not FFHQ's json file (number -> category, image.file_path); download it again") from None
+            for k, e in json.loads(listed.read_text(encoding="utf-8")).items():
+                entries[int(k)] = (e["category"], PurePosixPath(e["image"]["file_path"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{listed} is not FFHQ's json file (number -> category, image.file_path); download it again"
+            ) from None
     for folder in r.entries(images, r"\d{5}"):
         for path in r.entries(folder, r"\d{5}" + suffix_pattern(r.manifest, "images"), False):
             number = int(path.stem)
             seen.add(number)
-            category, name = entries.get(number, (None, None)) if listed else ("training" if number < r.manifest.counts.train else "validation", None)
-            if int(folder.name) != number//1000*1000: r.fault("misnamed", path, f"it belongs into the folder {number//1000*1000:05d}")
-            elif category not in ("training", "validation"): r.fault("label", path, "the json file does not name this picture with a category")
-            elif name is not None and r.folder/name != path: r.fault("misnamed", path, f"the json file calls it {name}")
-            elif r.image_ok(path): r.add(path.stem, "train" if category == "training" else "val", path)
-    for number in sorted(set(entries) - seen): r.fault("missing", entries[number][1], "the json file names this picture")
+            category, name = (
+                entries.get(number, (None, None))
+                if listed
+                else ("training" if number < r.manifest.counts.train else "validation", None)
+            )
+            if int(folder.name) != number // 1000 * 1000:
+                r.fault("misnamed", path, f"it belongs into the folder {number // 1000 * 1000:05d}")
+            elif category not in ("training", "validation"):
+                r.fault("label", path, "the json file does not name this picture with a category")
+            elif name is not None and r.folder / name != path:
+                r.fault("misnamed", path, f"the json file calls it {name}")
+            elif r.image_ok(path):
+                r.add(path.stem, "train" if category == "training" else "val", path)
+    for number in sorted(set(entries) - seen):
+        r.fault("missing", entries[number][1], "the json file names this picture")
 
 # %% ../../nbs/33_data.readers.ipynb #4823065a
 def _labels_csv(path):
     "Read the optional labels of the identity set: image -> (class, valence, arousal)."
-    if path is None: return {}
+    if path is None:
+        return {}
     with open(path, newline="", encoding="utf-8") as file:
         number = lambda text, kind: kind(text) if text else None
-        return {row["image"]: (number(row["emotion"], int), number(row["valence"], float), number(row["arousal"], float)) for row in csv.DictReader(file)}
+        return {
+            row["image"]: (number(row["emotion"], int), number(row["valence"], float), number(row["arousal"], float))
+            for row in csv.DictReader(file)
+        }
+
 
 def read_identity(r):
     "Read the identities of the demo world: pictures of a person and one neutral scan."
-    with open(r.place("identities"), newline="", encoding="utf-8") as file: people = list(csv.DictReader(file))
-    if not people or not {"id", "split"} <= set(people[0]): raise ValueError(f"{r.place('identities')} needs the columns id and split; make the world again")
-    images, scans, points, labels = r.place("images"), r.place("scans"), r.place("landmarks"), _labels_csv(r.place("labels", False))
+    with open(r.place("identities"), newline="", encoding="utf-8") as file:
+        people = list(csv.DictReader(file))
+    if not people or not {"id", "split"} <= set(people[0]):
+        raise ValueError(f"{r.place('identities')} needs the columns id and split; make the world again")
+    images, scans, points, labels = (
+        r.place("images"),
+        r.place("scans"),
+        r.place("landmarks"),
+        _labels_csv(r.place("labels", False)),
+    )
+
     def beside(folder, name, role):
-        found = [folder/f"{name}{s}" for s in r.manifest.layout.suffixes[role] if (folder/f"{name}{s}").is_file()]
-        if not found: r.fault("missing", folder/name, f"there is no {role} file of this person", 0)
+        found = [folder / f"{name}{s}" for s in r.manifest.layout.suffixes[role] if (folder / f"{name}{s}").is_file()]
+        if not found:
+            r.fault("missing", folder / name, f"there is no {role} file of this person", 0)
         return found[0] if found else None
+
     for row in sorted(people, key=lambda p: p["id"]):
         name, split = row["id"], row["split"]
-        if split not in ("train", "val", "test") or not (images/name).is_dir():
-            r.fault("missing" if split in ("train", "val", "test") else "label", images/name, "this person has no pictures or no valid split")
+        if split not in ("train", "val", "test") or not (images / name).is_dir():
+            r.fault(
+                "missing" if split in ("train", "val", "test") else "label",
+                images / name,
+                "this person has no pictures or no valid split",
+            )
             continue
         scan, landmarks = beside(scans, name, "scans"), beside(points, name, "landmarks")
-        for path in r.entries(images/name, r"\d+" + suffix_pattern(r.manifest, "images"), False):
+        for path in r.entries(images / name, r"\d+" + suffix_pattern(r.manifest, "images"), False):
             emotion, valence, arousal = labels.get(f"{name}/{path.name}", (None, None, None))
-            if r.image_ok(path): r.add(f"{name}/{path.stem}", split, path, subject=name, emotion=emotion, valence=valence, arousal=arousal, scan=scan, landmarks3d=landmarks)
+            if r.image_ok(path):
+                r.add(
+                    f"{name}/{path.stem}",
+                    split,
+                    path,
+                    subject=name,
+                    emotion=emotion,
+                    valence=valence,
+                    arousal=arousal,
+                    scan=scan,
+                    landmarks3d=landmarks,
+                )
 
 # %% ../../nbs/33_data.readers.ipynb #dca35024
 def _add_clip(r, path, id, split, subject):
     "Add the frames of a clip, or report why there are none."
     expected = (r.twin.frames_per_clip if r.twin else 0) or r.manifest.layout.frames_per_clip
     frames = check_clip(path)
-    if isinstance(frames, tuple): return r.fault(frames[0], path, frames[1], expected or 1)
-    if frames == 0: return r.fault("truncated", path, "the video has no frames", expected or 1)
-    if expected and frames != expected: r.fault("count", path, f"the video has {frames} frames, not {expected}", max(0, expected - frames) if not r.keep_frames else 0)
+    if isinstance(frames, tuple):
+        return r.fault(frames[0], path, frames[1], expected or 1)
+    if frames == 0:
+        return r.fault("truncated", path, "the video has no frames", expected or 1)
+    if expected and frames != expected:
+        r.fault(
+            "count",
+            path,
+            f"the video has {frames} frames, not {expected}",
+            max(0, expected - frames) if not r.keep_frames else 0,
+        )
     chosen = range(frames)
     if r.keep_frames and r.keep_frames < frames:
-        chosen = np.sort(np.random.default_rng(zlib.crc32(id.encode())).choice(frames, r.keep_frames, replace=False)).tolist()
+        chosen = np.sort(
+            np.random.default_rng(zlib.crc32(id.encode())).choice(frames, r.keep_frames, replace=False)
+        ).tolist()
     width = 2 if r.manifest.name == "lrw" else 4
-    for k in chosen: r.add(f"{id}/{k:0{width}d}", split, path, frame=k, subject=subject)
+    for k in chosen:
+        r.add(f"{id}/{k:0{width}d}", split, path, frame=k, subject=subject)
+
 
 def read_lrw(r):
     "Read LRW: word, split, clips with a text file each."
@@ -181,26 +301,38 @@ def read_lrw(r):
     for word in r.entries(r.place("clips"), r"[A-Z][A-Z'_]*"):
         for split in r.entries(word, "train|val|test"):
             name = rf"{re.escape(word.name)}_\d{{5}}"
-            for path in r.entries(split, f"{name}({suffix_pattern(r.manifest, 'clips')}|{re.escape(companion)})", False):
-                if path.suffix == companion: continue
+            for path in r.entries(
+                split, f"{name}({suffix_pattern(r.manifest, 'clips')}|{re.escape(companion)})", False
+            ):
+                if path.suffix == companion:
+                    continue
                 note = path.with_suffix(companion)
-                if not note.is_file(): r.fault("missing", note, "the clip has no text file", 0)
-                elif "Duration" not in note.read_text(encoding="utf-8", errors="replace"): r.fault("label", note, "the text file has no duration", 0)
+                if not note.is_file():
+                    r.fault("missing", note, "the clip has no text file", 0)
+                elif "Duration" not in note.read_text(encoding="utf-8", errors="replace"):
+                    r.fault("label", note, "the text file has no duration", 0)
                 _add_clip(r, path, f"{word.name}/{split.name}/{path.stem}", split.name, path.stem)
+
 
 def read_mead(r):
     "Read MEAD: subject, view, emotion, level, clips."
     views, emotions, levels = ("|".join(r.manifest.check(k)) for k in ("views", "emotions", "levels"))
     for person in r.entries(r.place("clips"), r"[MW]\d{3}"):
         split = r.manifest.splits.of(person.name)
-        if not (person/"video").is_dir():
-            r.fault("missing", person/"video", "this person has no folder of videos", 0)
+        if not (person / "video").is_dir():
+            r.fault("missing", person / "video", "this person has no folder of videos", 0)
             continue
-        for view in r.entries(person/"video", views):
+        for view in r.entries(person / "video", views):
             for emotion in r.entries(view, emotions):
                 for level in r.entries(emotion, "level_1" if emotion.name == "neutral" else levels):
                     for path in r.entries(level, r"\d{3}" + suffix_pattern(r.manifest, "clips"), False):
-                        _add_clip(r, path, "/".join((person.name, view.name, emotion.name, level.name, path.stem)), split, person.name)
+                        _add_clip(
+                            r,
+                            path,
+                            "/".join((person.name, view.name, emotion.name, level.name, path.stem)),
+                            split,
+                            person.name,
+                        )
 
 # %% ../../nbs/33_data.readers.ipynb #ff0f48ac
 def _numbered(r, folder, role, warn=False):
@@ -208,76 +340,150 @@ def _numbered(r, folder, role, warn=False):
     out, pattern = {}, re.compile(r"(\d+)" + suffix_pattern(r.manifest, role))
     for p in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []:
         m = pattern.fullmatch(p.name)
-        if m is None: continue
-        if int(m[1]) in out: r.fault("misnamed", p, f"it has the same number as {out[int(m[1])].name}", 1 if warn else 0)
-        else: out[int(m[1])] = p
+        if m is None:
+            continue
+        if int(m[1]) in out:
+            r.fault("misnamed", p, f"it has the same number as {out[int(m[1])].name}", 1 if warn else 0)
+        else:
+            out[int(m[1])] = p
     return out
+
 
 def _bp4d_task(r, folder, subject, task, split, scans, points):
     "Read one sequence of one subject."
     images = _numbered(r, folder, "images", True)
-    place = lambda role: [r.folder/n/subject/task for n in r.manifest.layout.roles[role] if (r.folder/n/subject/task).is_dir()]
+    place = lambda role: [
+        r.folder / n / subject / task for n in r.manifest.layout.roles[role] if (r.folder / n / subject / task).is_dir()
+    ]
     meshes = next((m for p in place("scans") if (m := _numbered(r, p, "scans"))), {}) if scans else {}
-    marks = next((m for p in [*place("landmarks"), *place("scans")] if (m := _numbered(r, p, "landmarks"))), {}) if points else {}
-    whole = next((p for n in r.manifest.layout.roles["landmarks"] for s in (".mat", ".npy") if (p := r.folder/n/f"{subject}_{task}{s}").is_file()), None)
+    marks = (
+        next((m for p in [*place("landmarks"), *place("scans")] if (m := _numbered(r, p, "landmarks"))), {})
+        if points
+        else {}
+    )
+    whole = next(
+        (
+            p
+            for n in r.manifest.layout.roles["landmarks"]
+            for s in (".mat", ".npy")
+            if (p := r.folder / n / f"{subject}_{task}{s}").is_file()
+        ),
+        None,
+    )
     known = re.compile(r"\d+" + suffix_pattern(r.manifest, "images", "scans", "landmarks"))
     for p in sorted(folder.iterdir()):
-        if not p.name.startswith(".") and not known.fullmatch(p.name) and p.suffix.lower() != ".mtl": r.fault("misnamed", p, "the name is not a number with a suffix that belongs here", int(p.suffix.lower() in r.manifest.layout.suffixes["images"]))
+        if not p.name.startswith(".") and not known.fullmatch(p.name) and p.suffix.lower() != ".mtl":
+            r.fault(
+                "misnamed",
+                p,
+                "the name is not a number with a suffix that belongs here",
+                int(p.suffix.lower() in r.manifest.layout.suffixes["images"]),
+            )
     lacking = []
     for order, (number, path) in enumerate(sorted(images.items())):
         scan, mark = meshes.get(number + r.scan_offset), marks.get(number + r.scan_offset)
         if scan is not None and scan.stat().st_size == 0:
             r.fault("truncated", scan, "the file is empty", 0)
             scan = None
-        if scans and scan is None: lacking.append(number)
-        elif points and scan is not None and mark is None and whole is None: r.fault("missing", scan, "the scan has no landmarks", 0)
+        if scans and scan is None:
+            lacking.append(number)
+        elif points and scan is not None and mark is None and whole is None:
+            r.fault("missing", scan, "the scan has no landmarks", 0)
         if r.image_ok(path):
-            r.add(f"{subject}/{task}/{number:04d}", split, path, subject=subject, scan=scan, landmarks3d=mark or whole, landmarks3d_index=order if mark is None and whole else None)
-    shifted = next((k for k in (1, -1) if lacking and len(images) > 1 and all(n + r.scan_offset + k in meshes for n in images)), None)
-    if shifted: r.fault("count", folder, f"scans and pictures are shifted; open the dataset with scan_offset={r.scan_offset + shifted}", 0)
+            r.add(
+                f"{subject}/{task}/{number:04d}",
+                split,
+                path,
+                subject=subject,
+                scan=scan,
+                landmarks3d=mark or whole,
+                landmarks3d_index=order if mark is None and whole else None,
+            )
+    shifted = next(
+        (k for k in (1, -1) if lacking and len(images) > 1 and all(n + r.scan_offset + k in meshes for n in images)),
+        None,
+    )
+    if shifted:
+        r.fault(
+            "count",
+            folder,
+            f"scans and pictures are shifted; open the dataset with scan_offset={r.scan_offset + shifted}",
+            0,
+        )
     else:
-        for n in lacking: r.fault("missing", images[n], "the picture has no scan", 0)
-    for n in sorted(set(meshes) - {k + r.scan_offset for k in images}): r.fault("missing", meshes[n], "the scan has no picture", 0)
+        for n in lacking:
+            r.fault("missing", images[n], "the picture has no scan", 0)
+    for n in sorted(set(meshes) - {k + r.scan_offset for k in images}):
+        r.fault("missing", meshes[n], "the scan has no picture", 0)
+
 
 def read_bp4d(r):
     "Read BP4D: subject, task, pictures with scans and landmarks."
     images = r.place("images")
-    scans, points = r.place("scans", False) is not None, r.place("landmarks", False) is not None or r.place("scans", False) is not None
+    scans, points = (
+        r.place("scans", False) is not None,
+        r.place("landmarks", False) is not None or r.place("scans", False) is not None,
+    )
     for person in r.entries(images, r"[FMX]\d{3,4}"):
         split = "train" if person.name[0] == "X" and r.twin else r.manifest.splits.of(person.name)
         if not split:
-            r.fault("misnamed", person, "the manifest's splits do not name this subject", sum(1 for p in person.rglob("*") if p.suffix.lower() in r.manifest.layout.suffixes["images"]))
+            r.fault(
+                "misnamed",
+                person,
+                "the manifest's splits do not name this subject",
+                sum(1 for p in person.rglob("*") if p.suffix.lower() in r.manifest.layout.suffixes["images"]),
+            )
             continue
-        for task in r.entries(person, "|".join(r.manifest.check("tasks"))): _bp4d_task(r, task, person.name, task.name, split, scans, points)
+        for task in r.entries(person, "|".join(r.manifest.check("tasks"))):
+            _bp4d_task(r, task, person.name, task.name, split, scans, points)
 
 # %% ../../nbs/33_data.readers.ipynb #20f692b0
-READERS = {"affectnet": read_affectnet, "celeba": read_celeba, "ffhq": read_ffhq, "lrw": read_lrw, "mead": read_mead, "bp4d": read_bp4d, "identity": read_identity}
+READERS = {
+    "affectnet": read_affectnet,
+    "celeba": read_celeba,
+    "ffhq": read_ffhq,
+    "lrw": read_lrw,
+    "mead": read_mead,
+    "bp4d": read_bp4d,
+    "identity": read_identity,
+}
+
 
 def open_dataset(
-    name:str,                     # lrw | celeba | ffhq | mead | affectnet | bp4d | identity
-    root:Path|str,                # folder that holds the datasets' folders
-    strict:bool=False,            # stop at the end if anything is wrong
-    check:str="quick",            # quick: both ends of each file; full: decode each picture; none
-    scan_offset:int|None=None,    # BP4D: scan number minus picture number; None: the twin's or the manifest's
-    keep_frames:int|None=None,    # frames of each clip, 0: all; None: all of a twin, the manifest's number of official data
-) -> Dataset:                     # items, problems and counts
+    name: str,  # lrw | celeba | ffhq | mead | affectnet | bp4d | identity
+    root: Path | str,  # folder that holds the datasets' folders
+    strict: bool = False,  # stop at the end if anything is wrong
+    check: str = "quick",  # quick: both ends of each file; full: decode each picture; none
+    scan_offset: int | None = None,  # BP4D: scan number minus picture number; None: the twin's or the manifest's
+    keep_frames: int
+    | None = None,  # frames of each clip, 0: all; None: all of a twin, the manifest's number of official data
+) -> Dataset:  # items, problems and counts
     "Open a dataset; raise `ValueError` if its folder does not match the layout, or, with `strict`, if anything is wrong."
     manifest = load_manifest(name)
-    if check not in ("quick", "full", "none"): raise ValueError(f"check={check!r} is unknown; choose quick, full or none")
-    folder = Path(root)/manifest.layout.folder
-    if not folder.is_dir(): raise ValueError(f"there is no folder {folder}; put {manifest.title} there ({manifest.ask})")
+    if check not in ("quick", "full", "none"):
+        raise ValueError(f"check={check!r} is unknown; choose quick, full or none")
+    folder = Path(root) / manifest.layout.folder
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; put {manifest.title} there ({manifest.ask})")
     twin = read_twin(folder, name)
     offset = scan_offset if scan_offset is not None else twin.scan_offset if twin else manifest.layout.frame_offset
     keep = keep_frames if keep_frames is not None else 0 if twin else manifest.layout.keep_frames
     r = Reading(manifest, folder, twin, check, offset, keep)
     READERS[name](r)
-    if not r.items: raise ValueError(f"{folder} holds no sample that can be used: rule layout.tree asks for {manifest.layout.tree[0]}" + (f"; the first of {len(r.problems)} problems is {r.problems[0]}" if r.problems else ""))
+    if not r.items:
+        raise ValueError(
+            f"{folder} holds no sample that can be used: rule layout.tree asks for {manifest.layout.tree[0]}"
+            + (f"; the first of {len(r.problems)} problems is {r.problems[0]}" if r.problems else "")
+        )
     dataset = Dataset(name, folder, manifest, twin, r.items, r.problems, dict(r.dropped))
     _check_counts(r, dataset)
     if strict and r.problems:
-        listed = "\n".join(f"  {p}" for p in r.problems[:50]) + (f"\n  and {len(r.problems) - 50} more" if len(r.problems) > 50 else "")
+        listed = "\n".join(f"  {p}" for p in r.problems[:50]) + (
+            f"\n  and {len(r.problems) - 50} more" if len(r.problems) > 50 else ""
+        )
         raise ValueError(f"{folder} has {len(r.problems)} problems; mend them or open it without strict:\n{listed}")
     return dataset
+
 
 def _check_counts(r, dataset):
     "Report splits whose size is not the one of the twin or of the official release."
@@ -292,25 +498,37 @@ def _check_counts(r, dataset):
 
 # %% ../../nbs/33_data.readers.ipynb #a1a2ae18
 def inspect(
-    name:str,                     # a dataset
-    root:Path|str,                # folder that holds the datasets' folders
-    **options,                    # passed to `open_dataset`
-) -> str:                         # a few lines of text
+    name: str,  # a dataset
+    root: Path | str,  # folder that holds the datasets' folders
+    **options,  # passed to `open_dataset`
+) -> str:  # a few lines of text
     "Say what a dataset's folder holds and show one sample of it."
     data = open_dataset(name, root, **options)
     item = data.items[0]
     image = item.read_image()
-    lines = [f"{data.manifest.title}: {len(data)} items {data.counts}, dropped {data.dropped or 0}, faulty {data.faulty}" + (" (twin)" if data.twin else ""),
-             f"first picture {item.path} {image.shape[1]} x {image.shape[0]}" + (f" frame {item.frame}" if item.frame is not None else "")]
+    lines = [
+        f"{data.manifest.title}: {len(data)} items {data.counts}, dropped {data.dropped or 0}, faulty {data.faulty}"
+        + (" (twin)" if data.twin else ""),
+        f"first picture {item.path} {image.shape[1]} x {image.shape[0]}"
+        + (f" frame {item.frame}" if item.frame is not None else ""),
+    ]
     formats = Counter(i.scan.suffix for i in data.items if i.scan)
-    if formats: lines.append(f"scans {dict(formats)}; without scan {sum(i.scan is None for i in data.items)}; landmarks {dict(Counter(i.landmarks3d.suffix for i in data.items if i.landmarks3d))}")
+    if formats:
+        lines.append(
+            f"scans {dict(formats)}; without scan {sum(i.scan is None for i in data.items)}; landmarks {dict(Counter(i.landmarks3d.suffix for i in data.items if i.landmarks3d))}"
+        )
     sample = next((i for i in data.items if i.scan and i.landmarks3d), None)
     if sample:
         try:
             scan, points = sample.read_scan(), sample.read_landmarks3d()
             size = np.ptp(scan.vertices, axis=0)
-            lines.append(f"first scan {sample.scan.name}: {len(scan.vertices)} vertices, {0 if scan.faces is None else len(scan.faces)} triangles, extent {size.round(3).tolist()}, {len(points)} landmarks")
+            lines.append(
+                f"first scan {sample.scan.name}: {len(scan.vertices)} vertices, {0 if scan.faces is None else len(scan.faces)} triangles, extent {size.round(3).tolist()}, {len(points)} landmarks"
+            )
             factor, axes = detect_unit(points), detect_axes(points)
-            lines.append(f"unit {dict([(1e-3, 'mm'), (1e-2, 'cm'), (1., 'm')])[factor]}; eye corners {eye_corner_distance(points)*factor*1e3:.1f} mm apart; left {axes.left}, up {axes.up}, forward {axes.forward}")
-        except (ValueError, OSError) as e: lines.append(f"first scan: {e}")
+            lines.append(
+                f"unit {dict([(1e-3, 'mm'), (1e-2, 'cm'), (1.0, 'm')])[factor]}; eye corners {eye_corner_distance(points) * factor * 1e3:.1f} mm apart; left {axes.left}, up {axes.up}, forward {axes.forward}"
+            )
+        except (ValueError, OSError) as e:
+            lines.append(f"first scan: {e}")
     return "\n".join(lines + [f"{len(data.problems)} problems"] + [f"  {p}" for p in data.problems[:10]])

@@ -18,52 +18,61 @@ from .scanfiles import read_landmarks, read_scan
 @dataclass(frozen=True)
 class DatasetItem:
     "One sample of a dataset: a picture or a frame of a video, and what is known about it."
-    id:str                        # `dataset/...`, the same whatever the padding of file names
-    dataset:str
-    split:str                     # train | val | test
-    path:Path                     # image file, or video
-    frame:int|None = None         # frame of a video, None for an image
-    subject:str = ""              # identity, where known
-    emotion:int|None = None       # index into EMOTIONS
-    valence:float|None = None     # in [-1,1]
-    arousal:float|None = None
-    scan:Path|None = None         # raw scan of this moment
-    landmarks3d:Path|None = None  # its 3D landmarks
-    landmarks3d_index:int|None = None # frame of a landmark file that holds a whole sequence
+
+    id: str  # `dataset/...`, the same whatever the padding of file names
+    dataset: str
+    split: str  # train | val | test
+    path: Path  # image file, or video
+    frame: int | None = None  # frame of a video, None for an image
+    subject: str = ""  # identity, where known
+    emotion: int | None = None  # index into EMOTIONS
+    valence: float | None = None  # in [-1,1]
+    arousal: float | None = None
+    scan: Path | None = None  # raw scan of this moment
+    landmarks3d: Path | None = None  # its 3D landmarks
+    landmarks3d_index: int | None = None  # frame of a landmark file that holds a whole sequence
 
     def read_image(self):
         "Return the picture as (H,W,3) uint8 RGB; raise a `ValueError` that names the file."
         return read_image(self.path) if self.frame is None else read_frames(self.path, [self.frame])[0]
 
-    def read_scan(self): return read_scan(self.scan)
+    def read_scan(self):
+        return read_scan(self.scan)
 
-    def read_landmarks3d(self): return read_landmarks(self.landmarks3d, self.landmarks3d_index)
+    def read_landmarks3d(self):
+        return read_landmarks(self.landmarks3d, self.landmarks3d_index)
+
 
 @dataclass(frozen=True)
 class Problem:
     "Something wrong with a dataset's folder."
-    kind:str                      # missing | corrupt | truncated | misnamed | label | count
-    path:str                      # the file or folder
-    message:str                   # one sentence
-    lost:int = 0                  # samples that it costs
 
-    def __str__(self): return f"{self.kind}: {self.path}: {self.message}"
+    kind: str  # missing | corrupt | truncated | misnamed | label | count
+    path: str  # the file or folder
+    message: str  # one sentence
+    lost: int = 0  # samples that it costs
+
+    def __str__(self):
+        return f"{self.kind}: {self.path}: {self.message}"
 
 # %% ../../nbs/32_data.records.ipynb #10526894
 @dataclass
 class Dataset:
     "The samples of a dataset in a fixed order, and what is wrong with its folder."
-    name:str
-    folder:Path
-    manifest:Manifest
-    twin:Twin|None
-    items:list
-    problems:list
-    dropped:dict                  # reason -> samples left out by a rule
 
-    def __len__(self): return len(self.items)
+    name: str
+    folder: Path
+    manifest: Manifest
+    twin: Twin | None
+    items: list
+    problems: list
+    dropped: dict  # reason -> samples left out by a rule
 
-    def split(self, name): return [i for i in self.items if i.split == name]
+    def __len__(self):
+        return len(self.items)
+
+    def split(self, name):
+        return [i for i in self.items if i.split == name]
 
     @property
     def counts(self):
@@ -72,7 +81,8 @@ class Dataset:
         return {s: found[s] for s in ("train", "val", "test")}
 
     @property
-    def faulty(self): return sum(p.lost for p in self.problems)
+    def faulty(self):
+        return sum(p.lost for p in self.problems)
 
     @property
     def found(self):
@@ -83,54 +93,80 @@ class Dataset:
         "Return the numbers and the problems as plain values."
         m = self.manifest.counts
         expected = self.twin.counts if self.twin else {s: getattr(m, s) for s in ("train", "val", "test")}
-        return {"dataset": self.name, "twin": self.twin is not None, "found": self.found, "items": len(self.items), "counts": self.counts,
-                "expected": dict(expected), "expected_of": "items" if self.twin else m.of, "dropped": dict(self.dropped), "faulty": self.faulty,
-                "problems": dict(Counter(p.kind for p in self.problems)), "files": [str(p) for p in self.problems]}
+        return {
+            "dataset": self.name,
+            "twin": self.twin is not None,
+            "found": self.found,
+            "items": len(self.items),
+            "counts": self.counts,
+            "expected": dict(expected),
+            "expected_of": "items" if self.twin else m.of,
+            "dropped": dict(self.dropped),
+            "faulty": self.faulty,
+            "problems": dict(Counter(p.kind for p in self.problems)),
+            "files": [str(p) for p in self.problems],
+        }
 
 # %% ../../nbs/32_data.records.ipynb #cffa2af0
 @dataclass
 class Reading:
     "What the readers share while a folder is read."
-    manifest:Manifest
-    folder:Path
-    twin:Twin|None
-    check:str                     # quick | full | none
-    scan_offset:int
-    keep_frames:int               # of each clip; 0: all
-    items:list = field(default_factory=list)
-    problems:list = field(default_factory=list)
-    dropped:Counter = field(default_factory=Counter)
+
+    manifest: Manifest
+    folder: Path
+    twin: Twin | None
+    check: str  # quick | full | none
+    scan_offset: int
+    keep_frames: int  # of each clip; 0: all
+    items: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
 
     def place(self, role, needed=True):
         "Return the first place of a role that exists; raise `ValueError` if a needed one is missing."
         for name in self.manifest.layout.roles[role]:
-            if (self.folder/name).exists(): return self.folder/name
-        if not needed: return None
-        raise ValueError(f"{self.folder} does not hold {self.manifest.title}: rule layout.roles.{role} asks for {' or '.join(self.manifest.layout.roles[role])}; the tree is {self.manifest.layout.tree[0]}")
+            if (self.folder / name).exists():
+                return self.folder / name
+        if not needed:
+            return None
+        raise ValueError(
+            f"{self.folder} does not hold {self.manifest.title}: rule layout.roles.{role} asks for {' or '.join(self.manifest.layout.roles[role])}; the tree is {self.manifest.layout.tree[0]}"
+        )
 
     def fault(self, kind, path, message, lost=1):
-        try: path = Path(path).relative_to(self.folder).as_posix()
-        except ValueError: path = str(path)
+        try:
+            path = Path(path).relative_to(self.folder).as_posix()
+        except ValueError:
+            path = str(path)
         self.problems.append(Problem(kind, path, message, lost))
 
     def entries(self, folder, pattern, folders=True):
         "Yield what a folder holds in sorted order; report names that do not match."
         for p in sorted(Path(folder).iterdir()):
-            if p.name.startswith(".") or p.name == "twin.json": continue
-            if p.is_dir() != folders or not re.fullmatch(pattern, p.name): self.fault("misnamed", p, f"the name does not match {pattern}", 0 if p.is_dir() or folders else 1)
-            else: yield p
+            if p.name.startswith(".") or p.name == "twin.json":
+                continue
+            if p.is_dir() != folders or not re.fullmatch(pattern, p.name):
+                self.fault("misnamed", p, f"the name does not match {pattern}", 0 if p.is_dir() or folders else 1)
+            else:
+                yield p
 
     def image_ok(self, path, lost=1):
         "Check an image file as deeply as was asked for."
-        if self.check == "none": return True
+        if self.check == "none":
+            return True
         problem = check_image(path)
         if problem is None and self.check == "full":
-            try: read_image(path)
-            except (ValueError, OSError) as e: problem = "corrupt", str(e)
-        if problem: self.fault(*problem[:1], path, problem[1], lost)
+            try:
+                read_image(path)
+            except (ValueError, OSError) as e:
+                problem = "corrupt", str(e)
+        if problem:
+            self.fault(*problem[:1], path, problem[1], lost)
         return problem is None
 
-    def add(self, id, split, path, **values): self.items.append(DatasetItem(f"{self.manifest.name}/{id}", self.manifest.name, split, path, **values))
+    def add(self, id, split, path, **values):
+        self.items.append(DatasetItem(f"{self.manifest.name}/{id}", self.manifest.name, split, path, **values))
+
 
 def suffix_pattern(manifest, *roles):
     "Return a pattern for the suffixes of roles, in any case."

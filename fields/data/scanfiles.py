@@ -16,22 +16,35 @@ import numpy as np
 @dataclass
 class Scan:
     "A raw scan in the file's own unit and axes."
-    vertices:np.ndarray           # (N,3) float64
-    faces:np.ndarray|None = None  # (F,3) int64 triangles, or None
-    colors:np.ndarray|None = None # (N,3) uint8, or None
+
+    vertices: np.ndarray  # (N,3) float64
+    faces: np.ndarray | None = None  # (F,3) int64 triangles, or None
+    colors: np.ndarray | None = None  # (N,3) uint8, or None
+
 
 def _finished(path, vertices, faces, colors):
     "Check what a parser found and return it as a `Scan`."
-    if len(vertices) == 0: raise ValueError(f"{path} holds no vertices; export the scan again")
+    if len(vertices) == 0:
+        raise ValueError(f"{path} holds no vertices; export the scan again")
     bad = ~np.isfinite(vertices).all(1)
-    if bad.any(): raise ValueError(f"{path} holds {int(bad.sum())} vertices that are not finite numbers, the first is number {int(bad.argmax()) + 1}; export the scan again")
+    if bad.any():
+        raise ValueError(
+            f"{path} holds {int(bad.sum())} vertices that are not finite numbers, the first is number {int(bad.argmax()) + 1}; export the scan again"
+        )
     if faces is not None and len(faces):
         if faces.min() < 0 or faces.max() >= len(vertices):
             row = int(((faces < 0) | (faces >= len(vertices))).any(1).argmax())
-            raise ValueError(f"{path}: triangle {row + 1} names the vertices {(faces[row] + 1).tolist()}, but there are {len(vertices)}; the file is cut off or damaged")
+            raise ValueError(
+                f"{path}: triangle {row + 1} names the vertices {(faces[row] + 1).tolist()}, but there are {len(vertices)}; the file is cut off or damaged"
+            )
     if colors is not None and colors.dtype != np.uint8:
-        colors = (colors*(255 if colors.max() <= 1 else 1) + .5).clip(0, 255).astype(np.uint8)
-    return Scan(np.ascontiguousarray(vertices, np.float64), np.ascontiguousarray(faces, np.int64) if faces is not None and len(faces) else None, colors)
+        colors = (colors * (255 if colors.max() <= 1 else 1) + 0.5).clip(0, 255).astype(np.uint8)
+    return Scan(
+        np.ascontiguousarray(vertices, np.float64),
+        np.ascontiguousarray(faces, np.int64) if faces is not None and len(faces) else None,
+        colors,
+    )
+
 
 def _numbers(text):
     "Return all numbers of a byte string, up to the first thing that is none."
@@ -41,83 +54,127 @@ def _numbers(text):
 
 # %% ../../nbs/30_data.scanfiles.ipynb #2708cf1e
 def read_obj(
-    path:Path|str,                # .obj file
-) -> Scan:                        # vertices, triangles, colours
+    path: Path | str,  # .obj file
+) -> Scan:  # vertices, triangles, colours
     "Read a Wavefront file; raise `ValueError` that names the file and the line."
     data = _content(path).replace(b"\\\n", b" ")
     lines = [l.lstrip() for l in data.split(b"\n")]
     points = [l[2:] for l in lines if l[:2] in (b"v ", b"v\t")]
     polygons = [l[2:] for l in lines if l[:2] in (b"f ", b"f\t")]
     values = _numbers(b" ".join(points))
-    if not points: return _finished(path, np.zeros((0, 3)), None, None)
-    columns = len(values)/len(points)
+    if not points:
+        return _finished(path, np.zeros((0, 3)), None, None)
+    columns = len(values) / len(points)
     if columns not in (3, 4, 6, 7):
         for n, l in enumerate(lines):
             if l[:2] in (b"v ", b"v\t") and len(_numbers(l[2:])) not in (3, 4, 6, 7):
-                raise ValueError(f"{path} line {n + 1}: {l[:40].decode(errors='replace').strip()!r} is not a vertex; the file is cut off or damaged")
+                raise ValueError(
+                    f"{path} line {n + 1}: {l[:40].decode(errors='replace').strip()!r} is not a vertex; the file is cut off or damaged"
+                )
         raise ValueError(f"{path} has vertices of different lengths; export the scan again")
     values = values.reshape(len(points), -1)
     colors = values[:, 3:6] if values.shape[1] == 6 else values[:, 4:7] if values.shape[1] == 7 else None
     return _finished(path, values[:, :3], _obj_faces(path, lines, polygons, len(points)), colors)
 
+
 def _obj_faces(path, lines, polygons, count):
     "Return the triangles of an obj file, 0-based."
-    if not polygons: return None
+    if not polygons:
+        return None
     text = b" ".join(polygons)
     values = _numbers(re.sub(rb"/\S*", b"", text) if b"/" in text else text)
-    if len(values) == 3*len(polygons) and values.min() > 0: return values.reshape(-1, 3).astype(np.int64) - 1
+    if len(values) == 3 * len(polygons) and values.min() > 0:
+        return values.reshape(-1, 3).astype(np.int64) - 1
     faces, seen = [], 0
     for n, l in enumerate(lines):
         seen += l[:2] in (b"v ", b"v\t")
-        if l[:2] not in (b"f ", b"f\t"): continue
+        if l[:2] not in (b"f ", b"f\t"):
+            continue
         corners = _numbers(re.sub(rb"/\S*", b"", l[2:])).astype(np.int64)
         if len(corners) < 3 or (corners == 0).any() or len(corners) != len(l[2:].split()):
-            raise ValueError(f"{path} line {n + 1}: {l[:40].decode(errors='replace').strip()!r} is not a face; the file is cut off or damaged")
+            raise ValueError(
+                f"{path} line {n + 1}: {l[:40].decode(errors='replace').strip()!r} is not a face; the file is cut off or damaged"
+            )
         corners = np.where(corners > 0, corners - 1, seen + corners)
         faces += [(corners[0], corners[k], corners[k + 1]) for k in range(1, len(corners) - 1)]
     return np.array(faces, np.int64)
 
+
 def _content(path):
     "Return a file's bytes, unpacked if gzipped; raise an error that names it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}; check the path")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
     data = path.read_bytes()
-    if not data.strip(): raise ValueError(f"{path} is empty; copy or export it again")
+    if not data.strip():
+        raise ValueError(f"{path} is empty; copy or export it again")
     if data[:2] == b"\x1f\x8b":
-        try: data = gzip.decompress(data)
-        except (OSError, EOFError): raise ValueError(f"{path} is a damaged gzip file; copy it again") from None
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError):
+            raise ValueError(f"{path} is a damaged gzip file; copy it again") from None
     return data
 
 # %% ../../nbs/30_data.scanfiles.ipynb #7b95cb62
-PLY_TYPES = {"char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
-             "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8"}
+PLY_TYPES = {
+    "char": "i1",
+    "int8": "i1",
+    "uchar": "u1",
+    "uint8": "u1",
+    "short": "i2",
+    "int16": "i2",
+    "ushort": "u2",
+    "uint16": "u2",
+    "int": "i4",
+    "int32": "i4",
+    "uint": "u4",
+    "uint32": "u4",
+    "float": "f4",
+    "float32": "f4",
+    "double": "f8",
+    "float64": "f8",
+}
+
 
 def _ply_header(path, data):
     "Return format, elements [(name, count, [(property, type, list count type or None)])] and the offset of the body."
     end = re.search(rb"end_header[ \t]*\r?\n", data[:65536])
-    if not data.startswith(b"ply") or end is None: raise ValueError(f"{path} is not a ply file or its header is cut off; export the scan again")
+    if not data.startswith(b"ply") or end is None:
+        raise ValueError(f"{path} is not a ply file or its header is cut off; export the scan again")
     form, elements = "", []
-    for line in data[:end.start()].decode("ascii", "replace").splitlines()[1:]:
+    for line in data[: end.start()].decode("ascii", "replace").splitlines()[1:]:
         words = line.split()
-        if not words or words[0] in ("comment", "obj_info"): continue
+        if not words or words[0] in ("comment", "obj_info"):
+            continue
         try:
-            if words[0] == "format": form = words[1]
-            elif words[0] == "element": elements.append((words[1], int(words[2]), []))
-            elif words[0] == "property" and words[1] == "list": elements[-1][2].append((words[4], PLY_TYPES[words[3]], PLY_TYPES[words[2]]))
-            elif words[0] == "property": elements[-1][2].append((words[2], PLY_TYPES[words[1]], None))
-        except (KeyError, IndexError, ValueError): raise ValueError(f"{path} has a header line that is not ply: {line!r}") from None
-    if form not in ("ascii", "binary_little_endian", "binary_big_endian"): raise ValueError(f"{path} has the unknown ply format {form!r}; save it as ascii or binary")
+            if words[0] == "format":
+                form = words[1]
+            elif words[0] == "element":
+                elements.append((words[1], int(words[2]), []))
+            elif words[0] == "property" and words[1] == "list":
+                elements[-1][2].append((words[4], PLY_TYPES[words[3]], PLY_TYPES[words[2]]))
+            elif words[0] == "property":
+                elements[-1][2].append((words[2], PLY_TYPES[words[1]], None))
+        except (KeyError, IndexError, ValueError):
+            raise ValueError(f"{path} has a header line that is not ply: {line!r}") from None
+    if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
+        raise ValueError(f"{path} has the unknown ply format {form!r}; save it as ascii or binary")
     return form, elements, end.end()
+
 
 def _ply_rows(data, at, order, count, properties):
     "Return one element of a binary ply as {property: array or list of arrays} and the offset behind it."
     if all(p[2] is None for p in properties) or len(properties) == 1:
-        fields = [(f"_{n}" if counter else n, *( (order + counter,) if counter else (order + kind,))) for n, kind, counter in properties]
+        fields = [
+            (f"_{n}" if counter else n, *((order + counter,) if counter else (order + kind,)))
+            for n, kind, counter in properties
+        ]
         lists = [(n, order + kind, (3,)) for n, kind, counter in properties if counter]
         block = np.dtype(fields + lists)
-        if at + count*block.itemsize <= len(data):
+        if at + count * block.itemsize <= len(data):
             rows = np.frombuffer(data, block, count, at)
-            if not lists or (rows[f"_{lists[0][0]}"] == 3).all(): return {p[0]: rows[p[0]] for p in properties}, at + count*block.itemsize
+            if not lists or (rows[f"_{lists[0][0]}"] == 3).all():
+                return {p[0]: rows[p[0]] for p in properties}, at + count * block.itemsize
     out = {p[0]: [] for p in properties}
     for _ in range(count):
         for n, kind, counter in properties:
@@ -126,7 +183,7 @@ def _ply_rows(data, at, order, count, properties):
                 size = int(np.frombuffer(data, order + counter, 1, at)[0])
                 at += np.dtype(counter).itemsize
             out[n].append(np.frombuffer(data, order + kind, size, at))
-            at += size*np.dtype(kind).itemsize
+            at += size * np.dtype(kind).itemsize
     return {n: np.concatenate(v) if v and all(len(x) == 1 for x in v) else v for n, v in out.items()}, at
 
 # %% ../../nbs/30_data.scanfiles.ipynb #f9770277
@@ -134,11 +191,12 @@ def _ply_text(values, at, count, properties):
     "Return one element of an ascii ply and the position behind it."
     if all(p[2] is None for p in properties):
         width = len(properties)
-        rows = values[at:at + count*width].reshape(count, width)
-        return {p[0]: rows[:, k] for k, p in enumerate(properties)}, at + count*width
-    if len(properties) == 1 and at + 4*count <= len(values):
-        rows = values[at:at + 4*count].reshape(count, 4)
-        if (rows[:, 0] == 3).all(): return {properties[0][0]: rows[:, 1:]}, at + 4*count
+        rows = values[at : at + count * width].reshape(count, width)
+        return {p[0]: rows[:, k] for k, p in enumerate(properties)}, at + count * width
+    if len(properties) == 1 and at + 4 * count <= len(values):
+        rows = values[at : at + 4 * count].reshape(count, 4)
+        if (rows[:, 0] == 3).all():
+            return {properties[0][0]: rows[:, 1:]}, at + 4 * count
     out = {p[0]: [] for p in properties}
     for _ in range(count):
         for n, _, counter in properties:
@@ -146,14 +204,16 @@ def _ply_text(values, at, count, properties):
             if counter:
                 size = int(values[at])
                 at += 1
-            if at + size > len(values): raise IndexError
-            out[n].append(values[at:at + size])
+            if at + size > len(values):
+                raise IndexError
+            out[n].append(values[at : at + size])
             at += size
     return {n: np.concatenate(v) if v and all(len(x) == 1 for x in v) else v for n, v in out.items()}, at
 
+
 def read_ply(
-    path:Path|str,                # .ply file
-) -> Scan:                        # vertices, triangles, colours
+    path: Path | str,  # .ply file
+) -> Scan:  # vertices, triangles, colours
     "Read a ply file, ascii or binary; raise `ValueError` that names the file."
     data = _content(path)
     form, elements, at = _ply_header(path, data)
@@ -162,49 +222,78 @@ def read_ply(
     position = 0 if form == "ascii" else at
     try:
         for name, count, properties in elements:
-            found[name], position = _ply_text(values, position, count, properties) if form == "ascii" else _ply_rows(data, position, order, count, properties)
-    except (ValueError, IndexError): raise ValueError(f"{path} is cut off in its {name} list; copy or export it again") from None
+            found[name], position = (
+                _ply_text(values, position, count, properties)
+                if form == "ascii"
+                else _ply_rows(data, position, order, count, properties)
+            )
+    except (ValueError, IndexError):
+        raise ValueError(f"{path} is cut off in its {name} list; copy or export it again") from None
     v = found.get("vertex", {})
-    if not all(k in v for k in "xyz"): raise ValueError(f"{path} has no vertices with x, y and z; export the scan again")
-    colors = np.stack([v[k] for k in ("red", "green", "blue")], 1) if all(k in v for k in ("red", "green", "blue")) else None
+    if not all(k in v for k in "xyz"):
+        raise ValueError(f"{path} has no vertices with x, y and z; export the scan again")
+    colors = (
+        np.stack([v[k] for k in ("red", "green", "blue")], 1) if all(k in v for k in ("red", "green", "blue")) else None
+    )
     face = found.get("face", {})
     corners = next((face[k] for k in ("vertex_indices", "vertex_index") if k in face), None)
     if isinstance(corners, list):
         corners = [(c[0], c[k], c[k + 1]) for c in corners for k in range(1, len(c) - 1)]
     faces = None if corners is None or len(corners) == 0 else np.array(corners, np.int64)
-    return _finished(path, np.stack([np.asarray(v[k], np.float64) for k in "xyz"], 1), faces, colors if colors is None or form != "ascii" else colors.astype(np.float64))
+    return _finished(
+        path,
+        np.stack([np.asarray(v[k], np.float64) for k in "xyz"], 1),
+        faces,
+        colors if colors is None or form != "ascii" else colors.astype(np.float64),
+    )
 
 # %% ../../nbs/30_data.scanfiles.ipynb #d41d7b7a
 def read_wrl(
-    path:Path|str,                # .wrl file, version 1 or 2
-) -> Scan:                        # vertices, triangles, colours
+    path: Path | str,  # .wrl file, version 1 or 2
+) -> Scan:  # vertices, triangles, colours
     "Read a VRML file; raise `ValueError` that names the file."
     data = _content(path)
-    if not data.startswith(b"#VRML"): raise ValueError(f"{path} is not a VRML file; it does not start with #VRML")
+    if not data.startswith(b"#VRML"):
+        raise ValueError(f"{path} is not a VRML file; it does not start with #VRML")
     data = re.sub(rb'"[^"\n]*"', b'""', data)
     data = re.sub(rb"#[^\n]*", b"", data)
     bracket = rb"\s*\[([^\]]*)(\]?)"
     points = re.findall(rb"\bCoordinate3?\s*\{\s*point" + bracket, data)
     polygons = re.findall(rb"\bcoordIndex" + bracket, data)
     shades = re.findall(rb"\bColor\s*\{\s*color" + bracket, data)
-    if not points: raise ValueError(f"{path} has no list of points that this reader knows; save it as obj or ply")
-    if any(not closed for _, closed in points + polygons): raise ValueError(f"{path} is cut off inside a list; copy or export it again")
+    if not points:
+        raise ValueError(f"{path} has no list of points that this reader knows; save it as obj or ply")
+    if any(not closed for _, closed in points + polygons):
+        raise ValueError(f"{path} is cut off inside a list; copy or export it again")
     vertices, faces, colors = [], [], []
     for k, (text, _) in enumerate(points):
         v = _numbers(text)
-        if len(v) % 3: raise ValueError(f"{path} has a point list of {len(v)} numbers, which is no multiple of three; the file is damaged")
+        if len(v) % 3:
+            raise ValueError(
+                f"{path} has a point list of {len(v)} numbers, which is no multiple of three; the file is damaged"
+            )
         offset = sum(map(len, vertices))
         vertices.append(v.reshape(-1, 3))
-        if k < len(polygons): faces.append(_fans(_numbers(polygons[k][0]).astype(np.int64)) + offset)
-        if k < len(shades): colors.append(_numbers(shades[k][0]))
+        if k < len(polygons):
+            faces.append(_fans(_numbers(polygons[k][0]).astype(np.int64)) + offset)
+        if k < len(shades):
+            colors.append(_numbers(shades[k][0]))
     colors = np.concatenate(colors) if colors else np.zeros(0)
     vertices = np.concatenate(vertices)
-    return _finished(path, vertices, np.concatenate(faces) if faces else None, colors.reshape(-1, 3) if len(colors) == 3*len(vertices) else None)
+    return _finished(
+        path,
+        vertices,
+        np.concatenate(faces) if faces else None,
+        colors.reshape(-1, 3) if len(colors) == 3 * len(vertices) else None,
+    )
+
 
 def _fans(index):
     "Return the triangles of polygons that end with -1."
-    if len(index) and index[-1] != -1: index = np.append(index, -1)
-    if len(index) % 4 == 0 and (index[3::4] == -1).all() and (index.reshape(-1, 4)[:, :3] >= 0).all(): return index.reshape(-1, 4)[:, :3]
+    if len(index) and index[-1] != -1:
+        index = np.append(index, -1)
+    if len(index) % 4 == 0 and (index[3::4] == -1).all() and (index.reshape(-1, 4)[:, :3] >= 0).all():
+        return index.reshape(-1, 4)[:, :3]
     out = []
     for polygon in np.split(index, np.flatnonzero(index == -1) + 1):
         p = polygon[polygon >= 0]
@@ -214,13 +303,15 @@ def _fans(index):
 # %% ../../nbs/30_data.scanfiles.ipynb #76acc8b1
 SCAN_READERS = {".obj": read_obj, ".ply": read_ply, ".wrl": read_wrl}
 
+
 def read_scan(
-    path:Path|str,                # .obj, .ply or .wrl file, also gzipped
-) -> Scan:                        # in the file's own unit and axes
+    path: Path | str,  # .obj, .ply or .wrl file, also gzipped
+) -> Scan:  # in the file's own unit and axes
     "Read a raw scan; raise `FileNotFoundError` or a `ValueError` that names the file."
     suffixes = [s.lower() for s in Path(path).suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
-    if suffix not in SCAN_READERS: raise ValueError(f"{path} is not a scan file that can be read; known are {', '.join(SCAN_READERS)}")
+    if suffix not in SCAN_READERS:
+        raise ValueError(f"{path} is not a scan file that can be read; known are {', '.join(SCAN_READERS)}")
     return SCAN_READERS[suffix](path)
 
 # %% ../../nbs/30_data.scanfiles.ipynb #a8a17da1
@@ -228,43 +319,71 @@ def _candidates(value, name=""):
     "Yield (name, array) for every array of points in a nest of MATLAB values."
     if isinstance(value, dict):
         for k, v in value.items():
-            if not k.startswith("__"): yield from _candidates(v, f"{name}.{k}".strip("."))
+            if not k.startswith("__"):
+                yield from _candidates(v, f"{name}.{k}".strip("."))
     elif getattr(value, "_fieldnames", None):
-        for k in value._fieldnames: yield from _candidates(getattr(value, k), f"{name}.{k}")
+        for k in value._fieldnames:
+            yield from _candidates(getattr(value, k), f"{name}.{k}")
     elif isinstance(value, np.ndarray) and value.dtype == object:
-        parts = [np.asarray(p, np.float64) for p in value.ravel() if isinstance(p, np.ndarray) and p.dtype.kind in "fiu" and p.size]
-        if parts and len(parts) == value.size and len({p.shape for p in parts}) == 1: yield name, np.stack(parts)
+        parts = [
+            np.asarray(p, np.float64)
+            for p in value.ravel()
+            if isinstance(p, np.ndarray) and p.dtype.kind in "fiu" and p.size
+        ]
+        if parts and len(parts) == value.size and len({p.shape for p in parts}) == 1:
+            yield name, np.stack(parts)
         else:
-            for n, p in enumerate(value.ravel()): yield from _candidates(p, f"{name}[{n}]")
+            for n, p in enumerate(value.ravel()):
+                yield from _candidates(p, f"{name}[{n}]")
     elif isinstance(value, np.ndarray) and value.dtype.kind in "fiu" and 3 in value.shape and value.size >= 9:
         yield name, value.astype(np.float64)
 
+
 def _read_mat(path):
     from scipy.io import loadmat
-    with open(path, "rb") as file: head = file.read(10)
-    if head == b"MATLAB 7.3": raise ValueError(f"{path} is a MATLAB 7.3 file; save it in MATLAB with '-v7'")
-    try: content = loadmat(path, squeeze_me=True, struct_as_record=False)
-    except Exception as e: raise ValueError(f"{path} is not a MATLAB file that can be read ({type(e).__name__}); save it in MATLAB with '-v7'") from None
+
+    with open(path, "rb") as file:
+        head = file.read(10)
+    if head == b"MATLAB 7.3":
+        raise ValueError(f"{path} is a MATLAB 7.3 file; save it in MATLAB with '-v7'")
+    try:
+        content = loadmat(path, squeeze_me=True, struct_as_record=False)
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not a MATLAB file that can be read ({type(e).__name__}); save it in MATLAB with '-v7'"
+        ) from None
     found = list(_candidates(content))
-    if not found: raise ValueError(f"{path} holds no array of 3D points; it has {', '.join(k for k in content if not k.startswith('__')) or 'nothing'}")
+    if not found:
+        raise ValueError(
+            f"{path} holds no array of 3D points; it has {', '.join(k for k in content if not k.startswith('__')) or 'nothing'}"
+        )
     good = [f for f in found if any(n in (51, 83, 84) for n in f[1].shape)] or found
-    if len(good) > 1: raise ValueError(f"{path} holds several arrays of points ({', '.join(n for n, _ in good)}); keep the 3D landmarks only")
+    if len(good) > 1:
+        raise ValueError(
+            f"{path} holds several arrays of points ({', '.join(n for n, _ in good)}); keep the 3D landmarks only"
+        )
     return good[0][1]
+
 
 def _read_text(path):
     text = _content(path).decode("utf-8", "replace").replace(",", " ").replace(";", " ")
     rows = []
     for n, line in enumerate(text.splitlines()):
         words = line.split("#")[0].split()
-        if len(words) <= 1: continue
-        try: rows.append([float(w) for w in words])
+        if len(words) <= 1:
+            continue
+        try:
+            rows.append([float(w) for w in words])
         except ValueError:
-            if rows: raise ValueError(f"{path} line {n + 1}: {line.strip()[:40]!r} is not a row of numbers") from None
-    if not rows or len({len(r) for r in rows}) > 1 or len(rows[0]) not in (3, 4): raise ValueError(f"{path} does not hold rows of three numbers (or an index and three); check the landmark file")
+            if rows:
+                raise ValueError(f"{path} line {n + 1}: {line.strip()[:40]!r} is not a row of numbers") from None
+    if not rows or len({len(r) for r in rows}) > 1 or len(rows[0]) not in (3, 4):
+        raise ValueError(f"{path} does not hold rows of three numbers (or an index and three); check the landmark file")
     a = np.array(rows)
     if a.shape[1] == 4:
         steps = np.diff(a[:, 0])
-        if len(steps) and not (steps == 1).all(): raise ValueError(f"{path}: the indices in its first column do not count up by one; check the landmark file")
+        if len(steps) and not (steps == 1).all():
+            raise ValueError(f"{path}: the indices in its first column do not count up by one; check the landmark file")
         a = a[:, 1:]
     return a
 
@@ -272,114 +391,174 @@ def _read_text(path):
 def _by_frame(points, path):
     "Return a sequence as (frames,L,3), whatever the order of its axes."
     axes = [a for a in (2, 0, 1) if points.shape[a] == 3]
-    if not axes: raise ValueError(f"{path} has the shape {points.shape}, not (frames,L,3)")
+    if not axes:
+        raise ValueError(f"{path} has the shape {points.shape}, not (frames,L,3)")
     rest = [a for a in range(3) if a != axes[0]]
     known = [a for a in rest if points.shape[a] in (51, 83, 84)]
     rows = known[0] if known else rest[1]
     return points.transpose(next(a for a in rest if a != rows), rows, axes[0])
 
+
 def read_landmarks(
-    path:Path|str,                # .npy, .mat, .bnd or .txt file
-    index:int|None=None,          # frame of a file that holds a whole sequence
-) -> np.ndarray:                  # (L,3) float64, in the file's own unit and axes
+    path: Path | str,  # .npy, .mat, .bnd or .txt file
+    index: int | None = None,  # frame of a file that holds a whole sequence
+) -> np.ndarray:  # (L,3) float64, in the file's own unit and axes
     "Read 3D landmarks; raise `FileNotFoundError` or a `ValueError` that names the file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}; check the path")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path")
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        try: points = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError): raise ValueError(f"{path} is not a plain numpy file; save the (L,3) array with numpy.save") from None
-    elif suffix == ".mat": points = _read_mat(path)
-    elif suffix in (".bnd", ".txt", ".csv", ".pts"): points = _read_text(path)
-    else: raise ValueError(f"{path} is not a landmark file that can be read; known are .npy, .mat, .bnd, .txt")
-    if points.dtype.kind not in "fiu": raise ValueError(f"{path} holds {points.dtype} values, not numbers")
+        try:
+            points = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise ValueError(f"{path} is not a plain numpy file; save the (L,3) array with numpy.save") from None
+    elif suffix == ".mat":
+        points = _read_mat(path)
+    elif suffix in (".bnd", ".txt", ".csv", ".pts"):
+        points = _read_text(path)
+    else:
+        raise ValueError(f"{path} is not a landmark file that can be read; known are .npy, .mat, .bnd, .txt")
+    if points.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds {points.dtype} values, not numbers")
     points = np.asarray(points, np.float64)
     if points.ndim == 3:
         points = _by_frame(points, path)
-        if index is None and len(points) > 1: raise ValueError(f"{path} holds a sequence of {len(points)} frames; say which frame")
-        if not 0 <= (index or 0) < len(points): raise ValueError(f"{path} holds {len(points)} frames; there is no frame {index}")
+        if index is None and len(points) > 1:
+            raise ValueError(f"{path} holds a sequence of {len(points)} frames; say which frame")
+        if not 0 <= (index or 0) < len(points):
+            raise ValueError(f"{path} holds {len(points)} frames; there is no frame {index}")
         points = points[index or 0]
-    if points.ndim == 2 and points.shape[0] == 3 and points.shape[1] != 3: points = points.T
-    if points.ndim != 2 or points.shape[1] != 3: raise ValueError(f"{path} has the shape {points.shape}, not (L,3)")
-    if len(points) == 84 and not np.isfinite(points[83]).all() or len(points) == 84 and (points[83] == 0).all(): points = points[:83]
-    if not np.isfinite(points).all() or (points == 0).all(): raise ValueError(f"{path} has points that are zero or not finite; the face was not tracked in this frame")
+    if points.ndim == 2 and points.shape[0] == 3 and points.shape[1] != 3:
+        points = points.T
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"{path} has the shape {points.shape}, not (L,3)")
+    if len(points) == 84 and not np.isfinite(points[83]).all() or len(points) == 84 and (points[83] == 0).all():
+        points = points[:83]
+    if not np.isfinite(points).all() or (points == 0).all():
+        raise ValueError(f"{path} has points that are zero or not finite; the face was not tracked in this frame")
     return points
 
 # %% ../../nbs/30_data.scanfiles.ipynb #b830e488
 CONVENTIONS = {
-    "static51": {"brows": range(0, 10), "eye_a": range(19, 25), "eye_b": range(25, 31), "nose": range(10, 19), "mouth": range(31, 51)},
-    "bp4d83": {"brows": range(0, 20), "eye_a": range(20, 28), "eye_b": range(28, 36), "nose": range(36, 48), "mouth": range(48, 68)},
+    "static51": {
+        "brows": range(0, 10),
+        "eye_a": range(19, 25),
+        "eye_b": range(25, 31),
+        "nose": range(10, 19),
+        "mouth": range(31, 51),
+    },
+    "bp4d83": {
+        "brows": range(0, 20),
+        "eye_a": range(20, 28),
+        "eye_b": range(28, 36),
+        "nose": range(36, 48),
+        "mouth": range(48, 68),
+    },
 }
-UNITS = {"mm": 1e-3, "cm": 1e-2, "m": 1.}
+UNITS = {"mm": 1e-3, "cm": 1e-2, "m": 1.0}
+
 
 def convention_of(
-    landmarks:np.ndarray,         # (L,3)
-) -> str:                         # "static51" or "bp4d83"
+    landmarks: np.ndarray,  # (L,3)
+) -> str:  # "static51" or "bp4d83"
     "Return the convention with this number of points; raise `ValueError` for another number."
     known = {51: "static51", 83: "bp4d83"}
-    if len(landmarks) not in known: raise ValueError(f"there are {len(landmarks)} landmarks; 51 (official fitting tool) or 83 (BP4D) are needed")
+    if len(landmarks) not in known:
+        raise ValueError(f"there are {len(landmarks)} landmarks; 51 (official fitting tool) or 83 (BP4D) are needed")
     return known[len(landmarks)]
+
 
 def _groups(landmarks, convention):
     convention = convention or convention_of(landmarks)
-    if convention not in CONVENTIONS: raise ValueError(f"unknown landmark convention {convention!r}; known are {', '.join(CONVENTIONS)}")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown landmark convention {convention!r}; known are {', '.join(CONVENTIONS)}")
     rows = CONVENTIONS[convention]
-    if len(landmarks) <= max(rows["mouth"]): raise ValueError(f"{convention} needs more than {len(landmarks)} landmarks")
+    if len(landmarks) <= max(rows["mouth"]):
+        raise ValueError(f"{convention} needs more than {len(landmarks)} landmarks")
     return {k: np.asarray(landmarks, np.float64)[list(r)] for k, r in rows.items()}
 
+
 def eye_corner_distance(
-    landmarks:np.ndarray,         # (L,3) any unit
-    convention:str|None=None,     # static51 | bp4d83; None: by their number
-) -> float:                       # in the landmarks' unit
+    landmarks: np.ndarray,  # (L,3) any unit
+    convention: str | None = None,  # static51 | bp4d83; None: by their number
+) -> float:  # in the landmarks' unit
     "Return the distance of the outer eye corners."
     g = _groups(landmarks, convention)
     return float(np.linalg.norm(g["eye_a"][:, None] - g["eye_b"][None], axis=-1).max())
 
+
 def detect_unit(
-    landmarks:np.ndarray,         # (L,3) any unit
-    convention:str|None=None,     # static51 | bp4d83; None: by their number
-    unit:str="auto",              # mm | cm | m: what the user says; auto: find out
-    limits:tuple=(70., 120.),     # distance of the outer eye corners that is accepted, mm
-) -> float:                       # factor that turns the unit into metres
+    landmarks: np.ndarray,  # (L,3) any unit
+    convention: str | None = None,  # static51 | bp4d83; None: by their number
+    unit: str = "auto",  # mm | cm | m: what the user says; auto: find out
+    limits: tuple = (70.0, 120.0),  # distance of the outer eye corners that is accepted, mm
+) -> float:  # factor that turns the unit into metres
     "Return the factor to metres; raise `ValueError` where no unit, or not the given one, makes a face of this size."
-    if unit not in ("auto", *UNITS): raise ValueError(f"unknown unit {unit!r}; choose one of auto, {', '.join(UNITS)}")
+    if unit not in ("auto", *UNITS):
+        raise ValueError(f"unknown unit {unit!r}; choose one of auto, {', '.join(UNITS)}")
     distance = eye_corner_distance(landmarks, convention)
-    fits = [u for u, f in UNITS.items() if limits[0] <= distance*f*1e3 <= limits[1]]
-    if not fits: raise ValueError(f"the outer eye corners are {distance:.4g} apart, which is no face in mm, cm or m; check the order of the landmarks and the scale of the scan")
-    if unit != "auto" and unit != fits[0]: raise ValueError(f"the outer eye corners are {distance:.4g} {unit} apart; that is a face in {fits[0]}, so give unit {fits[0]} or auto")
+    fits = [u for u, f in UNITS.items() if limits[0] <= distance * f * 1e3 <= limits[1]]
+    if not fits:
+        raise ValueError(
+            f"the outer eye corners are {distance:.4g} apart, which is no face in mm, cm or m; check the order of the landmarks and the scale of the scan"
+        )
+    if unit != "auto" and unit != fits[0]:
+        raise ValueError(
+            f"the outer eye corners are {distance:.4g} {unit} apart; that is a face in {fits[0]}, so give unit {fits[0]} or auto"
+        )
     return UNITS[fits[0]]
 
 # %% ../../nbs/30_data.scanfiles.ipynb #d75f36f8
 @dataclass
 class Axes:
     "Directions of a face in a scan's coordinates."
-    rotation:np.ndarray           # (3,3) rows: the subject's left, up, forward; takes scan axes to head axes
-    left:str                      # nearest scan axis, such as "+x"
-    up:str
-    forward:str
+
+    rotation: np.ndarray  # (3,3) rows: the subject's left, up, forward; takes scan axes to head axes
+    left: str  # nearest scan axis, such as "+x"
+    up: str
+    forward: str
+
 
 def detect_axes(
-    landmarks:np.ndarray,         # (L,3) any unit
-    convention:str|None=None,     # static51 | bp4d83; None: by their number
-) -> Axes:                        # directions of the face
+    landmarks: np.ndarray,  # (L,3) any unit
+    convention: str | None = None,  # static51 | bp4d83; None: by their number
+) -> Axes:  # directions of the face
     "Return the axes of a face; raise `ValueError` where order or handedness of the landmarks is wrong."
     g = _groups(landmarks, convention)
-    eyes, mouth, nose, brows = (g["eye_a"].mean(0) + g["eye_b"].mean(0))/2, g["mouth"].mean(0), g["nose"].mean(0), g["brows"].mean(0)
+    eyes, mouth, nose, brows = (
+        (g["eye_a"].mean(0) + g["eye_b"].mean(0)) / 2,
+        g["mouth"].mean(0),
+        g["nose"].mean(0),
+        g["brows"].mean(0),
+    )
     across = g["eye_b"].mean(0) - g["eye_a"].mean(0)
     height = np.linalg.norm(eyes - mouth)
-    if height == 0 or np.linalg.norm(across) == 0: raise ValueError("eyes and mouth of these landmarks coincide; check their order")
-    up = (eyes - mouth)/height
-    left = across - up*(across@up)
+    if height == 0 or np.linalg.norm(across) == 0:
+        raise ValueError("eyes and mouth of these landmarks coincide; check their order")
+    up = (eyes - mouth) / height
+    left = across - up * (across @ up)
     left /= np.linalg.norm(left)
     forward = np.cross(left, up)
     known_sides = (convention or convention_of(landmarks)) == "static51"
-    if not known_sides and (nose - (eyes + mouth)/2)@forward < 0: left, forward = -left, -forward
-    problem = "the first points are not brows above the eyes" if (brows - eyes)@up < .05*height else \
-              "the nose is not between eyes and mouth" if not .1 < (eyes - nose)@up/height < .95 else \
-              "the two eyes are not side by side" if abs(across@up) > .5*np.linalg.norm(across) else \
-              "the nose points into the head: the scan is mirrored, or left and right are swapped" if (nose - (eyes + mouth)/2)@forward < .02*height else ""
-    if problem: raise ValueError(f"these landmarks are not in the order of {convention or convention_of(landmarks)}: {problem}")
+    if not known_sides and (nose - (eyes + mouth) / 2) @ forward < 0:
+        left, forward = -left, -forward
+    problem = (
+        "the first points are not brows above the eyes"
+        if (brows - eyes) @ up < 0.05 * height
+        else "the nose is not between eyes and mouth"
+        if not 0.1 < (eyes - nose) @ up / height < 0.95
+        else "the two eyes are not side by side"
+        if abs(across @ up) > 0.5 * np.linalg.norm(across)
+        else "the nose points into the head: the scan is mirrored, or left and right are swapped"
+        if (nose - (eyes + mouth) / 2) @ forward < 0.02 * height
+        else ""
+    )
+    if problem:
+        raise ValueError(f"these landmarks are not in the order of {convention or convention_of(landmarks)}: {problem}")
+
     def name(direction):
         k = int(np.abs(direction).argmax())
         return ("+" if direction[k] > 0 else "-") + "xyz"[k]
+
     return Axes(np.stack([left, up, forward]), name(left), name(up), name(forward))

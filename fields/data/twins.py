@@ -29,340 +29,575 @@ def _projection():
     "The open head's basis (3V,350), template (3V,) and the matrix that solves for its coefficients."
     head = Head.load("open", dtype=torch.float64)
     basis = torch.cat([head.shapedirs, head.exprdirs[..., :50]], -1).reshape(-1, 350).numpy()
-    solve = np.linalg.solve(basis.T @ basis + (5e-4)**2*np.eye(350), basis.T)
+    solve = np.linalg.solve(basis.T @ basis + (5e-4) ** 2 * np.eye(350), basis.T)
     return basis.astype(np.float32), head.template.reshape(-1).numpy(), solve.astype(np.float32)
 
+
 def project_surfaces(
-    unposed:np.ndarray,           # (N,V,3) true surfaces before the rig, metres
-) -> tuple[np.ndarray, np.ndarray]: # (N,350) shape and expression coefficients, and (N,) RMS residuals in millimetres
+    unposed: np.ndarray,  # (N,V,3) true surfaces before the rig, metres
+) -> tuple[np.ndarray, np.ndarray]:  # (N,350) shape and expression coefficients, and (N,) RMS residuals in millimetres
     "Project true surfaces on the open head's 300 + 50 components; many at once cost little more than one."
     basis, template, solve = _projection()
     d = (np.asarray(unposed).reshape(len(unposed), -1) - template).astype(np.float32)
     x = d @ solve.T
-    return x, 1e3*np.sqrt(3*np.square(d - x @ basis.T).mean(1))
+    return x, 1e3 * np.sqrt(3 * np.square(d - x @ basis.T).mean(1))
 
 # %% ../../nbs/36_data.twins.ipynb #1c54132b
 @dataclass
 class Record:
     "What is true about one image; never read by training."
-    id:str
-    split:str
-    emotion:int                   # the class that drove the face, not the label
-    moment:Moment
-    unposed:np.ndarray            # (V,3) true surface before the rig, metres
-    camera:np.ndarray             # (3,)
-    person:str                    # name, from which the person can be drawn again
+
+    id: str
+    split: str
+    emotion: int  # the class that drove the face, not the label
+    moment: Moment
+    unposed: np.ndarray  # (V,3) true surface before the rig, metres
+    camera: np.ndarray  # (3,)
+    person: str  # name, from which the person can be drawn again
+
 
 def record(id, split, emotion, studio, moment, unposed, scene) -> Record:
     "Collect what is true about an image."
     return Record(id, split, emotion, moment, unposed, scene.camera, studio.person.name)
 
+
 def save_truth(
-    path:Path,                    # file to write
-    records:list[Record],         # one an image
+    path: Path,  # file to write
+    records: list[Record],  # one an image
 ):
     "Write records as plain arrays: the oracle's parameters, and what is needed to sculpt the surface again."
     pick = lambda f: np.stack([np.asarray(f(r)) for r in records]).astype(np.float32)
     coefficients, residual = project_surfaces(np.stack([r.unposed for r in records]))
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, id=np.array([r.id for r in records]), split=np.array([r.split for r in records]), person=np.array([r.person for r in records]),
-                 emotion=np.array([r.emotion for r in records]), shape=coefficients[:, :300], expression=coefficients[:, 300:],
-                 eyelids=pick(lambda r: r.moment.lids), jaw=pick(lambda r: r.moment.jaw), rotation=pick(lambda r: r.moment.rotation),
-                 camera=pick(lambda r: r.camera), gaze=pick(lambda r: r.moment.gaze), controls=pick(lambda r: r.moment.controls), residual_mm=residual.astype(np.float32))
+        np.savez(
+            file,
+            id=np.array([r.id for r in records]),
+            split=np.array([r.split for r in records]),
+            person=np.array([r.person for r in records]),
+            emotion=np.array([r.emotion for r in records]),
+            shape=coefficients[:, :300],
+            expression=coefficients[:, 300:],
+            eyelids=pick(lambda r: r.moment.lids),
+            jaw=pick(lambda r: r.moment.jaw),
+            rotation=pick(lambda r: r.moment.rotation),
+            camera=pick(lambda r: r.camera),
+            gaze=pick(lambda r: r.moment.gaze),
+            controls=pick(lambda r: r.moment.controls),
+            residual_mm=residual.astype(np.float32),
+        )
 
 # %% ../../nbs/36_data.twins.ipynb #4a6a241e
-def write_image(path:Path, picture:np.ndarray, quality:int=92):
+def write_image(path: Path, picture: np.ndarray, quality: int = 92):
     "Write a JPEG or PNG, atomically; make its folder."
     import cv2
-    ok, data = cv2.imencode(path.suffix, picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    with atomic(path) as temporary: temporary.write_bytes(data.tobytes())
 
-def write_video(path:Path, pictures:list, fps:int=25):
+    ok, data = cv2.imencode(
+        path.suffix,
+        picture[..., ::-1],
+        [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1],
+    )
+    with atomic(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def write_video(path: Path, pictures: list, fps: int = 25):
     "Write an mp4, atomically; make its folder."
     import cv2
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
     writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, pictures[0].shape[1::-1])
-    for p in pictures: writer.write(np.ascontiguousarray(p[..., ::-1]))
+    for p in pictures:
+        writer.write(np.ascontiguousarray(p[..., ::-1]))
     writer.release()
     os.replace(temporary, path)
 
-def write_scan(path:Path, vertices:np.ndarray, faces:np.ndarray):
+
+def write_scan(path: Path, vertices: np.ndarray, faces: np.ndarray):
     "Write a scan as binary PLY or as OBJ, atomically; make its folder."
     with atomic(path) as temporary:
         if path.suffix == ".ply":
             table = np.empty(len(faces), dtype=[("n", "u1"), ("i", "<i4", 3)])
             table["n"], table["i"] = 3, faces
-            header = ("ply\nformat binary_little_endian 1.0\n" f"element vertex {len(vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
-                      f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n")
+            header = (
+                "ply\nformat binary_little_endian 1.0\n"
+                f"element vertex {len(vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
+                f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+            )
             temporary.write_bytes(header.encode() + vertices.astype("<f4").tobytes() + table.tobytes())
         else:
             lines = [f"v {x:.4f} {y:.4f} {z:.4f}" for x, y, z in vertices] + [f"f {a} {b} {c}" for a, b, c in faces + 1]
             temporary.write_text("\n".join(lines) + "\n")
 
-def write_landmarks(path:Path, points:np.ndarray):
+
+def write_landmarks(path: Path, points: np.ndarray):
     "Write 3D landmarks as .bnd or .npy, atomically; make its folder."
     with atomic(path) as temporary:
-        if path.suffix == ".bnd": temporary.write_text("".join(f"{i} {x:.4f} {y:.4f} {z:.4f}\n" for i, (x, y, z) in enumerate(points, 1)))
+        if path.suffix == ".bnd":
+            temporary.write_text("".join(f"{i} {x:.4f} {y:.4f} {z:.4f}\n" for i, (x, y, z) in enumerate(points, 1)))
         else:
-            with open(temporary, "wb") as file: np.save(file, points)
+            with open(temporary, "wb") as file:
+                np.save(file, points)
 
 # %% ../../nbs/36_data.twins.ipynb #97592cc2
 TASKS = tuple(f"T{k}" for k in range(1, 9))
 
-def landmarks_of(posed:np.ndarray, which:str) -> np.ndarray:
+
+def landmarks_of(posed: np.ndarray, which: str) -> np.ndarray:
     "Landmarks (L,3) on a posed sculpted surface, by the open head's embedding."
     output = HeadOutput(torch.from_numpy(posed)[None].float(), torch.zeros(1, 5, 3), torch.eye(3)[None])
     return _head().landmarks(output, which)[0].numpy()
 
-@functools.lru_cache(1)
-def _head(): return Head.load("open")
 
-def bp4d_subjects(config:WorldConfig) -> list[str]:
+@functools.lru_cache(1)
+def _head():
+    return Head.load("open")
+
+
+def bp4d_subjects(config: WorldConfig) -> list[str]:
     "Ids of the twin: all real ones, or a part that keeps validation and test subjects; then our own extra ones."
     splits = load_manifest("bp4d").splits
     real = sorted(splits.train + splits.val + splits.test)
-    if config.bp4d_subjects < len(real): real = sorted([*splits.train[:config.bp4d_subjects - 4], *splits.val[:2], *splits.test[:2]])
+    if config.bp4d_subjects < len(real):
+        real = sorted([*splits.train[: config.bp4d_subjects - 4], *splits.val[:2], *splits.test[:2]])
     return [*real, *(f"X{k:03d}" for k in range(1, config.bp4d_extra_subjects + 1))]
 
-def write_bp4d(out:Path, config:WorldConfig, subject:str) -> list[Record]:
+
+def write_bp4d(out: Path, config: WorldConfig, subject: str) -> list[Record]:
     "Write one subject: images, scans and landmarks of all frames."
     split = "train" if subject.startswith("X") else load_manifest("bp4d").splits.of(subject)
     rng = generator(config.seed, "bp4d", subject)
-    studio, hair = Studio.of(make_person(config.seed, f"bp4d/{subject}")), rng.uniform(.004, .02)
-    per_task = max(1, min(5, config.bp4d_frames//3))
+    studio, hair = Studio.of(make_person(config.seed, f"bp4d/{subject}")), rng.uniform(0.004, 0.02)
+    per_task = max(1, min(5, config.bp4d_frames // 3))
     records, pose, before = [], scanner_pose(rng), None
     for k in range(config.bp4d_frames):
-        task, frame = TASKS[k//per_task % 8], k % per_task + 10*(k//per_task//8) + int(subject[1:])
-        if k % per_task == 0: pose, before = scanner_pose(rng), None
+        task, frame = TASKS[k // per_task % 8], k % per_task + 10 * (k // per_task // 8) + int(subject[1:])
+        if k % per_task == 0:
+            pose, before = scanner_pose(rng), None
         emotion = int(rng.choice(len(EMOTIONS), p=CLASS_SHARES))
-        moment = make_moment(studio.person, rng, emotion, wild=False, single=.5)
+        moment = make_moment(studio.person, rng, emotion, wild=False, single=0.5)
         if before is not None:
-            moment.controls, moment.jaw = .75*moment.controls + .25*before.controls, .75*moment.jaw + .25*before.jaw
+            moment.controls, moment.jaw = (
+                0.75 * moment.controls + 0.25 * before.controls,
+                0.75 * moment.jaw + 0.25 * before.jaw,
+            )
         before = moment
         scene = sample_scene(rng, config.image_size, wild=False)
         unposed, posed = studio.surface(moment)
         raw = scan(posed, landmarks_of(posed, "bp4d83"), hair, pose, rng)
         name = f"{frame:0{2 + (int(subject[1:]) + int(task[1])) % 3}d}"
-        write_image(out/"bp4d"/"Sequences"/subject/task/f"{name}.jpg", _shoot(studio, posed, scene, rng))
+        write_image(out / "bp4d" / "Sequences" / subject / task / f"{name}.jpg", _shoot(studio, posed, scene, rng))
         number = f"{frame + 1:04d}"
-        write_scan(out/"bp4d"/"Scans"/subject/task/f"{number}{'.obj' if k == 0 and subject == 'F001' else '.ply'}", raw.vertices, raw.faces)
-        write_landmarks(out/"bp4d"/"Landmarks3D"/subject/task/f"{number}.bnd", raw.landmarks)
+        write_scan(
+            out / "bp4d" / "Scans" / subject / task / f"{number}{'.obj' if k == 0 and subject == 'F001' else '.ply'}",
+            raw.vertices,
+            raw.faces,
+        )
+        write_landmarks(out / "bp4d" / "Landmarks3D" / subject / task / f"{number}.bnd", raw.landmarks)
         records.append(record(f"bp4d/{subject}/{task}/{frame:04d}", split, emotion, studio, moment, unposed, scene))
     return records
 
+
 def _shoot(studio, posed, scene, rng):
     from fields.data.imaging import photograph
+
     return photograph(posed, studio.texture, scene, rng)
 
 # %% ../../nbs/36_data.twins.ipynb #8743ed69
-def affectnet_plan(config:WorldConfig) -> dict[str, list[int]]:
+def affectnet_plan(config: WorldConfig) -> dict[str, list[int]]:
     "Classes of the images of each set, in the order of their ids; 7 is Contempt."
     train = generator(config.seed, "affectnet", "classes").choice(len(EMOTIONS), config.affectnet_train, p=CLASS_SHARES)
     val = np.repeat(np.arange(len(EMOTIONS)), config.affectnet_heldout)
     return {"train_set": [7, 7, 7, *map(int, train)], "val_set": [7, *map(int, val)]}
 
-def write_affectnet(out:Path, config:WorldConfig, folder:str, first:int, last:int) -> list[Record]:
+
+def write_affectnet(out: Path, config: WorldConfig, folder: str, first: int, last: int) -> list[Record]:
     "Write images `first` to `last` of a set."
     records, classes = [], affectnet_plan(config)[folder]
     for k in range(first, min(last, len(classes))):
         rng, emotion = generator(config.seed, "affectnet", folder, k), classes[k]
         studio = Studio.of(make_person(config.seed, f"affectnet/{folder}/{k}"))
         moment = make_moment(studio.person, rng, emotion % 7, wild=True)
-        scene = sample_scene(rng, min(224, config.image_size), True, (.70, .86))
+        scene = sample_scene(rng, min(224, config.image_size), True, (0.70, 0.86))
         unposed, posed = studio.surface(moment)
-        base, label = out/"affectnet"/folder, 7 if emotion == 7 else moment.emotion
-        write_image(base/"images"/f"{k}.jpg", _shoot(studio, posed, scene, rng), int(rng.integers(70, 96)))
+        base, label = out / "affectnet" / folder, 7 if emotion == 7 else moment.emotion
+        write_image(base / "images" / f"{k}.jpg", _shoot(studio, posed, scene, rng), int(rng.integers(70, 96)))
         for name, value in (("exp", label), ("val", round(moment.valence, 4)), ("aro", round(moment.arousal, 4))):
-            with atomic(base/"annotations"/f"{k}_{name}.npy") as temporary, open(temporary, "wb") as file:
+            with atomic(base / "annotations" / f"{k}_{name}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, np.array(str(value) if k % 2 else value))
-        if emotion < 7: records.append(record(f"affectnet/{folder}/{k}", "train" if folder == "train_set" else "val", emotion, studio, moment, unposed, scene))
+        if emotion < 7:
+            records.append(
+                record(
+                    f"affectnet/{folder}/{k}",
+                    "train" if folder == "train_set" else "val",
+                    emotion,
+                    studio,
+                    moment,
+                    unposed,
+                    scene,
+                )
+            )
     return records
 
 # %% ../../nbs/36_data.twins.ipynb #38fbd332
-def write_celeba(out:Path, config:WorldConfig, first:int, last:int) -> list[Record]:
+def write_celeba(out: Path, config: WorldConfig, first: int, last: int) -> list[Record]:
     "Write the images of identities `first` to `last`."
     records = []
     for identity in range(first, min(last, config.celeba_identities)):
         studio = Studio.of(make_person(config.seed, f"celeba/{identity}"))
         for k in range(config.celeba_images):
-            number = identity*config.celeba_images + k + 1
+            number = identity * config.celeba_images + k + 1
             rng = generator(config.seed, "celeba", number)
-            records.append(_still(out/"celeba"/"img_celeba"/f"{number:06d}.jpg", f"celeba/{number:06d}", "train", studio, config, rng, (.48, .64)))
+            records.append(
+                _still(
+                    out / "celeba" / "img_celeba" / f"{number:06d}.jpg",
+                    f"celeba/{number:06d}",
+                    "train",
+                    studio,
+                    config,
+                    rng,
+                    (0.48, 0.64),
+                )
+            )
     return records
 
-def write_ffhq(out:Path, config:WorldConfig, first:int, last:int) -> list[Record]:
+
+def write_ffhq(out: Path, config: WorldConfig, first: int, last: int) -> list[Record]:
     "Write portraits `first` to `last`."
     records = []
     for k in range(first, min(last, config.ffhq_images)):
         rng, studio = generator(config.seed, "ffhq", k), Studio.of(make_person(config.seed, f"ffhq/{k}"))
-        path = out/"ffhq"/"images1024x1024"/f"{k//1000*1000:05d}"/f"{k:05d}.png"
-        records.append(_still(path, f"ffhq/{k:05d}", "train", studio, config, rng, (.58, .70)))
+        path = out / "ffhq" / "images1024x1024" / f"{k // 1000 * 1000:05d}" / f"{k:05d}.png"
+        records.append(_still(path, f"ffhq/{k:05d}", "train", studio, config, rng, (0.58, 0.70)))
     return records
+
 
 def _still(path, id, split, studio, config, rng, fraction, emotion=None):
     emotion = int(rng.choice(len(EMOTIONS), p=CLASS_SHARES)) if emotion is None else emotion
-    moment, scene = make_moment(studio.person, rng, emotion, wild=True), sample_scene(rng, config.image_size, True, fraction)
+    moment, scene = (
+        make_moment(studio.person, rng, emotion, wild=True),
+        sample_scene(rng, config.image_size, True, fraction),
+    )
     unposed, posed = studio.surface(moment)
     write_image(path, _shoot(studio, posed, scene, rng), int(rng.integers(75, 96)))
     return record(id, split, emotion, studio, moment, unposed, scene)
 
 # %% ../../nbs/36_data.twins.ipynb #f9b1cd1e
 WORDS = ("ABOUT", "BEFORE", "FAMILY", "GROUP", "MONEY", "PEOPLE", "SIMPLE", "WATER")
-VIEWS = {"front": 0., "left_30": .5, "right_30": -.5, "top": 0., "down": 0.}
+VIEWS = {"front": 0.0, "left_30": 0.5, "right_30": -0.5, "top": 0.0, "down": 0.0}
 MEAD_EMOTIONS = ("angry", "disgusted", "fear", "happy", "neutral", "sad", "surprised")
-MEAD_SUBJECTS = ("M003", "M041", "W009", "W011", "M005", "M040", "W014", "W036", "M007", "W015", "M009", "W037", "M011", "W016", "M012", "W018",
-                 "M013", "W019", "M019", "W021", "M022", "W023", "M023", "W024", "M024", "W025", "M025", "W026")
+MEAD_SUBJECTS = (
+    "M003",
+    "M041",
+    "W009",
+    "W011",
+    "M005",
+    "M040",
+    "W014",
+    "W036",
+    "M007",
+    "W015",
+    "M009",
+    "W037",
+    "M011",
+    "W016",
+    "M012",
+    "W018",
+    "M013",
+    "W019",
+    "M019",
+    "W021",
+    "M022",
+    "W023",
+    "M023",
+    "W024",
+    "M024",
+    "W025",
+    "M025",
+    "W026",
+)
 MEAD_CLASS = {"angry": 6, "disgusted": 5, "fear": 4, "happy": 1, "neutral": 0, "sad": 2, "surprised": 3}
 
-def blend(a:Moment, b:Moment, t:float) -> Moment:
-    "The moment between two others."
-    mix = lambda x, y: (1 - t)*x + t*y
-    return Moment(mix(a.controls, b.controls), mix(a.jaw, b.jaw), mix(a.lids, b.lids), mix(a.gaze, b.gaze), mix(a.rotation, b.rotation), a.emotion, a.valence, a.arousal)
 
-def film(out:Path, path:Path, id:str, split:str, studio:Studio, config:WorldConfig, rng, emotion:int, frames:int, wild:bool, turn=0.) -> list[Record]:
+def blend(a: Moment, b: Moment, t: float) -> Moment:
+    "The moment between two others."
+    mix = lambda x, y: (1 - t) * x + t * y
+    return Moment(
+        mix(a.controls, b.controls),
+        mix(a.jaw, b.jaw),
+        mix(a.lids, b.lids),
+        mix(a.gaze, b.gaze),
+        mix(a.rotation, b.rotation),
+        a.emotion,
+        a.valence,
+        a.arousal,
+    )
+
+
+def film(
+    out: Path,
+    path: Path,
+    id: str,
+    split: str,
+    studio: Studio,
+    config: WorldConfig,
+    rng,
+    emotion: int,
+    frames: int,
+    wild: bool,
+    turn=0.0,
+) -> list[Record]:
     "Write one clip and return the truth of its frames."
-    keys = [make_moment(studio.person, rng, emotion, wild) for _ in range(2 + frames//6)]
+    keys = [make_moment(studio.person, rng, emotion, wild) for _ in range(2 + frames // 6)]
     scene, records, pictures = sample_scene(rng, config.image_size, wild), [], []
-    for k in keys: k.rotation = .4*(k.rotation - keys[0].rotation) + keys[0].rotation + (0, turn, 0)
+    for k in keys:
+        k.rotation = 0.4 * (k.rotation - keys[0].rotation) + keys[0].rotation + (0, turn, 0)
     for k in range(frames):
-        at = k/max(1, frames - 1)*(len(keys) - 1)
+        at = k / max(1, frames - 1) * (len(keys) - 1)
         i = min(int(at), len(keys) - 2)
         moment = blend(keys[i], keys[i + 1], at - i)
         unposed, posed = studio.surface(moment)
         pictures.append(_shoot(studio, posed, scene, rng))
-        records.append(record(f"{id}/{k:02d}" if id.startswith("lrw") else f"{id}/{k:04d}", split, emotion, studio, moment, unposed, scene))
+        records.append(
+            record(
+                f"{id}/{k:02d}" if id.startswith("lrw") else f"{id}/{k:04d}",
+                split,
+                emotion,
+                studio,
+                moment,
+                unposed,
+                scene,
+            )
+        )
     write_video(path, pictures)
     return records
 
-def write_lrw(out:Path, config:WorldConfig, clip:int) -> list[Record]:
+
+def write_lrw(out: Path, config: WorldConfig, clip: int) -> list[Record]:
     "Write one clip of a spoken word."
     word, split = WORDS[clip % len(WORDS)], "val" if clip % 10 == 9 else "train"
-    name, rng = f"{word}_{clip//len(WORDS) + 1:05d}", generator(config.seed, "lrw", clip)
+    name, rng = f"{word}_{clip // len(WORDS) + 1:05d}", generator(config.seed, "lrw", clip)
     studio = Studio.of(make_person(config.seed, f"lrw/{clip}"))
-    path = out/"lrw"/"lipread_mp4"/word/split/f"{name}.mp4"
-    records = film(out, path, f"lrw/{word}/{split}/{name}", split, studio, config, rng, int(rng.choice(7, p=CLASS_SHARES)), config.lrw_frames, True)
-    with atomic(path.with_suffix(".txt")) as temporary: temporary.write_text(f"Disk reference: twin\nDuration: {config.lrw_frames/25:.2f} seconds\n")
+    path = out / "lrw" / "lipread_mp4" / word / split / f"{name}.mp4"
+    records = film(
+        out,
+        path,
+        f"lrw/{word}/{split}/{name}",
+        split,
+        studio,
+        config,
+        rng,
+        int(rng.choice(7, p=CLASS_SHARES)),
+        config.lrw_frames,
+        True,
+    )
+    with atomic(path.with_suffix(".txt")) as temporary:
+        temporary.write_text(f"Disk reference: twin\nDuration: {config.lrw_frames / 25:.2f} seconds\n")
     return records
 
-def mead_clips(config:WorldConfig) -> list[tuple]:
+
+def mead_clips(config: WorldConfig) -> list[tuple]:
     "Subject, view, emotion and level of each clip of the twin."
     rng, clips = generator(config.seed, "mead", "plan"), []
     while len(clips) < config.mead_clips:
-        subject, view, emotion = MEAD_SUBJECTS[len(clips) % len(MEAD_SUBJECTS)], str(rng.choice(list(VIEWS))), str(rng.choice(MEAD_EMOTIONS))
+        subject, view, emotion = (
+            MEAD_SUBJECTS[len(clips) % len(MEAD_SUBJECTS)],
+            str(rng.choice(list(VIEWS))),
+            str(rng.choice(MEAD_EMOTIONS)),
+        )
         clip = (subject, view, emotion, 1 if emotion == "neutral" else int(rng.integers(1, 4)))
-        if clip not in clips: clips.append(clip)
+        if clip not in clips:
+            clips.append(clip)
     return clips
 
-def write_mead(out:Path, config:WorldConfig, clip:int) -> list[Record]:
+
+def write_mead(out: Path, config: WorldConfig, clip: int) -> list[Record]:
     "Write one clip of an acted emotion."
     subject, view, emotion, level = mead_clips(config)[clip]
     split, rng = load_manifest("mead").splits.of(subject), generator(config.seed, "mead", clip)
     studio = Studio.of(make_person(config.seed, f"mead/{subject}"))
     place = Path(subject, "video", view, emotion, f"level_{level}")
-    return film(out, out/"mead"/place/"001.mp4", f"mead/{subject}/{view}/{emotion}/level_{level}/001", split, studio, config, rng,
-                MEAD_CLASS[emotion], config.mead_frames, False, VIEWS[view])
+    return film(
+        out,
+        out / "mead" / place / "001.mp4",
+        f"mead/{subject}/{view}/{emotion}/level_{level}/001",
+        split,
+        studio,
+        config,
+        rng,
+        MEAD_CLASS[emotion],
+        config.mead_frames,
+        False,
+        VIEWS[view],
+    )
 
 # %% ../../nbs/36_data.twins.ipynb #d36733d9
-def write_identity(out:Path, config:WorldConfig, identity:int) -> list[Record]:
+def write_identity(out: Path, config: WorldConfig, identity: int) -> list[Record]:
     "Write the images and the neutral scan of one identity."
     name, rng = f"I{identity + 1:04d}", generator(config.seed, "identity", identity)
-    base, split = out/"standins"/"identity", "val" if identity % 10 == 9 else "train"
+    base, split = out / "standins" / "identity", "val" if identity % 10 == 9 else "train"
     studio, records = Studio.of(make_person(config.seed, f"identity/{name}")), []
     for k in range(config.identity_images):
-        records.append(_still(base/"images"/name/f"{k:02d}.jpg", f"identity/{name}/{k:02d}", split, studio, config, rng, (.50, .68), int(rng.integers(7))))
-    rest = Moment(np.zeros(len(load_sculpt().expression_names)), np.zeros(3), np.zeros(2), np.zeros(6), np.zeros(3), 0, 0., 0.)
+        records.append(
+            _still(
+                base / "images" / name / f"{k:02d}.jpg",
+                f"identity/{name}/{k:02d}",
+                split,
+                studio,
+                config,
+                rng,
+                (0.50, 0.68),
+                int(rng.integers(7)),
+            )
+        )
+    rest = Moment(
+        np.zeros(len(load_sculpt().expression_names)), np.zeros(3), np.zeros(2), np.zeros(6), np.zeros(3), 0, 0.0, 0.0
+    )
     posed = studio.surface(rest)[1]
-    raw = scan(posed, landmarks_of(posed, "static51"), rng.uniform(.004, .02), scanner_pose(rng), rng)
-    write_scan(base/"scans"/f"{name}.ply", raw.vertices, raw.faces)
-    write_landmarks(base/"landmarks"/f"{name}.npy", raw.landmarks)
+    raw = scan(posed, landmarks_of(posed, "static51"), rng.uniform(0.004, 0.02), scanner_pose(rng), rng)
+    write_scan(base / "scans" / f"{name}.ply", raw.vertices, raw.faces)
+    write_landmarks(base / "landmarks" / f"{name}.npy", raw.landmarks)
     return records
 
 # %% ../../nbs/36_data.twins.ipynb #91762531
-def units(config:WorldConfig) -> list[tuple]:
+def units(config: WorldConfig) -> list[tuple]:
     "Name every unit of work: function name and arguments."
     ranges = lambda total, step: [(k, min(total, k + step)) for k in range(0, total, step)]
     work = [("bp4d", s) for s in bp4d_subjects(config)]
-    work += [("affectnet", folder, *r) for folder, classes in affectnet_plan(config).items() for r in ranges(len(classes), 60)]
-    work += [("celeba", *r) for r in ranges(config.celeba_identities, 10)] + [("ffhq", *r) for r in ranges(config.ffhq_images, 50)]
+    work += [
+        ("affectnet", folder, *r)
+        for folder, classes in affectnet_plan(config).items()
+        for r in ranges(len(classes), 60)
+    ]
+    work += [("celeba", *r) for r in ranges(config.celeba_identities, 10)] + [
+        ("ffhq", *r) for r in ranges(config.ffhq_images, 50)
+    ]
     work += [("lrw", k) for k in range(config.lrw_clips)] + [("mead", k) for k in range(config.mead_clips)]
     return work + [("identity", k) for k in range(config.identity_identities)]
 
-WRITERS = {"bp4d": write_bp4d, "affectnet": write_affectnet, "celeba": write_celeba, "ffhq": write_ffhq,
-           "lrw": write_lrw, "mead": write_mead, "identity": write_identity}
+
+WRITERS = {
+    "bp4d": write_bp4d,
+    "affectnet": write_affectnet,
+    "celeba": write_celeba,
+    "ffhq": write_ffhq,
+    "lrw": write_lrw,
+    "mead": write_mead,
+    "identity": write_identity,
+}
+
 
 def _unit(job):
     out, truth, config, unit = job
-    part = truth/".parts"/("_".join(map(str, unit)) + ".npz")
-    if not part.is_file(): save_truth(part, WRITERS[unit[0]](out, config, *unit[1:]))
+    part = truth / ".parts" / ("_".join(map(str, unit)) + ".npz")
+    if not part.is_file():
+        save_truth(part, WRITERS[unit[0]](out, config, *unit[1:]))
     return unit[0], part
+
 
 def _all_units(jobs, workers):
     "Do all units in this and further processes, each with one thread."
-    with one_thread("cv2", "torch"): yield from work_together(_unit, jobs, workers, "cv2", "torch")
+    with one_thread("cv2", "torch"):
+        yield from work_together(_unit, jobs, workers, "cv2", "torch")
 
 # %% ../../nbs/36_data.twins.ipynb #4ef7d84c
 def build_world(
-    out:Path|str,                 # folder of the twins
-    truth:Path|str,               # folder of what is true; no reader knows it
-    config:WorldConfig,           # sizes and seed
-    workers:int=1,                # processes, this one among them
-    progress=None,                # called with (done, total, label)
-) -> dict[str, int]:              # images of each dataset
+    out: Path | str,  # folder of the twins
+    truth: Path | str,  # folder of what is true; no reader knows it
+    config: WorldConfig,  # sizes and seed
+    workers: int = 1,  # processes, this one among them
+    progress=None,  # called with (done, total, label)
+) -> dict[str, int]:  # images of each dataset
     "Write the demo world; continue one that was interrupted."
     out, truth = Path(out), Path(truth)
-    note, made_with = truth/".parts"/"made_with.json", {"config": to_dict(config), "world": CONSTANTS.version, "head_sha256": _head().sha256}
-    if note.is_file() and read_json(note) != made_with: shutil.rmtree(note.parent)
+    note, made_with = (
+        truth / ".parts" / "made_with.json",
+        {"config": to_dict(config), "world": CONSTANTS.version, "head_sha256": _head().sha256},
+    )
+    if note.is_file() and read_json(note) != made_with:
+        shutil.rmtree(note.parent)
     write_json(note, made_with)
     jobs, parts = [(out, truth, config, u) for u in units(config)], {}
     for done, (name, part) in enumerate(_all_units(jobs, workers), 1):
         parts.setdefault(name, []).append(part)
-        if progress: progress(done, len(jobs), name)
+        if progress:
+            progress(done, len(jobs), name)
     counts = {}
     for name in sorted(parts, key=list(WRITERS).index):
         files, merged = parts[name], {}
         for file in files:
             with np.load(file, allow_pickle=False) as z:
-                for k in z.files: merged.setdefault(k, []).append(z[k])
+                for k in z.files:
+                    merged.setdefault(k, []).append(z[k])
         arrays = {k: np.concatenate(v) for k, v in merged.items()}
         order = np.argsort(arrays["id"])
-        with atomic(truth/f"{name}.npz") as temporary, open(temporary, "wb") as file: np.savez(file, **{k: v[order] for k, v in arrays.items()})
+        with atomic(truth / f"{name}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{k: v[order] for k, v in arrays.items()})
         counts[name] = len(order)
         _describe(out, name, config, arrays["split"], zip(arrays["id"][order], arrays["emotion"][order]))
-    for file in (truth/".parts").iterdir(): file.unlink()
-    (truth/".parts").rmdir()
+    for file in (truth / ".parts").iterdir():
+        file.unlink()
+    (truth / ".parts").rmdir()
     return counts
 
 # %% ../../nbs/36_data.twins.ipynb #1f7044fe
 def _describe(out, name, config, splits, labels):
     "Write the lists of a twin and its `twin.json`."
-    folder = out/"standins"/"identity" if name == "identity" else out/name
-    extra = {"lrw": {"frames_per_clip": config.lrw_frames}, "mead": {"frames_per_clip": config.mead_frames, "subjects": sorted({c[0] for c in mead_clips(config)})},
-             "bp4d": {"subjects": bp4d_subjects(config), "unit": "mm", "scan_offset": 1},
-             "identity": {"subjects": [f"I{k + 1:04d}" for k in range(config.identity_identities)], "unit": "mm"}}.get(name, {})
+    folder = out / "standins" / "identity" if name == "identity" else out / name
+    extra = {
+        "lrw": {"frames_per_clip": config.lrw_frames},
+        "mead": {"frames_per_clip": config.mead_frames, "subjects": sorted({c[0] for c in mead_clips(config)})},
+        "bp4d": {"subjects": bp4d_subjects(config), "unit": "mm", "scan_offset": 1},
+        "identity": {"subjects": [f"I{k + 1:04d}" for k in range(config.identity_identities)], "unit": "mm"},
+    }.get(name, {})
     if name == "celeba":
-        number = lambda i, k: i*config.celeba_images + k + 1
-        with atomic(folder/"identity_CelebA.txt") as t:
-            t.write_text("".join(f"{number(i, k):06d}.jpg {i + 1}\n" for i in range(config.celeba_identities) for k in range(config.celeba_images)))
+        number = lambda i, k: i * config.celeba_images + k + 1
+        with atomic(folder / "identity_CelebA.txt") as t:
+            t.write_text(
+                "".join(
+                    f"{number(i, k):06d}.jpg {i + 1}\n"
+                    for i in range(config.celeba_identities)
+                    for k in range(config.celeba_images)
+                )
+            )
     if name == "ffhq":
-        entry = lambda k: {"category": "training", "image": {"file_path": f"images1024x1024/{k//1000*1000:05d}/{k:05d}.png"}}
-        write_json(folder/"ffhq-dataset-v2.json", {str(k): entry(k) for k in range(config.ffhq_images)})
+        entry = lambda k: {
+            "category": "training",
+            "image": {"file_path": f"images1024x1024/{k // 1000 * 1000:05d}/{k:05d}.png"},
+        }
+        write_json(folder / "ffhq-dataset-v2.json", {str(k): entry(k) for k in range(config.ffhq_images)})
     if name == "identity":
-        with atomic(folder/"labels.csv") as t:
+        with atomic(folder / "labels.csv") as t:
             t.write_text("image,emotion,valence,arousal\n" + "".join(f"{i[9:]}.jpg,{e},,\n" for i, e in labels))
-        with atomic(folder/"identities.csv") as t:
-            t.write_text("id,split\n" + "".join(f"I{k + 1:04d},{'val' if k % 10 == 9 else 'train'}\n" for k in range(config.identity_identities)))
+        with atomic(folder / "identities.csv") as t:
+            t.write_text(
+                "id,split\n"
+                + "".join(
+                    f"I{k + 1:04d},{'val' if k % 10 == 9 else 'train'}\n" for k in range(config.identity_identities)
+                )
+            )
     counts = {s: int((splits == s).sum()) for s in ("train", "val", "test")}
-    write_json(folder/"twin.json", {"world": CONSTANTS.version, "dataset": name, "counts": counts, "seed": config.seed, "image_size": config.image_size,
-                                    "head_sha256": _head().sha256, **extra})
+    write_json(
+        folder / "twin.json",
+        {
+            "world": CONSTANTS.version,
+            "dataset": name,
+            "counts": counts,
+            "seed": config.seed,
+            "image_size": config.image_size,
+            "head_sha256": _head().sha256,
+            **extra,
+        },
+    )
 
 # %% ../../nbs/36_data.twins.ipynb #5b47b903
 def gallery(
-    root:Path|str,                # folder of the datasets
-    name:str,                     # dataset
-    count:int=8,                  # pictures
-) -> list[np.ndarray]:            # evenly picked pictures, RGB uint8
+    root: Path | str,  # folder of the datasets
+    name: str,  # dataset
+    count: int = 8,  # pictures
+) -> list[np.ndarray]:  # evenly picked pictures, RGB uint8
     "Return pictures from all over a twin, as its reader reads them; raise `ValueError` if it holds none."
     items = open_dataset(name, root).items
-    if not items: raise ValueError(f"{Path(root)/name} holds no picture that can be read; build the world again")
+    if not items:
+        raise ValueError(f"{Path(root) / name} holds no picture that can be read; build the world again")
     return [items[k].read_image() for k in np.linspace(0, len(items) - 1, count).round().astype(int)]

@@ -19,15 +19,17 @@ from ..types import HeadParams, Prediction
 from .emotion import Labels, run_protocol
 
 # %% ../../nbs/71_evaluation.calibration.ipynb #de10edfa
-BARS = {"accuracy": (.60, .75), "V-CCC": (.75, .85), "A-CCC": (.65, .75)}
+BARS = {"accuracy": (0.60, 0.75), "V-CCC": (0.75, 0.85), "A-CCC": (0.65, 0.75)}
+
 
 @dataclass
 class Measurement:
     "What the probe read from the oracle's parameters."
-    records:dict                  # measure -> record, with interval
-    chance:dict                   # what guessing gives
-    shuffled:dict                 # measure -> record of the probe on shuffled labels
-    n:int                         # images
+
+    records: dict  # measure -> record, with interval
+    chance: dict  # what guessing gives
+    shuffled: dict  # measure -> record of the probe on shuffled labels
+    n: int  # images
 
     @property
     def inside(self):
@@ -35,16 +37,18 @@ class Measurement:
         return {k: bool(low <= self.records[k]["mean"] <= high) for k, (low, high) in BARS.items()}
 
     @property
-    def good(self): return all(self.inside.values())
+    def good(self):
+        return all(self.inside.values())
+
 
 def measure(
-    params:HeadParams,            # the oracle's parameters of N calibration images
-    classes,                      # (N,) classes
-    valence,                      # (N,) in [-1,1]
-    arousal,                      # (N,) in [-1,1]
-    config:EvaluationConfig|None=None, # of the probe; the default one if None
-    seed:int=0,                   # of folds and probe
-) -> Measurement:                 # records and bars
+    params: HeadParams,  # the oracle's parameters of N calibration images
+    classes,  # (N,) classes
+    valence,  # (N,) in [-1,1]
+    arousal,  # (N,) in [-1,1]
+    config: EvaluationConfig | None = None,  # of the probe; the default one if None
+    seed: int = 0,  # of folds and probe
+) -> Measurement:  # records and bars
     "Probe the oracle exactly as held-out images are probed."
     ids = [str(i) for i in range(len(params))]
     labels = Labels(ids, np.asarray(classes, int), np.asarray(valence, float), np.asarray(arousal, float))
@@ -52,82 +56,110 @@ def measure(
     return Measurement(found["methods"]["oracle"], found["chance"], found["controls"]["shuffled"], found["validated"])
 
 # %% ../../nbs/71_evaluation.calibration.ipynb #1fd504f2
-CALIBRATION_SEED = 777            # of people and moments found in no world
+CALIBRATION_SEED = 777  # of people and moments found in no world
+
 
 def oracle_set(
-    images:int=100,               # of each class
-    seed:int=CALIBRATION_SEED,    # of the people; never that of a world
-    constants:WorldConstants=CONSTANTS, # how emotion shows
-) -> tuple:                       # parameters (N), classes (N,), valence (N,), arousal (N,)
+    images: int = 100,  # of each class
+    seed: int = CALIBRATION_SEED,  # of the people; never that of a world
+    constants: WorldConstants = CONSTANTS,  # how emotion shows
+) -> tuple:  # parameters (N), classes (N,), valence (N,), arousal (N,)
     "Draw calibration moments and return what the oracle sees of them, with their labels."
     plan, moments, surfaces = affectnet_plan(WorldConfig(seed=seed, affectnet_heldout=images))["val_set"], [], []
     for k, emotion in enumerate(plan):
-        if emotion == 7: continue                                            # Contempt, which AffectNet-7 discards
+        if emotion == 7:
+            continue  # Contempt, which AffectNet-7 discards
         person = make_person(seed, f"affectnet/val_set/{k}", constants)
-        moments.append(make_moment(person, generator(seed, "affectnet", "val_set", k), emotion, wild=True, constants=constants))
+        moments.append(
+            make_moment(person, generator(seed, "affectnet", "val_set", k), emotion, wild=True, constants=constants)
+        )
         surfaces.append(unposed_surface(person, moments[-1]))
-    x = np.concatenate([project_surfaces(np.stack(surfaces[k:k + 64]))[0] for k in range(0, len(surfaces), 64)])
+    x = np.concatenate([project_surfaces(np.stack(surfaces[k : k + 64]))[0] for k in range(0, len(surfaces), 64)])
     params = HeadParams.neutral(len(moments))
-    params.shape[:], params.expression[:] = (torch.from_numpy(np.ascontiguousarray(part)) for part in (x[:, :300], x[:, 300:]))
+    params.shape[:], params.expression[:] = (
+        torch.from_numpy(np.ascontiguousarray(part)) for part in (x[:, :300], x[:, 300:])
+    )
     for name, values in (("eyelids", [m.lids for m in moments]), ("jaw", [m.jaw for m in moments])):
         getattr(params, name)[:] = torch.from_numpy(np.stack(values))
     return params, *(np.array([getattr(m, name) for m in moments]) for name in ("emotion", "valence", "arousal"))
 
+
 def measure_oracle(
-    images:int=100,               # of each class; 100 is the size of the held-out set of the demo profile
-    seed:int=CALIBRATION_SEED,    # of the people
-    constants:WorldConstants=CONSTANTS, # how emotion shows
-    config:EvaluationConfig|None=None, # of the probe
-) -> Measurement:                 # to be held against `BARS`
+    images: int = 100,  # of each class; 100 is the size of the held-out set of the demo profile
+    seed: int = CALIBRATION_SEED,  # of the people
+    constants: WorldConstants = CONSTANTS,  # how emotion shows
+    config: EvaluationConfig | None = None,  # of the probe
+) -> Measurement:  # to be held against `BARS`
     "Measure how much of its emotions a world shows to the truth itself."
     return measure(*oracle_set(images, seed, constants), config)
 
 # %% ../../nbs/71_evaluation.calibration.ipynb #fc5afa84
 def bisect(
-    value_at:Callable,            # constant -> measured value, falling
-    low:float,                    # a constant that is too easy
-    high:float,                   # a constant that is too hard
-    target:float,                 # value wanted
-    steps:int=6,                  # halvings
-) -> tuple[float, list]:          # the constant, and all pairs tried
+    value_at: Callable,  # constant -> measured value, falling
+    low: float,  # a constant that is too easy
+    high: float,  # a constant that is too hard
+    target: float,  # value wanted
+    steps: int = 6,  # halvings
+) -> tuple[float, list]:  # the constant, and all pairs tried
     "Halve a bracket around the constant whose value is the target; raise `ValueError` if the bracket does not hold it."
     tried = [(low, value_at(low)), (high, value_at(high))]
     if not tried[0][1] >= target >= tried[1][1]:
-        raise ValueError(f"the target {target:g} is not between {tried[1][1]:.3g} at {high:g} and {tried[0][1]:.3g} at {low:g}; widen the bracket")
+        raise ValueError(
+            f"the target {target:g} is not between {tried[1][1]:.3g} at {high:g} and {tried[0][1]:.3g} at {low:g}; widen the bracket"
+        )
     for _ in range(steps):
-        middle = (low + high)/2
+        middle = (low + high) / 2
         tried.append((middle, value_at(middle)))
-        if tried[-1][1] >= target: low = middle
-        else: high = middle
-    return (low + high)/2, tried
+        if tried[-1][1] >= target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2, tried
 
 # %% ../../nbs/71_evaluation.calibration.ipynb #adcdee7c
 def freeze(
-    path:Path,                    # file of the frozen world
-    version:str,                  # of the world's constants
-    constants:dict,               # plain values that decide the world's emotions
-    measured:Measurement,         # of the oracle, with these constants
-) -> dict:                        # what was written
+    path: Path,  # file of the frozen world
+    version: str,  # of the world's constants
+    constants: dict,  # plain values that decide the world's emotions
+    measured: Measurement,  # of the oracle, with these constants
+) -> dict:  # what was written
     "Write the constants of the world; raise `ValueError` if a bar is missed or the version is already frozen with others."
     if not measured.good:
-        missed = ", ".join(f"{k} {measured.records[k]['mean']:.3f} is not in {BARS[k][0]:g} to {BARS[k][1]:g}" for k, ok in measured.inside.items() if not ok)
+        missed = ", ".join(
+            f"{k} {measured.records[k]['mean']:.3f} is not in {BARS[k][0]:g} to {BARS[k][1]:g}"
+            for k, ok in measured.inside.items()
+            if not ok
+        )
         raise ValueError(f"the world is not calibrated ({missed}); change its constants before freezing them")
     if Path(path).is_file():
         old = read_json(path)
         if old["version"] == version and old["fingerprint"] != fingerprint(constants):
             raise ValueError(f"{path} froze other constants as version {version}; a changed world needs a new version")
-    write_json(path, {"version": version, "fingerprint": fingerprint(constants), "constants": constants, "images": measured.n,
-                      "oracle": {k: measured.records[k] for k in BARS}, "bars": {k: list(v) for k, v in BARS.items()},
-                      "shuffled": {k: measured.shuffled[k] for k in BARS}})
+    write_json(
+        path,
+        {
+            "version": version,
+            "fingerprint": fingerprint(constants),
+            "constants": constants,
+            "images": measured.n,
+            "oracle": {k: measured.records[k] for k in BARS},
+            "bars": {k: list(v) for k, v in BARS.items()},
+            "shuffled": {k: measured.shuffled[k] for k in BARS},
+        },
+    )
     return read_json(path)
 
+
 def gap(
-    emotion:dict,                 # contents of metrics/emotion.json of a run with pre-training only
-    better:str="oracle",          # upper method
-    worse:str="F0",               # lower method
-    least:float=.08,              # points of accuracy that must lie between
-) -> dict:                        # the paired difference, and whether it is large enough
+    emotion: dict,  # contents of metrics/emotion.json of a run with pre-training only
+    better: str = "oracle",  # upper method
+    worse: str = "F0",  # lower method
+    least: float = 0.08,  # points of accuracy that must lie between
+) -> dict:  # the paired difference, and whether it is large enough
     "Check once, before any other method is trained, that there is room between pre-training and the truth."
     record = find(emotion, f"protocols/heldout/differences/{better}-{worse}/accuracy")
-    if record is None: raise ValueError(f"metrics/emotion.json does not compare {better} with {worse}; run the step `emotion` with both")
+    if record is None:
+        raise ValueError(
+            f"metrics/emotion.json does not compare {better} with {worse}; run the step `emotion` with both"
+        )
     return record | {"enough": bool(record["mean"] >= least), "least": least}

@@ -19,153 +19,334 @@ from ..training.loop import read_log
 @dataclass(frozen=True)
 class Claim:
     "One sentence of the paper, or of common sense, as a difference with a direction."
-    key:str                       # short name
-    sentence:str                  # what is claimed
-    file:str                      # metrics file that holds the difference
-    trail:str                     # where, with {pair}
-    pair:str                      # "first-second"
-    better:str                    # higher | lower: which sign of first - second confirms it
-    loud:bool = False             # said at the head of the report if it does not hold
+
+    key: str  # short name
+    sentence: str  # what is claimed
+    file: str  # metrics file that holds the difference
+    trail: str  # where, with {pair}
+    pair: str  # "first-second"
+    better: str  # higher | lower: which sign of first - second confirms it
+    loud: bool = False  # said at the head of the report if it does not hold
+
 
 _HELD, _ERROR = "protocols/heldout/differences/{pair}/", "differences/{pair}/"
 
 CLAIMS = (
-    Claim("F2<F1", "3D supervision lowers the error of expression and jaw (F2 below F1)", "parameters", _ERROR + "expression_jaw", "F2-F1", "lower", True),
-    Claim("F2<constant", "3D supervision is better than predicting the mean expression (F2 below the constant predictor)", "parameters", _ERROR + "expression_jaw", "F2-constant", "lower"),
-    Claim("F4<F3", "with the emotion loss it still does (F4 below F3)", "parameters", _ERROR + "expression_jaw", "F4-F3", "lower", True),
-    Claim("F3>F1 accuracy", "the emotion loss raises classification accuracy (F3 above F1)", "emotion", _HELD + "accuracy", "F3-F1", "higher", True),
-    Claim("F3>F1 valence", "the emotion loss raises concordance of valence (F3 above F1)", "emotion", _HELD + "V-CCC", "F3-F1", "higher"),
-    Claim("F4>F1 accuracy", "both signals together beat the baseline in accuracy (F4 above F1)", "emotion", _HELD + "accuracy", "F4-F1", "higher", True),
-    Claim("F4>F1 valence", "both signals together beat the baseline in valence (F4 above F1)", "emotion", _HELD + "V-CCC", "F4-F1", "higher"),
-    Claim("F4>F0 accuracy", "training beats pre-training alone in accuracy (F4 above F0)", "emotion", _HELD + "accuracy", "F4-F0", "higher"),
+    Claim(
+        "F2<F1",
+        "3D supervision lowers the error of expression and jaw (F2 below F1)",
+        "parameters",
+        _ERROR + "expression_jaw",
+        "F2-F1",
+        "lower",
+        True,
+    ),
+    Claim(
+        "F2<constant",
+        "3D supervision is better than predicting the mean expression (F2 below the constant predictor)",
+        "parameters",
+        _ERROR + "expression_jaw",
+        "F2-constant",
+        "lower",
+    ),
+    Claim(
+        "F4<F3",
+        "with the emotion loss it still does (F4 below F3)",
+        "parameters",
+        _ERROR + "expression_jaw",
+        "F4-F3",
+        "lower",
+        True,
+    ),
+    Claim(
+        "F3>F1 accuracy",
+        "the emotion loss raises classification accuracy (F3 above F1)",
+        "emotion",
+        _HELD + "accuracy",
+        "F3-F1",
+        "higher",
+        True,
+    ),
+    Claim(
+        "F3>F1 valence",
+        "the emotion loss raises concordance of valence (F3 above F1)",
+        "emotion",
+        _HELD + "V-CCC",
+        "F3-F1",
+        "higher",
+    ),
+    Claim(
+        "F4>F1 accuracy",
+        "both signals together beat the baseline in accuracy (F4 above F1)",
+        "emotion",
+        _HELD + "accuracy",
+        "F4-F1",
+        "higher",
+        True,
+    ),
+    Claim(
+        "F4>F1 valence",
+        "both signals together beat the baseline in valence (F4 above F1)",
+        "emotion",
+        _HELD + "V-CCC",
+        "F4-F1",
+        "higher",
+    ),
+    Claim(
+        "F4>F0 accuracy",
+        "training beats pre-training alone in accuracy (F4 above F0)",
+        "emotion",
+        _HELD + "accuracy",
+        "F4-F0",
+        "higher",
+    ),
     Claim("F4>EMOCA", "FIELDS beats EMOCA's loss in accuracy", "emotion", _HELD + "accuracy", "F4-EMOCA", "higher"),
     Claim("F4>SMIRK", "FIELDS beats SMIRK in accuracy", "emotion", _HELD + "accuracy", "F4-SMIRK", "higher"),
     Claim("F4>TEASER", "FIELDS beats TEASER in accuracy", "emotion", _HELD + "accuracy", "F4-TEASER", "higher"),
-    Claim("F4 vertices", "supervision costs little geometry (F4 against F1, expression only)", "geometry", _ERROR + "expression_only/vertices", "F4-F1", "lower"),
+    Claim(
+        "F4 vertices",
+        "supervision costs little geometry (F4 against F1, expression only)",
+        "geometry",
+        _ERROR + "expression_only/vertices",
+        "F4-F1",
+        "lower",
+    ),
 )
 
+
 def judge(
-    record:dict|None,             # difference with `mean` and `resolved`, or None
-    better:str,                   # higher | lower
-) -> str:                         # confirmed | contradicted | not resolved | not measured
+    record: dict | None,  # difference with `mean` and `resolved`, or None
+    better: str,  # higher | lower
+) -> str:  # confirmed | contradicted | not resolved | not measured
     "Say what a difference says about a claim."
-    if not record or record.get("mean") is None: return "not measured"
-    if not record["resolved"]: return "not resolved"
+    if not record or record.get("mean") is None:
+        return "not measured"
+    if not record["resolved"]:
+        return "not resolved"
     return "confirmed" if (record["mean"] > 0) == (better == "higher") else "contradicted"
 
 # %% ../../nbs/74_evaluation.claims.ipynb #85e475f0
-BAR = .75                         # of the mean head's error in the network's pose
+BAR = 0.75  # of the mean head's error in the network's pose
+
 
 def losses(
-    run:Path,                     # run folder
-    draws:int=1000,               # bootstrap resamples
-) -> dict:                        # method -> objective -> first, last, change
+    run: Path,  # run folder
+    draws: int = 1000,  # bootstrap resamples
+) -> dict:  # method -> objective -> first, last, change
     "Write `metrics/training.json`: every objective at the beginning and the end of every training."
     result = {}
-    for path in sorted((Path(run)/"checkpoints").glob("*/log.csv")):
+    for path in sorted((Path(run) / "checkpoints").glob("*/log.csv")):
         for term, (_, values) in read_log(path).items():
-            if not term.endswith("objective") or len(values) < 4: continue
-            v, k = np.asarray(values, float), min(max(3, len(values)//10), len(values)//2)
+            if not term.endswith("objective") or len(values) < 4:
+                continue
+            v, k = np.asarray(values, float), min(max(3, len(values) // 10), len(values) // 2)
             generator = np.random.default_rng([k, 10])
             first, last = (part[generator.integers(0, k, (draws, k))].mean(1) for part in (v[:k], v[-k:]))
-            change = number(v[-k:].mean()/v[:k].mean() - 1, last/first - 1, None, len(v))
+            change = number(v[-k:].mean() / v[:k].mean() - 1, last / first - 1, None, len(v))
             result.setdefault(path.parent.name, {})[term] = {
-                "first": number(v[:k].mean(), first, None, k), "last": number(v[-k:].mean(), last, None, k),
-                "change": change | {"resolved": change["ci_high"] < 0 or change["ci_low"] > 0}}
-    return write_metrics(Path(run)/"metrics"/"training.json", {"losses": result})
+                "first": number(v[:k].mean(), first, None, k),
+                "last": number(v[-k:].mean(), last, None, k),
+                "change": change | {"resolved": change["ci_high"] < 0 or change["ci_low"] > 0},
+            }
+    return write_metrics(Path(run) / "metrics" / "training.json", {"losses": result})
 
 # %% ../../nbs/74_evaluation.claims.ipynb #489c7fc8
 def below(
-    record:dict|None,             # a record with an interval, or None
-    bar:float,                    # limit
-) -> str:                         # confirmed | contradicted | not resolved | not measured
+    record: dict | None,  # a record with an interval, or None
+    bar: float,  # limit
+) -> str:  # confirmed | contradicted | not resolved | not measured
     "Say whether a number is at or below a bar."
-    if not record or record.get("mean") is None or record.get("ci_high") is None: return "not measured"
+    if not record or record.get("mean") is None or record.get("ci_high") is None:
+        return "not measured"
     return "confirmed" if record["ci_high"] <= bar else "contradicted" if record["ci_low"] > bar else "not resolved"
+
 
 def _beside(files, entries, scale=1.0, places=3):
     "Look up the numbers that stand beside a check."
     found = [(label, trail, find(files[trail.split(".")[0]], trail.partition(":")[2])) for label, trail in entries]
-    return [{"label": label, "trail": trail, "record": r, "scale": scale, "places": places} for label, trail, r in found if r]
+    return [
+        {"label": label, "trail": trail, "record": r, "scale": scale, "places": places}
+        for label, trail, r in found
+        if r
+    ]
+
 
 def training_checks(
-    files:dict,                   # name -> contents of metrics/NAME.json: training, landmarks, parameters
-) -> list[dict]:                  # key, sentence, verdict, measured, what stands beside it
+    files: dict,  # name -> contents of metrics/NAME.json: training, landmarks, parameters
+) -> list[dict]:  # key, sentence, verdict, measured, what stands beside it
     "Check that losses fall, that points are found on unseen people, and that 3D supervision reaches them."
     rows, places = [], {"affectnet_val": "held-out AffectNet images", "bp4d_test": "BP4D test subjects"}
     for method, terms in (find(files["training"], "losses") or {}).items():
         for term, r in terms.items():
             at = f"training.json:losses/{method}/{term}/"
-            rows.append({"key": f"{method} {term}", "sentence": f"the loss falls: {term} of {method}, change from the first to the last tenth of the steps (%)", "record": r["change"], "trail": at + "change", "loud": True,
-                         "scale": 100, "places": 1, "verdict": judge(r["change"], "lower"), "beside": _beside(files, [("first", at + "first"), ("last", at + "last")])})
+            rows.append(
+                {
+                    "key": f"{method} {term}",
+                    "sentence": f"the loss falls: {term} of {method}, change from the first to the last tenth of the steps (%)",
+                    "record": r["change"],
+                    "trail": at + "change",
+                    "loud": True,
+                    "scale": 100,
+                    "places": 1,
+                    "verdict": judge(r["change"], "lower"),
+                    "beside": _beside(files, [("first", at + "first"), ("last", at + "last")]),
+                }
+            )
     for which, where in places.items():
         known = find(files["landmarks"], which) or {}
         method = next((m for m in ("F4", "F3", "F2", "F1", "F0") if m in known), "F4")
         at = f"landmarks.json:{which}/{method}/"
         record = find(known, f"{method}/ratio_to_mean_head")
-        rows.append({"key": f"points {which}", "sentence": f"on {where} the 105-point error of {method} is at most {100*BAR:g}% of the mean head's in the network's own pose (%)", "record": record,
-                     "trail": at + "ratio_to_mean_head", "loud": True, "scale": 100, "places": 1, "verdict": below(record, BAR), "beside": _beside(files, [
-                         ("network", at + "network"), ("mean head, network's pose", at + "mean_head_network_pose"), ("mean head, pose refitted", at + "mean_head_fitted_pose")], 100, 2)})
+        rows.append(
+            {
+                "key": f"points {which}",
+                "sentence": f"on {where} the 105-point error of {method} is at most {100 * BAR:g}% of the mean head's in the network's own pose (%)",
+                "record": record,
+                "trail": at + "ratio_to_mean_head",
+                "loud": True,
+                "scale": 100,
+                "places": 1,
+                "verdict": below(record, BAR),
+                "beside": _beside(
+                    files,
+                    [
+                        ("network", at + "network"),
+                        ("mean head, network's pose", at + "mean_head_network_pose"),
+                        ("mean head, pose refitted", at + "mean_head_fitted_pose"),
+                    ],
+                    100,
+                    2,
+                ),
+            }
+        )
     at = "parameters.json:differences/F4-F1/expression_jaw"
     record = find(files["parameters"], at.partition(":")[2])
-    rows.append({"key": "F4<F1", "sentence": "on BP4D test subjects the error of {ψ, jaw} of F4 is below F1's (F4 minus F1)", "record": record, "trail": at, "loud": True, "scale": 1, "places": 4, "verdict": judge(record, "lower"),
-                 "beside": _beside(files, [(n, f"parameters.json:{root}/errors/expression_jaw") for n, root in (("F4", "methods/F4"), ("F1", "methods/F1"), ("constant predictor", "controls/constant"))], 1, 4)})
+    rows.append(
+        {
+            "key": "F4<F1",
+            "sentence": "on BP4D test subjects the error of {ψ, jaw} of F4 is below F1's (F4 minus F1)",
+            "record": record,
+            "trail": at,
+            "loud": True,
+            "scale": 1,
+            "places": 4,
+            "verdict": judge(record, "lower"),
+            "beside": _beside(
+                files,
+                [
+                    (n, f"parameters.json:{root}/errors/expression_jaw")
+                    for n, root in (
+                        ("F4", "methods/F4"),
+                        ("F1", "methods/F1"),
+                        ("constant predictor", "controls/constant"),
+                    )
+                ],
+                1,
+                4,
+            ),
+        }
+    )
     return rows
 
 # %% ../../nbs/74_evaluation.claims.ipynb #dc6c4c51
 def sanity(
-    emotion:dict,                 # metrics/emotion.json
-) -> list[dict]:                  # key, sentence, verdict, measured
+    emotion: dict,  # metrics/emotion.json
+) -> list[dict]:  # key, sentence, verdict, measured
     "Check the oracle and the controls of the held-out protocol."
     held = find(emotion, "protocols/heldout") or {}
     rows = []
     for pair, measures in sorted(held.get("differences", {}).items()):
-        if not pair.startswith("oracle-"): continue
+        if not pair.startswith("oracle-"):
+            continue
         lost = [k for k in ("accuracy", "V-CCC", "A-CCC") if measures[k]["resolved"] and measures[k]["mean"] < 0]
-        rows.append({"key": pair, "sentence": f"the oracle is not below {pair.removeprefix('oracle-')}", "verdict": "contradicted" if lost else "confirmed",
-                     "record": measures["accuracy"], "trail": f"emotion.json:protocols/heldout/differences/{pair}/accuracy"})
+        rows.append(
+            {
+                "key": pair,
+                "sentence": f"the oracle is not below {pair.removeprefix('oracle-')}",
+                "verdict": "contradicted" if lost else "confirmed",
+                "record": measures["accuracy"],
+                "trail": f"emotion.json:protocols/heldout/differences/{pair}/accuracy",
+            }
+        )
     for control, words in (("shuffled", "the probe on shuffled labels"), ("constant", "the constant predictor")):
         measured, chance = find(held, f"controls/{control}"), held.get("chance")
-        if not measured: continue
-        checks = [("accuracy", chance["accuracy"], chance["accuracy_band"]), ("V-CCC", 0, chance["ccc_band"]), ("A-CCC", 0, chance["ccc_band"])]
+        if not measured:
+            continue
+        checks = [
+            ("accuracy", chance["accuracy"], chance["accuracy_band"]),
+            ("V-CCC", 0, chance["ccc_band"]),
+            ("A-CCC", 0, chance["ccc_band"]),
+        ]
         for key, centre, band in checks:
             inside = abs(measured[key]["mean"] - centre) <= band
-            rows.append({"key": f"{control} {key}", "sentence": f"{words} is at chance in {key} ({centre:.3f} +- {band:.3f})",
-                         "verdict": "confirmed" if inside else "contradicted", "record": measured[key], "trail": f"emotion.json:protocols/heldout/controls/{control}/{key}"})
+            rows.append(
+                {
+                    "key": f"{control} {key}",
+                    "sentence": f"{words} is at chance in {key} ({centre:.3f} +- {band:.3f})",
+                    "verdict": "confirmed" if inside else "contradicted",
+                    "record": measured[key],
+                    "trail": f"emotion.json:protocols/heldout/controls/{control}/{key}",
+                }
+            )
     return rows
 
 # %% ../../nbs/74_evaluation.claims.ipynb #2015fcd9
 def ablation(
-    run:Path,                     # run folder
-) -> dict:                        # what was written
+    run: Path,  # run folder
+) -> dict:  # what was written
     "Write `metrics/ablation.json`: every claim and check with its difference and its verdict; `metrics/data.json` and `metrics/training.json` with it."
     count_data(run)
     losses(run)
-    files = {n: read_metrics(Path(run)/"metrics"/f"{n}.json") for n in ("emotion", "parameters", "geometry", "landmarks", "training")}
+    files = {
+        n: read_metrics(Path(run) / "metrics" / f"{n}.json")
+        for n in ("emotion", "parameters", "geometry", "landmarks", "training")
+    }
     rows = []
     for claim in CLAIMS:
         trail = claim.trail.format(pair=claim.pair)
         record = find(files[claim.file], trail)
-        rows.append({"key": claim.key, "sentence": claim.sentence, "better": claim.better, "loud": claim.loud, "pair": claim.pair,
-                     "record": record, "trail": f"{claim.file}.json:{trail}", "verdict": judge(record, claim.better)})
-    return write_metrics(Path(run)/"metrics"/"ablation.json", {"training": training_checks(files), "claims": rows, "sanity": sanity(files["emotion"])})
+        rows.append(
+            {
+                "key": claim.key,
+                "sentence": claim.sentence,
+                "better": claim.better,
+                "loud": claim.loud,
+                "pair": claim.pair,
+                "record": record,
+                "trail": f"{claim.file}.json:{trail}",
+                "verdict": judge(record, claim.better),
+            }
+        )
+    return write_metrics(
+        Path(run) / "metrics" / "ablation.json",
+        {"training": training_checks(files), "claims": rows, "sanity": sanity(files["emotion"])},
+    )
 
 # %% ../../nbs/74_evaluation.claims.ipynb #2a047917
 def count_data(
-    run:Path,                     # run folder
-) -> dict:                        # what was written
+    run: Path,  # run folder
+) -> dict:  # what was written
     "Write `metrics/data.json`: rows, missing faces and subjects of every prepared dataset, and the BP4D split."
     import pandas
+
     datasets, split = {}, {}
-    for path in sorted((Path(run)/"crops").glob("*/rows.csv")):
+    for path in sorted((Path(run) / "crops").glob("*/rows.csv")):
         rows = pandas.read_csv(path, dtype={"id": str, "split": str, "subject": str})
         found = rows["found"].astype(str).str.lower().isin(("true", "1"))
-        datasets[path.parent.name] = {"rows": len(rows), "no_face": int((~found).sum()), "subjects": int(rows["subject"].nunique()),
-                                      "splits": dict.fromkeys(("train", "val", "test"), 0) | {str(k): int(v) for k, v in rows["split"].fillna("").value_counts().items()}}
-        if path.parent.name == "bp4d": split = _split(rows)
-    return write_metrics(Path(run)/"metrics"/"data.json", {"datasets": datasets, "bp4d_split": split})
+        datasets[path.parent.name] = {
+            "rows": len(rows),
+            "no_face": int((~found).sum()),
+            "subjects": int(rows["subject"].nunique()),
+            "splits": dict.fromkeys(("train", "val", "test"), 0)
+            | {str(k): int(v) for k, v in rows["split"].fillna("").value_counts().items()},
+        }
+        if path.parent.name == "bp4d":
+            split = _split(rows)
+    return write_metrics(Path(run) / "metrics" / "data.json", {"datasets": datasets, "bp4d_split": split})
+
 
 STRATA = tuple(f"{group}_{sex}" for group in ("Asian", "White", "Black") for sex in ("M", "F"))
+
 
 def _split(rows):
     "Count subjects and frames of each split, and the share of subjects of each stratum."
@@ -173,88 +354,162 @@ def _split(rows):
     for name, part in rows.groupby("split"):
         people = sorted(part["subject"].dropna().unique())
         strata = [manifest.stratum(s) for s in people]
-        share = dict.fromkeys(STRATA, 0) | {name: sum(s == name for s, _ in strata)/len(people) for name in {s or "unknown" for s, _ in strata}}
-        if any(not s for s, _ in strata): share["unknown"] = sum(not s for s, _ in strata)/len(people)
-        result[name] = {"subjects": len(people), "frames": len(part), "names": people, "share": share, "assigned_by": sorted({who for _, who in strata if who})}
+        share = dict.fromkeys(STRATA, 0) | {
+            name: sum(s == name for s, _ in strata) / len(people) for name in {s or "unknown" for s, _ in strata}
+        }
+        if any(not s for s, _ in strata):
+            share["unknown"] = sum(not s for s, _ in strata) / len(people)
+        result[name] = {
+            "subjects": len(people),
+            "frames": len(part),
+            "names": people,
+            "share": share,
+            "assigned_by": sorted({who for _, who in strata if who}),
+        }
     return result
 
 # %% ../../nbs/74_evaluation.claims.ipynb #c41ca029
 def seed_record(
-    run:Path,                     # run folder of one seed
-) -> dict:                        # plain values, for evidence/study_seedN.json
+    run: Path,  # run folder of one seed
+) -> dict:  # plain values, for evidence/study_seedN.json
     "Collect the key figures of a run."
-    files = {n: read_metrics(Path(run)/"metrics"/f"{n}.json") for n in ("emotion", "parameters", "geometry")}
+    files = {n: read_metrics(Path(run) / "metrics" / f"{n}.json") for n in ("emotion", "parameters", "geometry")}
     values, pairs = {}, {}
-    places = [("emotion", "protocols/heldout", ("accuracy", "precision", "f1", "V-CCC", "V-RMSE", "A-CCC", "A-RMSE")), ("parameters", "", ("errors/expression_jaw", "errors/jaw", "errors/shape", "exaggeration/slope", "exaggeration/ratio")),
-              ("geometry", "", ("canonical/vertices/error", "expression_only/vertices/error", "rigid/vertices/error", "scan/surface/error"))]
+    places = [
+        ("emotion", "protocols/heldout", ("accuracy", "precision", "f1", "V-CCC", "V-RMSE", "A-CCC", "A-RMSE")),
+        (
+            "parameters",
+            "",
+            ("errors/expression_jaw", "errors/jaw", "errors/shape", "exaggeration/slope", "exaggeration/ratio"),
+        ),
+        (
+            "geometry",
+            "",
+            (
+                "canonical/vertices/error",
+                "expression_only/vertices/error",
+                "rigid/vertices/error",
+                "scan/surface/error",
+            ),
+        ),
+    ]
     for file, root, measures in places:
         data = find(files[file], root) if root else files[file]
         for method, records in {**(data or {}).get("controls", {}), **(data or {}).get("methods", {})}.items():
             for m in measures:
                 record = find(records, m)
-                if record: values[f"{file}/{method}/{m}"] = record["mean"]
+                if record:
+                    values[f"{file}/{method}/{m}"] = record["mean"]
         for pair, records in (data or {}).get("differences", {}).items():
             for m in measures:
                 record = find(records, m.removeprefix("errors/").removesuffix("/error"))
-                if record: pairs[f"{file}/{pair}/{m}"] = {k: record[k] for k in ("mean", "ci_low", "ci_high", "resolved")}
-    for method, records in files["parameters"].get("recovery", {}).items(): values |= {f"recovery/{method}/{k}": r["mean"] for k, r in records.items()}
-    for pair, record in files["parameters"].get("ratios", {}).items(): values[f"ratios/{pair}"] = record["mean"]
-    for method, records in {**files["parameters"].get("controls", {}), **files["parameters"].get("methods", {})}.items():
-        values[f"explained/{method}/median of the first 15"] = digits(np.median(np.asarray(records["explained"]["expression"][:15], float)))
+                if record:
+                    pairs[f"{file}/{pair}/{m}"] = {k: record[k] for k in ("mean", "ci_low", "ci_high", "resolved")}
+    for method, records in files["parameters"].get("recovery", {}).items():
+        values |= {f"recovery/{method}/{k}": r["mean"] for k, r in records.items()}
+    for pair, record in files["parameters"].get("ratios", {}).items():
+        values[f"ratios/{pair}"] = record["mean"]
+    for method, records in {
+        **files["parameters"].get("controls", {}),
+        **files["parameters"].get("methods", {}),
+    }.items():
+        values[f"explained/{method}/median of the first 15"] = digits(
+            np.median(np.asarray(records["explained"]["expression"][:15], float))
+        )
     return {"values": values, "differences": pairs}
 
+
 def merge_seeds(
-    records:list[dict],           # from `seed_record`, one a seed
-) -> dict:                        # values and differences as records over seeds
+    records: list[dict],  # from `seed_record`, one a seed
+) -> dict:  # values and differences as records over seeds
     "Merge seeds; raise `ValueError` if there is none."
-    if not records: raise ValueError("there is no seed to merge; give the files study_seed*.json")
+    if not records:
+        raise ValueError("there is no seed to merge; give the files study_seed*.json")
     shared = lambda part: sorted(set.intersection(*({k for k, v in r[part].items() if v is not None} for r in records)))
     spread = lambda v: number(np.mean(v), None, np.std(v, ddof=1) if len(v) > 1 else None, len(v))
-    values = {k: spread([r["values"][k] for r in records if r["values"][k] is not None]) for k in shared("values") if any(r["values"][k] is not None for r in records)}
+    values = {
+        k: spread([r["values"][k] for r in records if r["values"][k] is not None])
+        for k in shared("values")
+        if any(r["values"][k] is not None for r in records)
+    }
     pairs = {}
     for k in shared("differences"):
         each = [r["differences"][k] for r in records]
         means = [e["mean"] for e in each if e["mean"] is not None]
-        if len(means) < len(each): continue
-        record, halves = spread(means), [(e["ci_high"] - e["ci_low"])/2 for e in each if e["ci_low"] is not None]
+        if len(means) < len(each):
+            continue
+        record, halves = spread(means), [(e["ci_high"] - e["ci_low"]) / 2 for e in each if e["ci_low"] is not None]
         if len(halves) == len(each):
-            half = math.hypot(math.sqrt(np.mean(np.square(halves))), 1.96*(record["std"] or 0)/math.sqrt(len(each)))
+            half = math.hypot(math.sqrt(np.mean(np.square(halves))), 1.96 * (record["std"] or 0) / math.sqrt(len(each)))
             record |= {"ci_low": digits(record["mean"] - half), "ci_high": digits(record["mean"] + half)}
         low, high = record["ci_low"], record["ci_high"]
-        pairs[k] = record | {"resolved": bool(low is not None and (low > 0 or high < 0)), "every_seed": all(e["resolved"] for e in each) and len({m > 0 for m in means}) == 1}
+        pairs[k] = record | {
+            "resolved": bool(low is not None and (low > 0 or high < 0)),
+            "every_seed": all(e["resolved"] for e in each) and len({m > 0 for m in means}) == 1,
+        }
     return {"seeds": len(records), "values": values, "differences": pairs}
 
 # %% ../../nbs/74_evaluation.claims.ipynb #801f918d
-_COLUMNS = (("accuracy (%)", "emotion/{}/accuracy", 100, 1), ("V-CCC", "emotion/{}/V-CCC", 1, 3), ("A-CCC", "emotion/{}/A-CCC", 1, 3), ("{ψ, jaw}", "parameters/{}/errors/expression_jaw", 1, 3),
-            ("β", "parameters/{}/errors/shape", 1, 3), ("R² of ψ against the fits", "explained/{}/median of the first 15", 1, 2))
+_COLUMNS = (
+    ("accuracy (%)", "emotion/{}/accuracy", 100, 1),
+    ("V-CCC", "emotion/{}/V-CCC", 1, 3),
+    ("A-CCC", "emotion/{}/A-CCC", 1, 3),
+    ("{ψ, jaw}", "parameters/{}/errors/expression_jaw", 1, 3),
+    ("β", "parameters/{}/errors/shape", 1, 3),
+    ("R² of ψ against the fits", "explained/{}/median of the first 15", 1, 2),
+)
+
 
 def seed_table(
-    merged:dict,                  # from `merge_seeds`
-) -> str:                         # Markdown
+    merged: dict,  # from `merge_seeds`
+) -> str:  # Markdown
     "Write Table 4 over seeds: mean and standard deviation of each method, the oracle and the controls."
     values = merged["values"]
-    names = [m for m in ("F0", "F1", "F2", "F3", "F4", "oracle", "constant", "shuffled") if any(c.format(m) in values for _, c, *_ in _COLUMNS)]
+    names = [
+        m
+        for m in ("F0", "F1", "F2", "F3", "F4", "oracle", "constant", "shuffled")
+        if any(c.format(m) in values for _, c, *_ in _COLUMNS)
+    ]
+
     def cell(key, scale, places):
         r = values.get(key)
-        return "–" if not r else f"{scale*r['mean']:.{places}f}" + (f" ± {scale*r['std']:.{places}f}" if r["std"] is not None else "")
-    rows = [["", *(title for title, *_ in _COLUMNS)], ["---"]*(len(_COLUMNS) + 1)] + [[m, *(cell(key.format(m), scale, places) for _, key, scale, places in _COLUMNS)] for m in names]
+        return (
+            "–"
+            if not r
+            else f"{scale * r['mean']:.{places}f}"
+            + (f" ± {scale * r['std']:.{places}f}" if r["std"] is not None else "")
+        )
+
+    rows = [["", *(title for title, *_ in _COLUMNS)], ["---"] * (len(_COLUMNS) + 1)] + [
+        [m, *(cell(key.format(m), scale, places) for _, key, scale, places in _COLUMNS)] for m in names
+    ]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
+
 def merge_files(
-    runs:list[Path],              # run folders that differ in their seed alone
-    out:Path,                     # folder for study_seedN.json and study.json
-) -> str:                         # the table
+    runs: list[Path],  # run folders that differ in their seed alone
+    out: Path,  # folder for study_seedN.json and study.json
+) -> str:  # the table
     "Write the key figures of each seed and of all; raise `ValueError` if a run is unfinished or of another configuration."
     found, first = {}, None
     for run in map(Path, runs):
         for name in ("config.json", "metrics/emotion.json", "metrics/parameters.json", "metrics/geometry.json"):
-            if not (run/name).is_file(): raise ValueError(f"{run/name} is missing; finish that run first")
-        config = read_metrics(run/"config.json")
-        seed, rest = config["seed"], {k: v for k, v in config.items() if k not in ("seed", "threads", "workers", "jobs", "device", "scheduler")}
-        if seed in found: raise ValueError(f"{run} has the seed {seed} of another run; give runs of different seeds")
-        if first is not None and rest != first: raise ValueError(f"{run/'config.json'} differs from the first run's in {', '.join(k for k in rest if rest[k] != first.get(k))}; merge runs that differ in their seed alone")
+            if not (run / name).is_file():
+                raise ValueError(f"{run / name} is missing; finish that run first")
+        config = read_metrics(run / "config.json")
+        seed, rest = (
+            config["seed"],
+            {k: v for k, v in config.items() if k not in ("seed", "threads", "workers", "jobs", "device", "scheduler")},
+        )
+        if seed in found:
+            raise ValueError(f"{run} has the seed {seed} of another run; give runs of different seeds")
+        if first is not None and rest != first:
+            raise ValueError(
+                f"{run / 'config.json'} differs from the first run's in {', '.join(k for k in rest if rest[k] != first.get(k))}; merge runs that differ in their seed alone"
+            )
         first, found[seed] = rest, seed_record(run)
     merged = merge_seeds(list(found.values()))
-    for seed, record in found.items(): write_metrics(Path(out)/f"study_seed{seed}.json", record)
-    write_metrics(Path(out)/"study.json", merged)
+    for seed, record in found.items():
+        write_metrics(Path(out) / f"study_seed{seed}.json", record)
+    write_metrics(Path(out) / "study.json", merged)
     return seed_table(merged)

@@ -18,74 +18,117 @@ from ..types import HeadParams
 from ..viz import draw_points, figure, to_uint8
 from .emotion import read_labels
 from .geometry import reference_params
-from .panels import (draw_heads, draw_points3d, evaluation_part, frames_of, panel_methods, portrait_camera,
-                                      read_pictures, scan_at_rest, strong_examples)
+from fields.evaluation.panels import (
+    draw_heads,
+    draw_points3d,
+    evaluation_part,
+    frames_of,
+    panel_methods,
+    portrait_camera,
+    read_pictures,
+    scan_at_rest,
+    strong_examples,
+)
 from .parameters import read_fits
 
 # %% ../../nbs/77_evaluation.diagrams.ipynb #82dd2cdf
 COLORS = {"data": "#E8E8E8", "train": "#FCE3C5", "frozen": "#D6E6F4", "loss": "#FFFFFF", "ours": "#EBD9EE"}
 
+
 @dataclass
 class Block:
     "A box of a diagram, in units of the drawing."
-    x:float
-    y:float
-    w:float
-    h:float
 
-    def side(self, name): return {"l": (self.x, self.y + self.h/2), "r": (self.x + self.w, self.y + self.h/2), "t": (self.x + self.w/2, self.y + self.h), "b": (self.x + self.w/2, self.y)}[name]
+    x: float
+    y: float
+    w: float
+    h: float
+
+    def side(self, name):
+        return {
+            "l": (self.x, self.y + self.h / 2),
+            "r": (self.x + self.w, self.y + self.h / 2),
+            "t": (self.x + self.w / 2, self.y + self.h),
+            "b": (self.x + self.w / 2, self.y),
+        }[name]
+
 
 class Diagram:
     "Blocks, pictures and arrows on one pair of axes."
-    def __init__(self, width:float, height:float, title:str=""):
+
+    def __init__(self, width: float, height: float, title: str = ""):
         self.fig, self.ax = figure(width=width, height=height)
-        self.ax.set(xlim=(0, 10), ylim=(0, 10*height/width), title=title)
+        self.ax.set(xlim=(0, 10), ylim=(0, 10 * height / width), title=title)
         self.ax.set_axis_off()
 
     def block(self, x, y, w, h, text, kind="data", size=8):
         "Draw a box with a text."
         from matplotlib.patches import FancyBboxPatch
-        self.ax.add_patch(FancyBboxPatch((x + .04, y + .04), w - .08, h - .08, boxstyle="round,pad=.04", fc=COLORS[kind], ec="#C0392B" if kind == "loss" else "0.4", lw=1, ls="--" if kind == "loss" else "-"))
-        self.ax.text(x + w/2, y + h/2, text, ha="center", va="center", fontsize=size)
+
+        self.ax.add_patch(
+            FancyBboxPatch(
+                (x + 0.04, y + 0.04),
+                w - 0.08,
+                h - 0.08,
+                boxstyle="round,pad=.04",
+                fc=COLORS[kind],
+                ec="#C0392B" if kind == "loss" else "0.4",
+                lw=1,
+                ls="--" if kind == "loss" else "-",
+            )
+        )
+        self.ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size)
         return Block(x, y, w, h)
 
     def image(self, x, y, size, image, text="", missing="not stored"):
         "Draw a picture with a text below it; a grey square with a sentence where there is none."
-        if image is None: return self.block(x, y, size, size, f"{text}\n({missing})" if text else missing, "data", 7)
+        if image is None:
+            return self.block(x, y, size, size, f"{text}\n({missing})" if text else missing, "data", 7)
         self.ax.imshow(image, extent=(x, x + size, y, y + size), zorder=2, interpolation="antialiased")
-        self.ax.set(xlim=(0, 10), ylim=(0, 10*self.fig.get_figheight()/self.fig.get_figwidth()))
-        if text: self.ax.text(x + size/2, y - .05, text, ha="center", va="top", fontsize=8)
+        self.ax.set(xlim=(0, 10), ylim=(0, 10 * self.fig.get_figheight() / self.fig.get_figwidth()))
+        if text:
+            self.ax.text(x + size / 2, y - 0.05, text, ha="center", va="top", fontsize=8)
         return Block(x, y, size, size)
 
     def arrow(self, a, b, sides="rl", text="", color="0.25", style="-"):
         "Draw an arrow from one block to another."
-        self.ax.annotate("", b.side(sides[1]), a.side(sides[0]), arrowprops=dict(arrowstyle="-|>", color=color, lw=1.2, ls=style, shrinkA=1, shrinkB=1), zorder=3)
+        self.ax.annotate(
+            "",
+            b.side(sides[1]),
+            a.side(sides[0]),
+            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.2, ls=style, shrinkA=1, shrinkB=1),
+            zorder=3,
+        )
         if text:
             (x, y), (u, v) = a.side(sides[0]), b.side(sides[1])
-            self.ax.text((x + u)/2, (y + v)/2 + .06, text, ha="center", va="bottom", fontsize=7.5, color=color)
+            self.ax.text((x + u) / 2, (y + v) / 2 + 0.06, text, ha="center", va="bottom", fontsize=7.5, color=color)
 
 # %% ../../nbs/77_evaluation.diagrams.ipynb #cfb369a5
 @dataclass
 class Pieces:
     "Pictures of a run that fill the diagrams; None where the run has none."
-    image:np.ndarray|None = None      # picture of a face, as the networks see it
-    landmarks:np.ndarray|None = None  # the same with detected points
-    source:np.ndarray|None = None     # the wider cached crop
-    geometry:np.ndarray|None = None   # the predicted face
-    background:np.ndarray|None = None # the picture without the face
-    synthesis:np.ndarray|None = None  # the synthesised picture
-    scan:np.ndarray|None = None       # a scan
-    fitted:np.ndarray|None = None     # the head fitted to it
-    lab:np.ndarray|None = None        # the picture taken with the scan
+
+    image: np.ndarray | None = None  # picture of a face, as the networks see it
+    landmarks: np.ndarray | None = None  # the same with detected points
+    source: np.ndarray | None = None  # the wider cached crop
+    geometry: np.ndarray | None = None  # the predicted face
+    background: np.ndarray | None = None  # the picture without the face
+    synthesis: np.ndarray | None = None  # the synthesised picture
+    scan: np.ndarray | None = None  # a scan
+    fitted: np.ndarray | None = None  # the head fitted to it
+    lab: np.ndarray | None = None  # the picture taken with the scan
+
 
 def read_pieces(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-) -> Pieces:                      # whatever the run has
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+) -> Pieces:  # whatever the run has
     "Collect the pictures of the diagrams from a run."
     pieces, part = Pieces(), evaluation_part(config)
-    found = read_predictions(run, [m for m in panel_methods(run, "affectnet_val") if m != "oracle"], "affectnet_val", head)
+    found = read_predictions(
+        run, [m for m in panel_methods(run, "affectnet_val") if m != "oracle"], "affectnet_val", head
+    )
     if found:
         method, labels = list(found)[-1], read_labels(run)[0]
         ids = common_ids(found, labels.ids)
@@ -95,14 +138,18 @@ def read_pieces(
         pieces.source, pieces.image = full[..., :3], seen[..., :3]
         pieces.background = np.where(seen[..., 3:] > 127, 0, seen[..., :3])
         params = select(found[method], [name]).params
-        pieces.geometry, pieces.synthesis = draw_heads(head, params)[0], synthesise(run, config, method, head, seen, params)
+        pieces.geometry, pieces.synthesis = (
+            draw_heads(head, params)[0],
+            synthesise(run, config, method, head, seen, params),
+        )
         pieces.landmarks = _with_points(run, name, full)
-    if (Path(run)/"scans"/"labels.npz").is_file():
+    if (Path(run) / "scans" / "labels.npz").is_file():
         fits, _ = read_fits(run, head)
         test = fits.take([i for i, s in zip(fits.ids, fits.splits) if s == "test"] or fits.ids[:1])
         here = test.take(frames_of(test, "", 1))
         camera = portrait_camera(head)
-        with torch.no_grad(): root = head(HeadParams.neutral(1, dtype=head.template.dtype)).joints[0, 0].double().numpy()
+        with torch.no_grad():
+            root = head(HeadParams.neutral(1, dtype=head.template.dtype)).joints[0, 0].double().numpy()
         cloud = scan_at_rest(run, here.ids[0], here.pose[0], root)
         pieces.scan = None if cloud is None else draw_points3d(cloud, camera[0].numpy())
         pieces.fitted = draw_heads(head, reference_params(here), 160, camera)[0]
@@ -112,113 +159,171 @@ def read_pieces(
 # %% ../../nbs/77_evaluation.diagrams.ipynb #42b28e64
 @torch.no_grad()
 def synthesise(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    method:str,                   # whose checkpoint paints
-    head,                         # the run's head
-    picture:np.ndarray,           # (S,S,4) uint8 picture and hull mask, as the networks see it
-    params:HeadParams,            # one face
-) -> np.ndarray|None:             # (s,s,3) uint8; None where the method has no checkpoint
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    method: str,  # whose checkpoint paints
+    head,  # the run's head
+    picture: np.ndarray,  # (S,S,4) uint8 picture and hull mask, as the networks see it
+    params: HeadParams,  # one face
+) -> np.ndarray | None:  # (s,s,3) uint8; None where the method has no checkpoint
     "Paint a face with a method's synthesizer."
-    path = Path(run)/"checkpoints"/method/"model.safetensors"
-    if not path.is_file(): return None
+    path = Path(run) / "checkpoints" / method / "model.safetensors"
+    if not path.is_file():
+        return None
     model, size = load_model(path, head), config.network.image_size
-    seen = torch.nn.functional.interpolate(torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float()/255, (size, size), mode="area")
+    seen = torch.nn.functional.interpolate(
+        torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float() / 255, (size, size), mode="area"
+    )
     face, mask = geometry_image(head(params).vertices, head.mask_faces("face"), params.camera, size)
-    painted = model.synthesize(face, masked_background(seen[:, :3], (seen[:, 3:] > .5).float(), mask), model.tokens(seen[:, :3]))
+    painted = model.synthesize(
+        face, masked_background(seen[:, :3], (seen[:, 3:] > 0.5).float(), mask), model.tokens(seen[:, :3])
+    )
     return to_uint8(painted.clamp(0, 1))[0]
+
 
 def _with_points(run, name, image):
     "Mark the detected points of a cached crop."
     import pandas
-    rows = pandas.read_csv(Path(run)/"crops"/"affectnet"/"rows.csv", dtype={"id": str})["id"].tolist()
-    points = np.load(Path(run)/"crops"/"affectnet"/"points.npy", mmap_mode="r")[rows.index(name)]
-    return draw_points(image[..., :3], (np.asarray(points)[::4] + 1)/2*image.shape[0], 1, 0)
+
+    rows = pandas.read_csv(Path(run) / "crops" / "affectnet" / "rows.csv", dtype={"id": str})["id"].tolist()
+    points = np.load(Path(run) / "crops" / "affectnet" / "points.npy", mmap_mode="r")[rows.index(name)]
+    return draw_points(image[..., :3], (np.asarray(points)[::4] + 1) / 2 * image.shape[0], 1, 0)
 
 # %% ../../nbs/77_evaluation.diagrams.ipynb #8e8524b5
 def figure1(
-    pieces:Pieces,                # the run's pictures
-):                                # matplotlib figure
+    pieces: Pieces,  # the run's pictures
+):  # matplotlib figure
     "Draw the baseline beside FIELDS."
     d = Diagram(7.4, 5.3)
-    for y, title in ((4.6, "baseline: 2D consistency and an external emotion network"), (1.2, "FIELDS: direct 3D supervision and an emotion head")):
-        d.ax.text(.1, y + 2.0, title, fontsize=9, weight="bold")
-        a = d.image(.1, y + .35, 1.3, pieces.image, "picture I")
-        e = d.block(1.9, y + .6, 1.3, .8, "encoders", "train")
-        g = d.image(3.7, y + .35, 1.3, pieces.geometry, "3D face")
-        s = d.block(5.5, y + .6, 1.4, .8, "synthesizer", "train")
-        o = d.image(7.3, y + .35, 1.3, pieces.synthesis, "synthesis")
-        for first, second in ((a, e), (e, g), (g, s), (s, o)): d.arrow(first, second)
-        d.arrow(o, d.block(8.75, y + .55, 1.2, .9, "2D losses", "loss", 7.5))
+    for y, title in (
+        (4.6, "baseline: 2D consistency and an external emotion network"),
+        (1.2, "FIELDS: direct 3D supervision and an emotion head"),
+    ):
+        d.ax.text(0.1, y + 2.0, title, fontsize=9, weight="bold")
+        a = d.image(0.1, y + 0.35, 1.3, pieces.image, "picture I")
+        e = d.block(1.9, y + 0.6, 1.3, 0.8, "encoders", "train")
+        g = d.image(3.7, y + 0.35, 1.3, pieces.geometry, "3D face")
+        s = d.block(5.5, y + 0.6, 1.4, 0.8, "synthesizer", "train")
+        o = d.image(7.3, y + 0.35, 1.3, pieces.synthesis, "synthesis")
+        for first, second in ((a, e), (e, g), (g, s), (s, o)):
+            d.arrow(first, second)
+        d.arrow(o, d.block(8.75, y + 0.55, 1.2, 0.9, "2D losses", "loss", 7.5))
         if y > 4:
-            d.arrow(d.block(5.6, y - .75, 3.9, .62, "frozen emotion network: features of I against\nthose of the rendering", "frozen", 7.5), Block(o.x, o.y - .28, o.w, o.h), "tb")
+            d.arrow(
+                d.block(
+                    5.6,
+                    y - 0.75,
+                    3.9,
+                    0.62,
+                    "frozen emotion network: features of I against\nthose of the rendering",
+                    "frozen",
+                    7.5,
+                ),
+                Block(o.x, o.y - 0.28, o.w, o.h),
+                "tb",
+            )
             continue
-        scan = d.image(.25, y - 1.05, 1.1, pieces.scan)
-        three = d.block(1.8, y - .85, 1.5, .7, "L_3D-GT: fits to\nBP4D scans", "ours", 7.5)
-        d.arrow(scan, three, color="#7D3C98"); d.arrow(three, e, "tb", color="#7D3C98")
-        d.arrow(Block(2.4, y + .55, 1.6, .1), d.block(5.1, y - .85, 3.3, .7, "emotion head: class, valence, arousal\nL_emo on AffectNet labels", "ours", 7.5), "bl", color="#7D3C98")
+        scan = d.image(0.25, y - 1.05, 1.1, pieces.scan)
+        three = d.block(1.8, y - 0.85, 1.5, 0.7, "L_3D-GT: fits to\nBP4D scans", "ours", 7.5)
+        d.arrow(scan, three, color="#7D3C98")
+        d.arrow(three, e, "tb", color="#7D3C98")
+        d.arrow(
+            Block(2.4, y + 0.55, 1.6, 0.1),
+            d.block(
+                5.1, y - 0.85, 3.3, 0.7, "emotion head: class, valence, arousal\nL_emo on AffectNet labels", "ours", 7.5
+            ),
+            "bl",
+            color="#7D3C98",
+        )
     return d.fig
 
+
 def figure3(
-    pieces:Pieces,                # the run's pictures
-):                                # matplotlib figure
+    pieces: Pieces,  # the run's pictures
+):  # matplotlib figure
     "Draw the pipeline: encoders, head, synthesizer, and where each loss acts."
     d = Diagram(7.4, 4.5)
-    a = d.image(.1, 2.9, 1.4, pieces.image, "picture I")
-    names = (("token encoder", "train", 5.1), ("pose encoder (frozen)", "frozen", 4.0), ("shape encoder", "train", 2.9), ("expression encoder", "train", 1.8))
-    encoders = [d.block(1.95, y, 1.8, .75, n, kind) for n, kind, y in names]
-    for e in encoders: d.arrow(a, e)
+    a = d.image(0.1, 2.9, 1.4, pieces.image, "picture I")
+    names = (
+        ("token encoder", "train", 5.1),
+        ("pose encoder (frozen)", "frozen", 4.0),
+        ("shape encoder", "train", 2.9),
+        ("expression encoder", "train", 1.8),
+    )
+    encoders = [d.block(1.95, y, 1.8, 0.75, n, kind) for n, kind, y in names]
+    for e in encoders:
+        d.arrow(a, e)
     tokens, pose, shape, expression = encoders
-    head = d.block(4.45, 2.9, 1.05, .75, "head\n(FLAME)", "frozen")
-    for e, text in ((pose, "Θ"), (shape, "β"), (expression, "Ψ")): d.arrow(e, head, text=text)
+    head = d.block(4.45, 2.9, 1.05, 0.75, "head\n(FLAME)", "frozen")
+    for e, text in ((pose, "Θ"), (shape, "β"), (expression, "Ψ")):
+        d.arrow(e, head, text=text)
     b, g = d.image(5.9, 4.1, 1.25, pieces.background, "I_b"), d.image(5.9, 2.4, 1.25, pieces.geometry, "I_v")
     d.arrow(head, g)
-    s = d.block(7.55, 3.3, 1.0, .9, "synthe-\nsizer", "train")
-    d.arrow(g, s); d.arrow(b, s)
-    d.ax.annotate("", s.side("t"), tokens.side("r"), arrowprops=dict(arrowstyle="-|>", color=".25", lw=1.2, connectionstyle="angle,angleA=0,angleB=90", shrinkA=1, shrinkB=1))
-    d.ax.text(4.9, tokens.side("r")[1] + .06, "tokens T", ha="center", va="bottom", fontsize=7.5)
+    s = d.block(7.55, 3.3, 1.0, 0.9, "synthe-\nsizer", "train")
+    d.arrow(g, s)
+    d.arrow(b, s)
+    d.ax.annotate(
+        "",
+        s.side("t"),
+        tokens.side("r"),
+        arrowprops=dict(
+            arrowstyle="-|>", color=".25", lw=1.2, connectionstyle="angle,angleA=0,angleB=90", shrinkA=1, shrinkB=1
+        ),
+    )
+    d.ax.text(4.9, tokens.side("r")[1] + 0.06, "tokens T", ha="center", va="bottom", fontsize=7.5)
     o = d.image(8.75, 3.15, 1.2, pieces.synthesis, "synthesis", "not\nstored")
     d.arrow(s, o)
-    d.arrow(Block(o.x, o.y - .25, o.w, o.h), d.block(8.6, 1.5, 1.38, .8, "2D consistency\nwith I", "loss", 7.5), "bt")
-    scan = d.image(.15, .35, 1.2, pieces.fitted, "fit to a BP4D scan")
-    three = d.block(2.1, .5, 1.5, .75, "L_3D-GT", "ours")
-    d.arrow(scan, three, color="#7D3C98"); d.arrow(three, expression, "tb", color="#7D3C98")
-    emotion = d.block(4.4, .5, 2.1, .75, "emotion head:\nclass, valence, arousal", "ours", 7.5)
-    for e in (shape, expression): d.arrow(e, emotion, "rl", color="#7D3C98")
-    d.arrow(emotion, d.block(7.0, .5, 2.1, .75, "L_emo: AffectNet labels", "loss", 7.5), color="#7D3C98")
+    d.arrow(Block(o.x, o.y - 0.25, o.w, o.h), d.block(8.6, 1.5, 1.38, 0.8, "2D consistency\nwith I", "loss", 7.5), "bt")
+    scan = d.image(0.15, 0.35, 1.2, pieces.fitted, "fit to a BP4D scan")
+    three = d.block(2.1, 0.5, 1.5, 0.75, "L_3D-GT", "ours")
+    d.arrow(scan, three, color="#7D3C98")
+    d.arrow(three, expression, "tb", color="#7D3C98")
+    emotion = d.block(4.4, 0.5, 2.1, 0.75, "emotion head:\nclass, valence, arousal", "ours", 7.5)
+    for e in (shape, expression):
+        d.arrow(e, emotion, "rl", color="#7D3C98")
+    d.arrow(emotion, d.block(7.0, 0.5, 2.1, 0.75, "L_emo: AffectNet labels", "loss", 7.5), color="#7D3C98")
     return d.fig
 
 # %% ../../nbs/77_evaluation.diagrams.ipynb #a5b61c10
 def figure8(
-    pieces:Pieces,                # the run's pictures
-):                                # matplotlib figure
+    pieces: Pieces,  # the run's pictures
+):  # matplotlib figure
     "Draw the pre-processing of a picture."
     d = Diagram(7.4, 2.3)
-    a = d.image(.1, .8, 1.5, pieces.source, "picture")
-    m = d.block(1.95, 1.7, 1.85, .75, "MediaPipe\n478 points, 105 used", "frozen", 7.5)
-    f = d.block(1.95, .45, 1.85, .75, "FAN contour\n17 points", "frozen", 7.5)
-    p = d.image(4.15, .8, 1.5, pieces.landmarks, "points")
-    d.arrow(a, m); d.arrow(a, f); d.arrow(m, p); d.arrow(f, p)
-    box = d.block(6.05, 1.15, 1.5, .8, "square around\nthe points, × 1.4", "data", 7.5)
+    a = d.image(0.1, 0.8, 1.5, pieces.source, "picture")
+    m = d.block(1.95, 1.7, 1.85, 0.75, "MediaPipe\n478 points, 105 used", "frozen", 7.5)
+    f = d.block(1.95, 0.45, 1.85, 0.75, "FAN contour\n17 points", "frozen", 7.5)
+    p = d.image(4.15, 0.8, 1.5, pieces.landmarks, "points")
+    d.arrow(a, m)
+    d.arrow(a, f)
+    d.arrow(m, p)
+    d.arrow(f, p)
+    box = d.block(6.05, 1.15, 1.5, 0.8, "square around\nthe points, × 1.4", "data", 7.5)
     d.arrow(p, box)
-    d.arrow(box, d.image(8.0, .8, 1.5, pieces.image, "crop I"))
+    d.arrow(box, d.image(8.0, 0.8, 1.5, pieces.image, "crop I"))
     return d.fig
 
+
 def figure9(
-    pieces:Pieces,                # the run's pictures
-):                                # matplotlib figure
+    pieces: Pieces,  # the run's pictures
+):  # matplotlib figure
     "Draw pre-training (Eq. 12)."
     d = Diagram(7.4, 2.9)
-    a = d.image(.1, 1.4, 1.4, pieces.image, "picture I")
-    e = d.block(2.0, 1.7, 1.5, .8, "encoders", "train")
-    h = d.block(4.1, 1.7, 1.2, .8, "head\n(FLAME)", "frozen")
+    a = d.image(0.1, 1.4, 1.4, pieces.image, "picture I")
+    e = d.block(2.0, 1.7, 1.5, 0.8, "encoders", "train")
+    h = d.block(4.1, 1.7, 1.2, 0.8, "head\n(FLAME)", "frozen")
     g = d.image(5.9, 1.4, 1.4, pieces.geometry, "3D landmarks, projected")
-    d.arrow(a, e); d.arrow(e, h, text="β, Ψ, Θ"); d.arrow(h, g)
-    lmk = d.block(8.0, 1.7, 1.85, .8, "landmark loss\nλ_lmk = 100", "loss", 7.5)
+    d.arrow(a, e)
+    d.arrow(e, h, text="β, Ψ, Θ")
+    d.arrow(h, g)
+    lmk = d.block(8.0, 1.7, 1.85, 0.8, "landmark loss\nλ_lmk = 100", "loss", 7.5)
     d.arrow(g, lmk)
-    points = d.block(4.4, 3.0, 2.9, .65, "detected: MediaPipe 105, FAN 17", "frozen", 7.5)
-    d.arrow(a, points, "tl"); d.arrow(points, lmk, "rt")
-    mica = d.block(2.0, .2, 2.2, .65, "identity network (MICA)", "frozen", 7.5)
-    shape = d.block(5.9, .2, 2.6, .65, "shape loss  λ_mica = 10", "loss", 7.5)
-    d.arrow(a, mica); d.arrow(mica, shape, text="β_mica"); d.arrow(e, shape, "bl", "β")
+    points = d.block(4.4, 3.0, 2.9, 0.65, "detected: MediaPipe 105, FAN 17", "frozen", 7.5)
+    d.arrow(a, points, "tl")
+    d.arrow(points, lmk, "rt")
+    mica = d.block(2.0, 0.2, 2.2, 0.65, "identity network (MICA)", "frozen", 7.5)
+    shape = d.block(5.9, 0.2, 2.6, 0.65, "shape loss  λ_mica = 10", "loss", 7.5)
+    d.arrow(a, mica)
+    d.arrow(mica, shape, text="β_mica")
+    d.arrow(e, shape, "bl", "β")
     return d.fig

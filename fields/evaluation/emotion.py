@@ -15,68 +15,90 @@ import numpy as np, torch
 from torch import Tensor
 from ..config import Config, EvaluationConfig
 from ..types import EMOTIONS, Prediction
-from ..comparison import (all_methods, common_ids, compared, difference, number, read_predictions, resample, select,
-                               write_metrics)
+from fields.comparison import (
+    all_methods,
+    common_ids,
+    compared,
+    difference,
+    number,
+    read_predictions,
+    resample,
+    select,
+    write_metrics,
+)
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #cfc8b23a
 def confusion(
-    true,                         # (N,) classes
-    predicted,                    # (N,) classes
-    weights=None,                 # (D,N) bootstrap weights; one row of ones if None
-    classes:int=len(EMOTIONS),    # number of classes
-) -> np.ndarray:                  # (D,C,C) weighted counts, truth in rows
+    true,  # (N,) classes
+    predicted,  # (N,) classes
+    weights=None,  # (D,N) bootstrap weights; one row of ones if None
+    classes: int = len(EMOTIONS),  # number of classes
+) -> np.ndarray:  # (D,C,C) weighted counts, truth in rows
     "Count pairs of true and predicted class for every resample."
     true, predicted = np.asarray(true, int), np.asarray(predicted, int)
     weights = np.ones((1, len(true))) if weights is None else np.atleast_2d(np.asarray(weights, float))
-    pairs = np.zeros((len(true), classes*classes))
-    pairs[np.arange(len(true)), true*classes + predicted] = 1
+    pairs = np.zeros((len(true), classes * classes))
+    pairs[np.arange(len(true)), true * classes + predicted] = 1
     return (weights @ pairs).reshape(-1, classes, classes)
+
 
 def _ratio(a, b, empty):
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, float(empty)), where=b > 0)
 
+
 def classification(
-    counts:np.ndarray,            # (D,C,C) from `confusion`
-) -> dict[str, np.ndarray]:       # accuracy, precision, f1, each (D,); recall (D,C), NaN for an empty class
+    counts: np.ndarray,  # (D,C,C) from `confusion`
+) -> dict[str, np.ndarray]:  # accuracy, precision, f1, each (D,); recall (D,C), NaN for an empty class
     "Return accuracy, macro precision, macro F1 and the accuracy of each class."
     right, true, said = np.einsum("dcc->dc", counts), counts.sum(2), counts.sum(1)
     occurs = (true + said) > 0
     macro = lambda v: _ratio(np.where(occurs, v, 0).sum(1), occurs.sum(1), math.nan)
-    return {"accuracy": _ratio(right.sum(1), true.sum(1), math.nan), "precision": macro(_ratio(right, said, 0)),
-            "f1": macro(_ratio(2*right, true + said, 0)), "recall": _ratio(right, true, math.nan)}
+    return {
+        "accuracy": _ratio(right.sum(1), true.sum(1), math.nan),
+        "precision": macro(_ratio(right, said, 0)),
+        "f1": macro(_ratio(2 * right, true + said, 0)),
+        "recall": _ratio(right, true, math.nan),
+    }
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #ea585073
 def regression(
-    true,                         # (N,) labels
-    predicted,                    # (N,) predictions
-    weights=None,                 # (D,N) bootstrap weights; one row of ones if None
-) -> dict[str, np.ndarray]:       # PCC, CCC, RMSE, SAGR, each (D,)
+    true,  # (N,) labels
+    predicted,  # (N,) predictions
+    weights=None,  # (D,N) bootstrap weights; one row of ones if None
+) -> dict[str, np.ndarray]:  # PCC, CCC, RMSE, SAGR, each (D,)
     "Return correlation, concordance, root mean squared error and sign agreement."
     g, p = np.asarray(true, float), np.asarray(predicted, float)
     w = np.ones((1, len(g))) if weights is None else np.atleast_2d(np.asarray(weights, float))
-    w = w/w.sum(1, keepdims=True)
-    centre = lambda v: np.zeros_like(v) if np.ptp(v) == 0 else v - v.mean()   # exact zeros, so that a constant has no variance
+    w = w / w.sum(1, keepdims=True)
+    centre = lambda v: (
+        np.zeros_like(v) if np.ptp(v) == 0 else v - v.mean()
+    )  # exact zeros, so that a constant has no variance
     a, b = centre(g), centre(p)
     ma, mb = w @ a, w @ b
-    va, vb, cov = w @ a**2 - ma**2, w @ b**2 - mb**2, w @ (a*b) - ma*mb
+    va, vb, cov = w @ a**2 - ma**2, w @ b**2 - mb**2, w @ (a * b) - ma * mb
     shift = ma - mb + (g.mean() - p.mean())
     varies = (va > 1e-14) & (vb > 1e-14)
-    return {"PCC": np.where(varies, _ratio(cov, np.sqrt(np.maximum(va*vb, 0)), 0), math.nan),
-            "CCC": _ratio(2*cov, va + vb + shift**2, 0)*varies,
-            "RMSE": np.sqrt(np.maximum(w @ (g - p)**2, 0)), "SAGR": w @ (np.sign(g) == np.sign(p))}
+    return {
+        "PCC": np.where(varies, _ratio(cov, np.sqrt(np.maximum(va * vb, 0)), 0), math.nan),
+        "CCC": _ratio(2 * cov, va + vb + shift**2, 0) * varies,
+        "RMSE": np.sqrt(np.maximum(w @ (g - p) ** 2, 0)),
+        "SAGR": w @ (np.sign(g) == np.sign(p)),
+    }
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #485cf538
 def make_folds(
-    classes,                      # (N,) classes
-    folds:int,                    # number of folds
-    generator:np.random.Generator, # source of randomness
-    inner:int=8,                  # one in this many training samples stops the training early
-) -> np.ndarray:                  # (folds,N) int8 roles: 0 unused, 1 train, 2 inner, 3 validation
+    classes,  # (N,) classes
+    folds: int,  # number of folds
+    generator: np.random.Generator,  # source of randomness
+    inner: int = 8,  # one in this many training samples stops the training early
+) -> np.ndarray:  # (folds,N) int8 roles: 0 unused, 1 train, 2 inner, 3 validation
     "Deal samples into stratified folds; raise `ValueError` if a class has too few for it."
     classes = np.asarray(classes, int)
     present, counts = np.unique(classes, return_counts=True)
     if counts.min() < max(3, folds):
-        raise ValueError(f"class {present[counts.argmin()]} has {counts.min()} samples; {folds} folds need at least {max(3, folds)} of each class")
+        raise ValueError(
+            f"class {present[counts.argmin()]} has {counts.min()} samples; {folds} folds need at least {max(3, folds)} of each class"
+        )
     roles, fold = np.ones((folds, len(classes)), np.int8), np.zeros(len(classes), int)
     for k, c in enumerate(present):
         rows = generator.permutation(np.flatnonzero(classes == c))
@@ -87,91 +109,107 @@ def make_folds(
             out = generator.permutation(np.flatnonzero((fold == f) & (classes == c)))
             roles[f, out[:kept]], roles[f, out[kept:]] = 3, 0
             rest = generator.permutation(np.flatnonzero((fold != f) & (classes == c)))
-            roles[f, rest[:max(1, (count*(folds - 1)//folds)//inner)]] = 2
+            roles[f, rest[: max(1, (count * (folds - 1) // folds) // inner)]] = 2
     return roles
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #733d6639
 def init_probe(
-    models:int,                   # M
-    inputs:int,                   # width of the input
-    width:int,                    # width of the four hidden layers
-    outputs:int,                  # classes + 2
-    generator:torch.Generator,    # source of randomness, on the CPU
-) -> list[Tensor]:                # for each hidden layer weight, bias, gain, offset; then weight, bias
+    models: int,  # M
+    inputs: int,  # width of the input
+    width: int,  # width of the four hidden layers
+    outputs: int,  # classes + 2
+    generator: torch.Generator,  # source of randomness, on the CPU
+) -> list[Tensor]:  # for each hidden layer weight, bias, gain, offset; then weight, bias
     "Draw the M networks' parameters as `torch.nn.Linear` does; gains are one and offsets zero."
-    def uniform(*shape, fan): return (torch.rand(*shape, generator=generator)*2 - 1)/math.sqrt(fan)
-    params, sizes = [], [inputs] + [width]*4
+
+    def uniform(*shape, fan):
+        return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan)
+
+    params, sizes = [], [inputs] + [width] * 4
     for a, b in zip(sizes, sizes[1:]):
-        params += [uniform(models, a, b, fan=a), uniform(models, 1, b, fan=a), torch.ones(models, 1, b), torch.zeros(models, 1, b)]
+        params += [
+            uniform(models, a, b, fan=a),
+            uniform(models, 1, b, fan=a),
+            torch.ones(models, 1, b),
+            torch.zeros(models, 1, b),
+        ]
     return params + [uniform(models, width, outputs, fan=width), uniform(models, 1, outputs, fan=width)]
 
+
 def run_probe(
-    params:list[Tensor],          # from `init_probe`
-    x:Tensor,                     # (M,B,inputs)
-    running:list[Tensor],         # for each hidden layer mean (M,1,W) and variance; updated in place when training
-    training:bool,                # statistics of the batch, or the running ones
-) -> Tensor:                      # (M,B,outputs)
+    params: list[Tensor],  # from `init_probe`
+    x: Tensor,  # (M,B,inputs)
+    running: list[Tensor],  # for each hidden layer mean (M,1,W) and variance; updated in place when training
+    training: bool,  # statistics of the batch, or the running ones
+) -> Tensor:  # (M,B,outputs)
     "Run the M networks, each on its own batch."
     for layer in range(4):
-        weight, bias, gain, offset = params[4*layer:4*layer + 4]
-        mean, variance = running[2*layer:2*layer + 2]
+        weight, bias, gain, offset = params[4 * layer : 4 * layer + 4]
+        mean, variance = running[2 * layer : 2 * layer + 2]
         x = torch.baddbmm(bias, x, weight)
         if training:
             now = x.mean(1, keepdim=True)
-            spread = ((x - now)**2).mean(1, keepdim=True)
+            spread = ((x - now) ** 2).mean(1, keepdim=True)
             n = x.shape[1]
-            mean.mul_(.9).add_(now.detach(), alpha=.1)
-            variance.mul_(.9).add_(spread.detach(), alpha=.1*n/max(1, n - 1))
+            mean.mul_(0.9).add_(now.detach(), alpha=0.1)
+            variance.mul_(0.9).add_(spread.detach(), alpha=0.1 * n / max(1, n - 1))
             mean, variance = now, spread
-        scale = gain*torch.rsqrt(variance + 1e-5)
-        x = torch.nn.functional.leaky_relu(x*scale + (offset - mean*scale), .2)
+        scale = gain * torch.rsqrt(variance + 1e-5)
+        x = torch.nn.functional.leaky_relu(x * scale + (offset - mean * scale), 0.2)
     return torch.baddbmm(params[-1], x, params[-2])
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #8baebb80
 def probe_loss(
-    output:Tensor,                # (M,B,C+2) class scores, valence, arousal
-    classes:Tensor,               # (M,B) long
-    affect:Tensor,                # (M,B,2) valence and arousal
-    weights:Tensor,               # (M,4) of MSE valence, MSE arousal, 1 - PCC, 1 - CCC
-) -> Tensor:                      # (M,) loss of each model
+    output: Tensor,  # (M,B,C+2) class scores, valence, arousal
+    classes: Tensor,  # (M,B) long
+    affect: Tensor,  # (M,B,2) valence and arousal
+    weights: Tensor,  # (M,4) of MSE valence, MSE arousal, 1 - PCC, 1 - CCC
+) -> Tensor:  # (M,) loss of each model
     "Return EMOCA's joint loss for each of the M models."
     M, B = classes.shape
-    entropy = torch.nn.functional.cross_entropy(output[..., :-2].reshape(M*B, -1), classes.reshape(-1), reduction="none").reshape(M, B).mean(1)
+    entropy = (
+        torch.nn.functional.cross_entropy(output[..., :-2].reshape(M * B, -1), classes.reshape(-1), reduction="none")
+        .reshape(M, B)
+        .mean(1)
+    )
     p = output[..., -2:]
-    error = ((p - affect)**2).mean(1)
+    error = ((p - affect) ** 2).mean(1)
     mp, mg = p.mean(1), affect.mean(1)
-    cov = ((p - mp[:, None])*(affect - mg[:, None])).mean(1)
-    vp, vg = ((p - mp[:, None])**2).mean(1), ((affect - mg[:, None])**2).mean(1)
-    pcc = (cov/torch.sqrt(vp*vg + 1e-12)).mean(1)
-    ccc = (2*cov/(vp + vg + (mp - mg)**2 + 1e-12)).mean(1)
-    return entropy + (weights*torch.stack([error[:, 0], error[:, 1], 1 - pcc, 1 - ccc], 1)).sum(1)
+    cov = ((p - mp[:, None]) * (affect - mg[:, None])).mean(1)
+    vp, vg = ((p - mp[:, None]) ** 2).mean(1), ((affect - mg[:, None]) ** 2).mean(1)
+    pcc = (cov / torch.sqrt(vp * vg + 1e-12)).mean(1)
+    ccc = (2 * cov / (vp + vg + (mp - mg) ** 2 + 1e-12)).mean(1)
+    return entropy + (weights * torch.stack([error[:, 0], error[:, 1], 1 - pcc, 1 - ccc], 1)).sum(1)
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #74698c1e
 @dataclass
 class ProbeResult:
     "What the probe said about every sample that validated a fold."
-    fold:np.ndarray               # (N,) fold in which the sample was validated, -1: in none
-    classes:np.ndarray            # (N,) predicted class
-    valence:np.ndarray            # (N,) predicted valence
-    arousal:np.ndarray            # (N,) predicted arousal
-    checks:list                   # checks on the inner split until each fold's best state
+
+    fold: np.ndarray  # (N,) fold in which the sample was validated, -1: in none
+    classes: np.ndarray  # (N,) predicted class
+    valence: np.ndarray  # (N,) predicted valence
+    arousal: np.ndarray  # (N,) predicted arousal
+    checks: list  # checks on the inner split until each fold's best state
+
 
 class _Adam:
     "Adam on tensors whose first axis is the model, so that models can leave."
+
     def __init__(self, params, rate):
         self.rate, self.step = rate, 0
         self.first, self.second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
 
     def update(self, params, grads):
         self.step += 1
-        a, b = 1 - .9**self.step, 1 - .999**self.step
-        torch._foreach_lerp_(self.first, grads, .1)
-        torch._foreach_mul_(self.second, .999)
-        torch._foreach_addcmul_(self.second, grads, grads, .001)
+        a, b = 1 - 0.9**self.step, 1 - 0.999**self.step
+        torch._foreach_lerp_(self.first, grads, 0.1)
+        torch._foreach_mul_(self.second, 0.999)
+        torch._foreach_addcmul_(self.second, grads, grads, 0.001)
         scale = torch._foreach_sqrt(self.second)
         torch._foreach_div_(scale, math.sqrt(b))
         torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(params, self.first, scale, -self.rate/a)
+        torch._foreach_addcdiv_(params, self.first, scale, -self.rate / a)
 
     def keep(self, rows):
         self.first, self.second = [t[rows] for t in self.first], [t[rows] for t in self.second]
@@ -182,65 +220,90 @@ def _fit(x, classes, affect, roles, config, generator):
     M, device = len(roles), x.device
     train = torch.as_tensor(roles == 1)
     inner = torch.stack([torch.as_tensor(np.flatnonzero(r == 2)) for r in roles]).to(device)
-    share = train/torch.bincount(classes.cpu(), minlength=len(EMOTIONS)).clamp(min=1)[classes.cpu()]
-    batch = min(config.probe_batch, max(16, int(train.sum(1).min())//8))
-    steps = max(8, int(train.sum(1).float().mean())//batch)
+    share = train / torch.bincount(classes.cpu(), minlength=len(EMOTIONS)).clamp(min=1)[classes.cpu()]
+    batch = min(config.probe_batch, max(16, int(train.sum(1).min()) // 8))
+    steps = max(8, int(train.sum(1).float().mean()) // batch)
     params = [p.to(device) for p in init_probe(M, x.shape[1], config.probe_width, len(EMOTIONS) + 2, generator)]
-    running = [t.to(device) for _ in range(4) for t in (torch.zeros(M, 1, config.probe_width), torch.ones(M, 1, config.probe_width))]
-    best, lowest, found = [t.clone() for t in params + running], torch.full((M,), math.inf), [0]*M
+    running = [
+        t.to(device)
+        for _ in range(4)
+        for t in (torch.zeros(M, 1, config.probe_width), torch.ones(M, 1, config.probe_width))
+    ]
+    best, lowest, found = [t.clone() for t in params + running], torch.full((M,), math.inf), [0] * M
     alive, adam, check = torch.arange(M), _Adam(params, config.probe_learning_rate), 0
-    marks = {max(1, round(steps*k/5)) for k in range(1, 6)}
+    marks = {max(1, round(steps * k / 5)) for k in range(1, 6)}
     for epoch in range(config.probe_epochs):
-        rows = torch.multinomial(share[alive], steps*batch, replacement=True, generator=generator).to(device)
+        rows = torch.multinomial(share[alive], steps * batch, replacement=True, generator=generator).to(device)
         shake = torch.rand(steps, len(alive), 4, generator=generator)
-        shake = (shake/shake.sum(2, keepdim=True)).to(device)
+        shake = (shake / shake.sum(2, keepdim=True)).to(device)
         for step in range(steps):
-            here = rows[:, step*batch:(step + 1)*batch]
-            for p in params: p.requires_grad_(True)
+            here = rows[:, step * batch : (step + 1) * batch]
+            for p in params:
+                p.requires_grad_(True)
             loss = probe_loss(run_probe(params, x[here], running, True), classes[here], affect[here], shake[step])
             grads = torch.autograd.grad(loss.sum(), params)
             params = [p.detach() for p in params]
             adam.update(params, grads)
-            if step + 1 not in marks: continue
+            if step + 1 not in marks:
+                continue
             check += 1
             with torch.no_grad():
-                score = probe_loss(run_probe(params, x[inner[alive]], running, False), classes[inner[alive]], affect[inner[alive]], torch.ones(1, 4, device=device)).cpu()
+                score = probe_loss(
+                    run_probe(params, x[inner[alive]], running, False),
+                    classes[inner[alive]],
+                    affect[inner[alive]],
+                    torch.ones(1, 4, device=device),
+                ).cpu()
             for k, m in enumerate(alive.tolist()):
                 if score[k] < lowest[m]:
                     lowest[m], found[m] = score[k], check
-                    for to, state in zip(best, params + running): to[m] = state[k]
-        stay = [k for k, m in enumerate(alive.tolist()) if check - found[m] < config.probe_patience*len(marks)]
-        if not stay: break
+                    for to, state in zip(best, params + running):
+                        to[m] = state[k]
+        stay = [k for k, m in enumerate(alive.tolist()) if check - found[m] < config.probe_patience * len(marks)]
+        if not stay:
+            break
         if len(stay) < len(alive):
             alive, params, running = alive[stay], [p[stay] for p in params], [r[stay] for r in running]
             adam.keep(stay)
-    return best[:len(params)], best[len(params):], found
+    return best[: len(params)], best[len(params) :], found
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #a949c530
 def probe(
-    features:Tensor,              # (N,355) parameters of the face
-    classes,                      # (N,) classes
-    valence,                      # (N,) in [-1,1]
-    arousal,                      # (N,) in [-1,1]
-    config:EvaluationConfig,      # width, epochs, patience, batch, learning rate, folds
-    seed:int=0,                   # of folds, initial weights and batches
-    shuffle:bool=False,           # train on shuffled labels, the control
-    roles:np.ndarray|None=None,   # (folds,N) from `make_folds`, if they are given
-) -> ProbeResult:                 # predictions of every validated sample
+    features: Tensor,  # (N,355) parameters of the face
+    classes,  # (N,) classes
+    valence,  # (N,) in [-1,1]
+    arousal,  # (N,) in [-1,1]
+    config: EvaluationConfig,  # width, epochs, patience, batch, learning rate, folds
+    seed: int = 0,  # of folds, initial weights and batches
+    shuffle: bool = False,  # train on shuffled labels, the control
+    roles: np.ndarray | None = None,  # (folds,N) from `make_folds`, if they are given
+) -> ProbeResult:  # predictions of every validated sample
     "Cross-validate the probe; raise `ValueError` if a feature is not finite or a class is too small."
     x = torch.as_tensor(features, dtype=torch.float32)
     bad = int((~torch.isfinite(x)).any(1).sum())
-    if bad: raise ValueError(f"{bad} of {len(x)} samples have parameters that are not finite; run the prediction step again")
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(x)} samples have parameters that are not finite; run the prediction step again"
+        )
     classes = np.asarray(classes, int)
-    if roles is None: roles = make_folds(classes, config.folds, np.random.default_rng([seed, 1]))
+    if roles is None:
+        roles = make_folds(classes, config.folds, np.random.default_rng([seed, 1]))
     order = np.random.default_rng([seed, 2]).permutation(len(x)) if shuffle else np.arange(len(x))
     target = torch.as_tensor(classes[order]).to(x.device)
-    affect = torch.as_tensor(np.stack([np.asarray(valence, np.float32)[order], np.asarray(arousal, np.float32)[order]], 1)).to(x.device)
+    affect = torch.as_tensor(
+        np.stack([np.asarray(valence, np.float32)[order], np.asarray(arousal, np.float32)[order]], 1)
+    ).to(x.device)
     params, running, found = _fit(x, target, affect, roles, config, torch.Generator().manual_seed(seed))
     fold, said = np.full(len(x), -1), np.zeros((len(x), 3))
     for m, role in enumerate(roles):
         rows = np.flatnonzero(role == 3)
-        with torch.no_grad(): output = run_probe([p[m:m + 1] for p in params], x[torch.as_tensor(rows).to(x.device)][None], [r[m:m + 1] for r in running], False)[0].cpu()
+        with torch.no_grad():
+            output = run_probe(
+                [p[m : m + 1] for p in params],
+                x[torch.as_tensor(rows).to(x.device)][None],
+                [r[m : m + 1] for r in running],
+                False,
+            )[0].cpu()
         fold[rows], said[rows] = m, np.column_stack([output[:, :-2].argmax(1).numpy(), output[:, -2:].double().numpy()])
     return ProbeResult(fold, said[:, 0].astype(int), said[:, 1], said[:, 2], found)
 
@@ -248,10 +311,11 @@ def probe(
 @dataclass
 class Labels:
     "Emotion labels of a list of images."
-    ids:list                      # N strings
-    classes:np.ndarray            # (N,) int
-    valence:np.ndarray            # (N,)
-    arousal:np.ndarray            # (N,)
+
+    ids: list  # N strings
+    classes: np.ndarray  # (N,) int
+    valence: np.ndarray  # (N,)
+    arousal: np.ndarray  # (N,)
 
     def take(self, ids):
         "Return the labels of these ids, in their order."
@@ -259,11 +323,12 @@ class Labels:
         rows = [at[i] for i in ids]
         return Labels(list(ids), self.classes[rows], self.valence[rows], self.arousal[rows])
 
+
 def fold_scores(
-    labels:Labels,                # truth
-    result:ProbeResult,           # what the probe said
-    weights:np.ndarray,           # (D,N) bootstrap weights, the first row all ones
-) -> dict[str, np.ndarray]:       # measure -> (folds,D)
+    labels: Labels,  # truth
+    result: ProbeResult,  # what the probe said
+    weights: np.ndarray,  # (D,N) bootstrap weights, the first row all ones
+) -> dict[str, np.ndarray]:  # measure -> (folds,D)
     "Return every measure of Tables 1 and 2 and Fig. 5 for each fold and resample."
     rows = []
     for f in range(result.fold.max() + 1):
@@ -279,15 +344,18 @@ def fold_scores(
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #05535ecf
 def summary(
-    scores:dict[str, np.ndarray], # measure -> (folds,D) from `fold_scores`
-    n:int,                        # images validated
-) -> dict:                        # measure -> record; classes in a group of their own
+    scores: dict[str, np.ndarray],  # measure -> (folds,D) from `fold_scores`
+    n: int,  # images validated
+) -> dict:  # measure -> record; classes in a group of their own
     "Return a record for each measure: mean and std over folds, interval over resamples."
     records = {}
     for name, values in scores.items():
         mean, group = values.mean(0), records.setdefault("per_class", {}) if "/" in name else records
-        group[name.rpartition("/")[2]] = number(mean[0], mean[1:], values[:, 0].std(ddof=1) if len(values) > 1 else None, n)
+        group[name.rpartition("/")[2]] = number(
+            mean[0], mean[1:], values[:, 0].std(ddof=1) if len(values) > 1 else None, n
+        )
     return records
+
 
 def _weights(result, draws, seed):
     "Return (1+D,N) weights: the sample itself, then resamples inside each fold."
@@ -299,29 +367,37 @@ def _weights(result, draws, seed):
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #e9f4dfb8
 def read_labels(
-    run:Path,                     # run folder
-    dataset:str="affectnet",      # dataset whose crops carry labels
-) -> tuple[Labels, dict]:         # labels of the labelled rows, and the split of every id
+    run: Path,  # run folder
+    dataset: str = "affectnet",  # dataset whose crops carry labels
+) -> tuple[Labels, dict]:  # labels of the labelled rows, and the split of every id
     "Read class, valence and arousal from the prepared crops; raise `ValueError` if the file is missing."
     import pandas
-    path = Path(run)/"crops"/dataset/"rows.csv"
-    if not path.is_file(): raise ValueError(f"{path} is missing; run the step `prepare` first")
+
+    path = Path(run) / "crops" / dataset / "rows.csv"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run the step `prepare` first")
     rows = pandas.read_csv(path, dtype={"id": str, "split": str})
     value = lambda name: pandas.to_numeric(rows[name], errors="coerce").to_numpy(float)
-    emotion = rows["emotion"].map({n: k for k, n in enumerate(EMOTIONS)}) if rows["emotion"].isin(EMOTIONS).any() else rows["emotion"]
+    emotion = (
+        rows["emotion"].map({n: k for k, n in enumerate(EMOTIONS)})
+        if rows["emotion"].isin(EMOTIONS).any()
+        else rows["emotion"]
+    )
     c, v, a = pandas.to_numeric(emotion, errors="coerce").to_numpy(float), value("valence"), value("arousal")
     good = np.isfinite(c) & np.isfinite(v) & np.isfinite(a)
     ids = rows["id"].tolist()
-    return Labels([i for i, ok in zip(ids, good) if ok], c[good].astype(int), v[good], a[good]), dict(zip(ids, rows["split"]))
+    return Labels([i for i, ok in zip(ids, good) if ok], c[good].astype(int), v[good], a[good]), dict(
+        zip(ids, rows["split"])
+    )
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #28dbc278
 def run_protocol(
-    predictions:dict[str, Prediction], # by method
-    labels:Labels,                # of all labelled images
-    config:EvaluationConfig,      # probe, folds and bootstrap
-    seed:int=0,                   # of folds, probe and bootstrap
-    progress=None,                # called with (done, total) after each probe
-) -> dict:                        # methods, controls, differences, chance, counts
+    predictions: dict[str, Prediction],  # by method
+    labels: Labels,  # of all labelled images
+    config: EvaluationConfig,  # probe, folds and bootstrap
+    seed: int = 0,  # of folds, probe and bootstrap
+    progress=None,  # called with (done, total) after each probe
+) -> dict:  # methods, controls, differences, chance, counts
     "Probe every method on the same images and folds, with controls and paired differences."
     ids = common_ids(predictions, labels.ids)
     labels = labels.take(ids)
@@ -332,23 +408,45 @@ def run_protocol(
     scores = {}
     for k, (name, x, shuffle) in enumerate(tasks):
         result = probe(x, labels.classes, labels.valence, labels.arousal, config, seed, shuffle, roles)
-        if not scores: weights = _weights(result, config.bootstrap, seed)
+        if not scores:
+            weights = _weights(result, config.bootstrap, seed)
         scores[name] = fold_scores(labels, result, weights)
-        if progress: progress(k + 1, len(tasks))
+        if progress:
+            progress(k + 1, len(tasks))
     n = int((result.fold >= 0).sum())
     scores["constant"] = fold_scores(labels, _constant(labels, result.fold, roles), weights)
-    pairs = {f"{a}-{b}": {k: difference(v.mean(0)[0], scores[b][k].mean(0)[0], v.mean(0)[1:], scores[b][k].mean(0)[1:], n)
-                          for k, v in scores[a].items() if "/" not in k} for a, b in compared(list(inputs))}
-    return {"methods": {m: summary(s, n) for m, s in scores.items() if m in inputs}, "differences": pairs,
-            "controls": {m: summary(scores[m], n) for m in ("shuffled", "constant")}, "control_features": control,
-            "chance": chance(n), "images": len(ids), "validated": n, "folds": config.folds,
-            "class_counts": {name: int((labels.classes == c).sum()) for c, name in enumerate(EMOTIONS)},
-            "without": {m: len(p.ids) - len(ids) for m, p in predictions.items()}}
+    pairs = {
+        f"{a}-{b}": {
+            k: difference(v.mean(0)[0], scores[b][k].mean(0)[0], v.mean(0)[1:], scores[b][k].mean(0)[1:], n)
+            for k, v in scores[a].items()
+            if "/" not in k
+        }
+        for a, b in compared(list(inputs))
+    }
+    return {
+        "methods": {m: summary(s, n) for m, s in scores.items() if m in inputs},
+        "differences": pairs,
+        "controls": {m: summary(scores[m], n) for m in ("shuffled", "constant")},
+        "control_features": control,
+        "chance": chance(n),
+        "images": len(ids),
+        "validated": n,
+        "folds": config.folds,
+        "class_counts": {name: int((labels.classes == c).sum()) for c, name in enumerate(EMOTIONS)},
+        "without": {m: len(p.ids) - len(ids) for m, p in predictions.items()},
+    }
 
-def chance(n:int, classes:int=len(EMOTIONS)) -> dict:
+
+def chance(n: int, classes: int = len(EMOTIONS)) -> dict:
     "Return what guessing gives on n images: accuracy and its band of two standard errors, and the band of |CCC|."
-    p = 1/classes
-    return {"accuracy": p, "accuracy_band": 2*math.sqrt(p*(1 - p)/max(1, n)), "ccc_band": 2/math.sqrt(max(1, n)), "n": n}
+    p = 1 / classes
+    return {
+        "accuracy": p,
+        "accuracy_band": 2 * math.sqrt(p * (1 - p) / max(1, n)),
+        "ccc_band": 2 / math.sqrt(max(1, n)),
+        "n": n,
+    }
+
 
 def _constant(labels, fold, roles):
     "Predict the training part's commonest class and mean valence and arousal in every fold."
@@ -361,39 +459,58 @@ def _constant(labels, fold, roles):
 
 # %% ../../nbs/70_evaluation.emotion.ipynb #02b28d9d
 def evaluate_emotion(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    methods:list[str],            # methods to compare; the oracle joins where it has a file
-    head=None,                    # the run's head, to refuse predictions of another
-    progress=None,                # called with (done, total)
-) -> dict:                        # what was written
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    methods: list[str],  # methods to compare; the oracle joins where it has a file
+    head=None,  # the run's head, to refuse predictions of another
+    progress=None,  # called with (done, total)
+) -> dict:  # what was written
     "Write `metrics/emotion.json`; raise `ValueError` if held-out images were used for training or no method has predictions."
     labels, splits = read_labels(run)
     names = all_methods(run, methods)
     metrics = {"protocols": {}, "absent": {}}
     for protocol in config.evaluation.protocols:
         which = {"heldout": "affectnet_val", "paper": "affectnet_train"}.get(protocol)
-        if which is None: raise ValueError(f"unknown protocol {protocol!r}; choose from heldout and paper")
+        if which is None:
+            raise ValueError(f"unknown protocol {protocol!r}; choose from heldout and paper")
         found = read_predictions(run, names, which, head)
         metrics["absent"][protocol] = [m for m in names if m not in found]
-        if not found: continue
+        if not found:
+            continue
         if protocol == "heldout":
             seen = [i for p in found.values() for i in p.ids if splits.get(i) == "train"]
-            if seen: raise ValueError(f"{len(seen)} held-out images, the first {seen[0]}, are in the training split; make the predictions again")
+            if seen:
+                raise ValueError(
+                    f"{len(seen)} held-out images, the first {seen[0]}, are in the training split; make the predictions again"
+                )
         metrics["protocols"][protocol] = run_protocol(found, labels, config.evaluation, config.seed, progress)
-    if not metrics["protocols"]: raise ValueError(f"{run}/predictions has nothing of {', '.join(names)} on AffectNet; run the step `predict` first")
+    if not metrics["protocols"]:
+        raise ValueError(
+            f"{run}/predictions has nothing of {', '.join(names)} on AffectNet; run the step `predict` first"
+        )
     metrics["leakage"] = leakage(metrics["protocols"])
-    return write_metrics(Path(run)/"metrics"/"emotion.json", metrics)
+    return write_metrics(Path(run) / "metrics" / "emotion.json", metrics)
+
 
 def leakage(
-    protocols:dict,               # protocol -> what `run_protocol` returned
-) -> dict:                        # method -> measure -> paper minus heldout
+    protocols: dict,  # protocol -> what `run_protocol` returned
+) -> dict:  # method -> measure -> paper minus heldout
     "Return by how much each method looks better under the paper's protocol than on held-out images."
-    if not {"heldout", "paper"} <= set(protocols): return {}
+    if not {"heldout", "paper"} <= set(protocols):
+        return {}
     paper, held = (protocols[p]["methods"] for p in ("paper", "heldout"))
+
     def minus(a, b):
-        if a["mean"] is None or b["mean"] is None: return number(None)
-        spread = math.hypot(*((r["ci_high"] - r["ci_low"])/2 if r["ci_low"] is not None else 0 for r in (a, b)))
+        if a["mean"] is None or b["mean"] is None:
+            return number(None)
+        spread = math.hypot(*((r["ci_high"] - r["ci_low"]) / 2 if r["ci_low"] is not None else 0 for r in (a, b)))
         gap = a["mean"] - b["mean"]
-        return number(gap, None, None, min(a["n"], b["n"])) | {"ci_low": gap - spread, "ci_high": gap + spread, "resolved": bool(abs(gap) > spread)}
-    return {m: {k: minus(paper[m][k], held[m][k]) for k in ("accuracy", "f1", "V-CCC", "A-CCC")} for m in paper if m in held}
+        return number(gap, None, None, min(a["n"], b["n"])) | {
+            "ci_low": gap - spread,
+            "ci_high": gap + spread,
+            "resolved": bool(abs(gap) > spread),
+        }
+
+    return {
+        m: {k: minus(paper[m][k], held[m][k]) for k in ("accuracy", "f1", "V-CCC", "A-CCC")} for m in paper if m in held
+    }

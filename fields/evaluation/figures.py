@@ -15,30 +15,46 @@ from ..stage import write_json
 from ..viz import save_figure
 from .diagrams import figure1, figure3, figure8, figure9, read_pieces
 from .panels import figure4, figure10, figure11, figure_bp4d, read_raw
-from .plots import (figure2, figure5, figure6, figure_curves, figure_limits, figure_maps, figure_naturalness, maps,
-                                     shown_methods)
+from fields.evaluation.plots import (
+    figure2,
+    figure5,
+    figure6,
+    figure_curves,
+    figure_limits,
+    figure_maps,
+    figure_naturalness,
+    maps,
+    shown_methods,
+)
 from .tables import read_all
 
 # %% ../../nbs/78_evaluation.figures.ipynb #6da13add
 class Source:
     "A run as figures see it."
-    def __init__(self, run:Path, config:Config, head): self.run, self.config, self.head = Path(run), config, head
+
+    def __init__(self, run: Path, config: Config, head):
+        self.run, self.config, self.head = Path(run), config, head
 
     @cached_property
-    def metrics(self): return read_all(self.run)
+    def metrics(self):
+        return read_all(self.run)
 
     @cached_property
-    def pieces(self): return read_pieces(self.run, self.config, self.head)
+    def pieces(self):
+        return read_pieces(self.run, self.config, self.head)
 
     @cached_property
-    def methods(self): return shown_methods(self.metrics)
+    def methods(self):
+        return shown_methods(self.metrics)
 
     @cached_property
-    def maps(self): return {kind: None for kind in ("tsne", "umap")}
+    def maps(self):
+        return {kind: None for kind in ("tsne", "umap")}
 
     def map_of(self, kind):
         "Return the maps of all shown methods, computed once."
-        if self.maps[kind] is None: self.maps[kind] = maps(self.run, self.methods, self.config, (kind,))
+        if self.maps[kind] is None:
+            self.maps[kind] = maps(self.run, self.methods, self.config, (kind,))
         return self.maps[kind]
 
     @property
@@ -46,55 +62,160 @@ class Source:
         "The method whose features figure 6 shows."
         return "F4" if "F4" in self.methods else next((m for m in reversed(self.methods) if m != "oracle"), "oracle")
 
+
 def _crop(source):
     raw = read_raw(source.run, source.config, ("F010", "F001"))
-    if raw is None: raise ValueError("there is no raw BP4D scan to crop; run the step `world`, or give the licensed data")
+    if raw is None:
+        raise ValueError("there is no raw BP4D scan to crop; run the step `world`, or give the licensed data")
     return figure10(*raw, source.config.scans.margin)
 
 # %% ../../nbs/78_evaluation.figures.ipynb #19172e9e
 @dataclass(frozen=True)
 class Entry:
     "One figure: its number in the paper, its file, what it shows, and how it is drawn."
-    key:str                       # figures/KEY.png
-    number:str                    # as the paper counts, or empty
-    title:str                     # one sentence
-    section:str                   # place in the report
-    step:str                      # step of the chain whose results it shows
-    draw:Callable                 # Source -> matplotlib figure
+
+    key: str  # figures/KEY.png
+    number: str  # as the paper counts, or empty
+    title: str  # one sentence
+    section: str  # place in the report
+    step: str  # step of the chain whose results it shows
+    draw: Callable  # Source -> matplotlib figure
+
 
 FIGURES = (
     Entry("figure1", "Figure 1", "The baseline beside FIELDS", "method", "train_F4", lambda s: figure1(s.pieces)),
-    Entry("figure2", "Figure 2", "Valence and arousal of the held-out images on the circumplex", "data", "prepare", lambda s: figure2(s.run)),
-    Entry("figure3", "Figure 3", "The pipeline; orange is trained, blue frozen, violet what FIELDS adds", "method", "train_F4", lambda s: figure3(s.pieces)),
-    Entry("figure4", "Figure 4", "Faces of held-out AffectNet images, one an emotion", "emotion", "predict", lambda s: figure4(s.run, s.config, s.head)),
-    Entry("figure5", "Figure 5", "Accuracy of each emotion on held-out images, with 95% intervals", "emotion", "emotion", lambda s: figure5(s.metrics)),
-    Entry("figure6", "Figure 6", "t-SNE of the expression features of held-out images", "emotion", "predict", lambda s: figure6(s.map_of("tsne"), s.best)),
-    Entry("figure7", "Figure 7", "BP4D test frames: picture, scan, fitted head and the methods", "geometry", "predict", lambda s: figure_bp4d(s.run, s.config, s.head)),
+    Entry(
+        "figure2",
+        "Figure 2",
+        "Valence and arousal of the held-out images on the circumplex",
+        "data",
+        "prepare",
+        lambda s: figure2(s.run),
+    ),
+    Entry(
+        "figure3",
+        "Figure 3",
+        "The pipeline; orange is trained, blue frozen, violet what FIELDS adds",
+        "method",
+        "train_F4",
+        lambda s: figure3(s.pieces),
+    ),
+    Entry(
+        "figure4",
+        "Figure 4",
+        "Faces of held-out AffectNet images, one an emotion",
+        "emotion",
+        "predict",
+        lambda s: figure4(s.run, s.config, s.head),
+    ),
+    Entry(
+        "figure5",
+        "Figure 5",
+        "Accuracy of each emotion on held-out images, with 95% intervals",
+        "emotion",
+        "emotion",
+        lambda s: figure5(s.metrics),
+    ),
+    Entry(
+        "figure6",
+        "Figure 6",
+        "t-SNE of the expression features of held-out images",
+        "emotion",
+        "predict",
+        lambda s: figure6(s.map_of("tsne"), s.best),
+    ),
+    Entry(
+        "figure7",
+        "Figure 7",
+        "BP4D test frames: picture, scan, fitted head and the methods",
+        "geometry",
+        "predict",
+        lambda s: figure_bp4d(s.run, s.config, s.head),
+    ),
     Entry("figure8", "Figure 8", "Pre-processing of a picture", "data", "prepare", lambda s: figure8(s.pieces)),
     Entry("figure9", "Figure 9", "Pre-training", "method", "pretrain", lambda s: figure9(s.pieces)),
-    Entry("figure10", "Figure 10", "A raw scan (grey), landmarks and ellipse (red), and what is kept (blue)", "data", "crop_scans", _crop),
-    Entry("figure11", "Figure 11", "Faces along the sweep of the emotion weight", "sweep", "predict", lambda s: figure11(s.run, s.config, s.head)),
-    Entry("figure12", "Figure 12", "BP4D test frames, women", "geometry", "predict", lambda s: figure_bp4d(s.run, s.config, s.head, "F")),
-    Entry("figure13", "Figure 13", "BP4D test frames, men", "geometry", "predict", lambda s: figure_bp4d(s.run, s.config, s.head, "M")),
-    Entry("figure14", "Figure 14", "t-SNE of the expression features of all methods", "emotion", "predict", lambda s: figure_maps(s.map_of("tsne"), s.methods, "tsne")),
-    Entry("figure15", "Figure 15", "UMAP of the expression features of all methods", "emotion", "predict", lambda s: figure_maps(s.map_of("umap"), s.methods, "umap")),
+    Entry(
+        "figure10",
+        "Figure 10",
+        "A raw scan (grey), landmarks and ellipse (red), and what is kept (blue)",
+        "data",
+        "crop_scans",
+        _crop,
+    ),
+    Entry(
+        "figure11",
+        "Figure 11",
+        "Faces along the sweep of the emotion weight",
+        "sweep",
+        "predict",
+        lambda s: figure11(s.run, s.config, s.head),
+    ),
+    Entry(
+        "figure12",
+        "Figure 12",
+        "BP4D test frames, women",
+        "geometry",
+        "predict",
+        lambda s: figure_bp4d(s.run, s.config, s.head, "F"),
+    ),
+    Entry(
+        "figure13",
+        "Figure 13",
+        "BP4D test frames, men",
+        "geometry",
+        "predict",
+        lambda s: figure_bp4d(s.run, s.config, s.head, "M"),
+    ),
+    Entry(
+        "figure14",
+        "Figure 14",
+        "t-SNE of the expression features of all methods",
+        "emotion",
+        "predict",
+        lambda s: figure_maps(s.map_of("tsne"), s.methods, "tsne"),
+    ),
+    Entry(
+        "figure15",
+        "Figure 15",
+        "UMAP of the expression features of all methods",
+        "emotion",
+        "predict",
+        lambda s: figure_maps(s.map_of("umap"), s.methods, "umap"),
+    ),
     Entry("curves", "", "Training curves", "training", "train_F4", lambda s: figure_curves(s.run)),
-    Entry("naturalness", "", "Exaggeration of each method, and against the weight of the emotion loss", "parameters", "errors", lambda s: figure_naturalness(s.metrics, s.config.loss.emotion)),
-    Entry("limits", "", "Explained variance against the number of labelled frames, and its bounds", "parameters", "errors", lambda s: figure_limits(s.metrics)),
+    Entry(
+        "naturalness",
+        "",
+        "Exaggeration of each method, and against the weight of the emotion loss",
+        "parameters",
+        "errors",
+        lambda s: figure_naturalness(s.metrics, s.config.loss.emotion),
+    ),
+    Entry(
+        "limits",
+        "",
+        "Explained variance against the number of labelled frames, and its bounds",
+        "parameters",
+        "errors",
+        lambda s: figure_limits(s.metrics),
+    ),
 )
 
 # %% ../../nbs/78_evaluation.figures.ipynb #d40769cf
 def make_figures(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-    progress=None,                # called with (done, total)
-) -> list[Path]:                  # files written
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+    progress=None,  # called with (done, total)
+) -> list[Path]:  # files written
     "Draw every figure below `figures/`, and `figures/missing.json` with a sentence for each that could not be drawn."
     source, written, missing = Source(run, config, head), [], {}
     for k, entry in enumerate(FIGURES):
-        try: written.append(save_figure(entry.draw(source), source.run/"figures"/f"{entry.key}.png", 130))
-        except (ValueError, ImportError) as problem: missing[entry.key] = " ".join(str(problem).split())
-        if progress: progress(k + 1, len(FIGURES))
-    write_json(source.run/"figures"/"missing.json", missing)
+        try:
+            written.append(save_figure(entry.draw(source), source.run / "figures" / f"{entry.key}.png", 130))
+        except (ValueError, ImportError) as problem:
+            missing[entry.key] = " ".join(str(problem).split())
+        if progress:
+            progress(k + 1, len(FIGURES))
+    write_json(source.run / "figures" / "missing.json", missing)
     return written

@@ -11,8 +11,20 @@ __all__ = ['MILLIMETRES', 'THRESHOLDS', 'paper_tables', 'table6_checks', 'auc', 
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
-                               select, widening, write_metrics)
+from fields.comparison import (
+    all_methods,
+    common_ids,
+    compared,
+    difference,
+    macro_number,
+    mean_number,
+    number,
+    read_predictions,
+    resample,
+    select,
+    widening,
+    write_metrics,
+)
 from ..config import Config
 from ..types import HeadParams
 from ..head.geometry import rodrigues
@@ -21,110 +33,124 @@ from ..scans.labels import CroppedScan, place
 from .parameters import Fits, constant_prediction, read_fits
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #30e12304
-def paper_tables() -> dict:       # Tables 1-8 as printed
+def paper_tables() -> dict:  # Tables 1-8 as printed
     "Read the paper's tables, which come with the package."
     import yaml
-    return yaml.safe_load((Path(__file__).parent/"paper_tables.yaml").read_text(encoding="utf-8"))
+
+    return yaml.safe_load((Path(__file__).parent / "paper_tables.yaml").read_text(encoding="utf-8"))
+
 
 def table6_checks(
-    row:dict,                     # one row of Table 6 as printed
-) -> dict:                        # what follows from its numbers
+    row: dict,  # one row of Table 6 as printed
+) -> dict:  # what follows from its numbers
     "Return the ratio of the two errors, the mean that each AUC implies, and the spread that AUC@0.1 demands."
     keypoints, (mean, std) = row["keypoints_as_printed"][0], row["vertices_as_printed"]
     # AUC@T = 1 - E[min(e,T)]/T; with T above every error it gives the mean, and E|e-T| = E[e] + T - 2 E[min(e,T)].
-    within = .1*(1 - row["AUC@0.1"])
-    return {"keypoints over vertices": keypoints/mean, "mean implied by AUC@5.0": 5*(1 - row["AUC@5.0"]),
-            "spread demanded by AUC@0.1": mean + .1 - 2*within, "spread printed": std}
+    within = 0.1 * (1 - row["AUC@0.1"])
+    return {
+        "keypoints over vertices": keypoints / mean,
+        "mean implied by AUC@5.0": 5 * (1 - row["AUC@5.0"]),
+        "spread demanded by AUC@0.1": mean + 0.1 - 2 * within,
+        "spread printed": std,
+    }
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #fd57ffb6
 def auc(
-    errors,                       # (N,) or (...,N) errors
-    threshold:float,              # T, in the errors' unit
-    weights=None,                 # (D,N) bootstrap weights
-):                                # the area, or (D,) areas
+    errors,  # (N,) or (...,N) errors
+    threshold: float,  # T, in the errors' unit
+    weights=None,  # (D,N) bootstrap weights
+):  # the area, or (D,) areas
     "Return the area under the cumulative error curve up to a threshold, between 0 and 1."
-    inside = np.minimum(np.asarray(errors, float), threshold)/threshold
-    if weights is None: return 1 - inside.mean(-1)
-    return 1 - np.asarray(weights) @ inside/np.asarray(weights).sum(1)
+    inside = np.minimum(np.asarray(errors, float), threshold) / threshold
+    if weights is None:
+        return 1 - inside.mean(-1)
+    return 1 - np.asarray(weights) @ inside / np.asarray(weights).sum(1)
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #694a040e
 MILLIMETRES = 1000.0
 
+
 def check_metres(
-    vertices,                     # (...,N,3) points of a face or a head
-    what:str,                     # named in the message
+    vertices,  # (...,N,3) points of a face or a head
+    what: str,  # named in the message
 ):
     "Raise `ValueError` unless the points span what a face spans in metres."
     v = torch.as_tensor(vertices).detach().double().reshape(-1, *torch.as_tensor(vertices).shape[-2:])
     size = float((v.amax(1) - v.amin(1)).norm(dim=1).median())
-    if not .08 < size < .9:
+    if not 0.08 < size < 0.9:
         likely = "millimetres" if 80 < size < 900 else "centimetres" if 8 < size < 90 else "no unit we know"
         raise ValueError(f"{what} spans {size:.3g}, which is {likely} and not metres; convert it before the comparison")
 
+
 def distances(
-    first:Tensor,                 # (B,N,3) metres
-    second:Tensor,                # (B,N,3) metres
-) -> np.ndarray:                  # (B,) millimetres
+    first: Tensor,  # (B,N,3) metres
+    second: Tensor,  # (B,N,3) metres
+) -> np.ndarray:  # (B,) millimetres
     "Return the mean distance of corresponding points of each pair."
-    return MILLIMETRES*(first - second).norm(dim=-1).mean(-1).double().cpu().numpy()
+    return MILLIMETRES * (first - second).norm(dim=-1).mean(-1).double().cpu().numpy()
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #ae21c64a
 def align(
-    source:Tensor,                # (B,N,3)
-    target:Tensor,                # (B,N,3)
-    scale:bool=False,             # fit a scale too
-    weights:Tensor|None=None,     # (B,N) not negative
-) -> tuple[Tensor, Tensor, Tensor]: # rotation (B,3,3), translation (B,3), scale (B,): target = scale * source @ rotation.T + translation
+    source: Tensor,  # (B,N,3)
+    target: Tensor,  # (B,N,3)
+    scale: bool = False,  # fit a scale too
+    weights: Tensor | None = None,  # (B,N) not negative
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # rotation (B,3,3), translation (B,3), scale (B,): target = scale * source @ rotation.T + translation
     "Return the least-squares rigid (or similarity) transform of source onto target."
     w = torch.ones_like(source[..., 0]) if weights is None else weights
-    w = (w/w.sum(1, keepdim=True))[..., None]
-    a, b = (w*source).sum(1, keepdim=True), (w*target).sum(1, keepdim=True)
-    u, s, vh = torch.linalg.svd((w*(target - b)).transpose(1, 2) @ (source - a))
+    w = (w / w.sum(1, keepdim=True))[..., None]
+    a, b = (w * source).sum(1, keepdim=True), (w * target).sum(1, keepdim=True)
+    u, s, vh = torch.linalg.svd((w * (target - b)).transpose(1, 2) @ (source - a))
     sign = torch.ones_like(s)
     sign[:, 2] = torch.det(u @ vh).sign()
-    rotation = (u*sign[:, None]) @ vh
-    size = (s*sign).sum(1)/(w*(source - a)**2).sum((1, 2)) if scale else torch.ones_like(s[:, 0])
-    return rotation, (b - size[:, None, None]*(a @ rotation.transpose(1, 2)))[:, 0], size
+    rotation = (u * sign[:, None]) @ vh
+    size = (s * sign).sum(1) / (w * (source - a) ** 2).sum((1, 2)) if scale else torch.ones_like(s[:, 0])
+    return rotation, (b - size[:, None, None] * (a @ rotation.transpose(1, 2)))[:, 0], size
+
 
 def move(
-    points:Tensor,                # (B,N,3)
-    transform:tuple,              # from `align`
-) -> Tensor:                      # (B,N,3)
+    points: Tensor,  # (B,N,3)
+    transform: tuple,  # from `align`
+) -> Tensor:  # (B,N,3)
     "Apply a transform."
     rotation, translation, scale = transform
-    return scale[:, None, None]*(points @ rotation.transpose(1, 2)) + translation[:, None]
+    return scale[:, None, None] * (points @ rotation.transpose(1, 2)) + translation[:, None]
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #58fe73ac
 @torch.no_grad()
 def canonical(
-    head,                         # the run's head
-    params:HeadParams,            # N frames
-    chunk:int=64,                 # frames at a time
-) -> tuple[Tensor, Tensor]:       # face vertices (N,M,3) and the 49 keypoints (N,49,3), metres
+    head,  # the run's head
+    params: HeadParams,  # N frames
+    chunk: int = 64,  # frames at a time
+) -> tuple[Tensor, Tensor]:  # face vertices (N,M,3) and the 49 keypoints (N,49,3), metres
     "Return the faces of a prediction with the head at rest."
     mask, found = head.masks["face"], []
     dtype = head.template.dtype
     for start in range(0, len(params), chunk):
-        p = params[start:start + chunk].to(dtype)
+        p = params[start : start + chunk].to(dtype)
         p.rotation = torch.zeros_like(p.rotation)
         output = head(p)
         found.append((output.vertices[:, mask], head.landmarks(output, "static49")))
     return tuple(torch.cat(f) for f in zip(*found))
 
+
 def reference_params(
-    fits:Fits,                    # N fits
-) -> HeadParams:                  # the same as parameters, lids open
+    fits: Fits,  # N fits
+) -> HeadParams:  # the same as parameters, lids open
     "Return fitted parameters in the form of a prediction."
     params = HeadParams.neutral(len(fits.ids), dtype=torch.float64)
-    for name in ("shape", "expression", "jaw"): getattr(params, name)[:] = torch.as_tensor(getattr(fits, name))
+    for name in ("shape", "expression", "jaw"):
+        getattr(params, name)[:] = torch.as_tensor(getattr(fits, name))
     return params
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #8ff8aa35
 def face_errors(
-    head,                         # the run's head
-    params:HeadParams,            # predicted, N frames
-    reference:HeadParams,         # fitted, the same frames
-) -> dict[str, np.ndarray]:       # "SPACE/POINTS" -> (N,) millimetres
+    head,  # the run's head
+    params: HeadParams,  # predicted, N frames
+    reference: HeadParams,  # fitted, the same frames
+) -> dict[str, np.ndarray]:  # "SPACE/POINTS" -> (N,) millimetres
     "Return keypoint and vertex errors: canonical, expression only, rigidly aligned, and aligned with scale."
     theirs, their_points = canonical(head, reference)
     check_metres(theirs, "the fitted reference")
@@ -134,68 +160,81 @@ def face_errors(
     mixed = params.to(reference.shape.dtype)
     mixed.shape = reference.shape
     vertices, points = canonical(head, mixed)
-    errors |= {"expression_only/vertices": distances(vertices, theirs), "expression_only/keypoints": distances(points, their_points)}
+    errors |= {
+        "expression_only/vertices": distances(vertices, theirs),
+        "expression_only/keypoints": distances(points, their_points),
+    }
     for name, scale in (("rigid", False), ("similarity", True)):
         transform = align(ours.double(), theirs.double(), scale)
-        errors |= {f"{name}/vertices": distances(move(ours.double(), transform), theirs.double()),
-                   f"{name}/keypoints": distances(move(our_points.double(), transform), their_points.double())}
+        errors |= {
+            f"{name}/vertices": distances(move(ours.double(), transform), theirs.double()),
+            f"{name}/keypoints": distances(move(our_points.double(), transform), their_points.double()),
+        }
     return errors
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #edb56918
 def refine(
-    points:np.ndarray,            # (N,3) scan points, metres
-    vertices:np.ndarray,          # (V,3) mesh, roughly in place
-    surface:Surface,              # its triangles, from `Surface(vertices, faces)`; it moves
-    steps:int=8,                  # iterations
-    keep:float=.9,                # share of the nearest points that decide
-    most:int=1500,                # points used, evenly picked
-) -> np.ndarray:                  # (V,3) the mesh, moved rigidly onto the points
+    points: np.ndarray,  # (N,3) scan points, metres
+    vertices: np.ndarray,  # (V,3) mesh, roughly in place
+    surface: Surface,  # its triangles, from `Surface(vertices, faces)`; it moves
+    steps: int = 8,  # iterations
+    keep: float = 0.9,  # share of the nearest points that decide
+    most: int = 1500,  # points used, evenly picked
+) -> np.ndarray:  # (V,3) the mesh, moved rigidly onto the points
     "Bring a mesh onto a scan by iterative closest points, measured along the mesh's normals."
-    some, mesh, face = points[::max(1, len(points)//most)], np.asarray(vertices, np.float64), None
+    some, mesh, face = points[:: max(1, len(points) // most)], np.asarray(vertices, np.float64), None
     for _ in range(steps):
         distance, face, weights = surface.move(mesh).closest(some, face)
         near = distance <= np.quantile(distance, keep)
         corner, target = mesh[surface.faces[face[near]]], some[near]
-        q = (corner*weights[near, :, None]).sum(1)
+        q = (corner * weights[near, :, None]).sum(1)
         normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
         normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-15
         # A small motion (w, t) about the centre moves q by w x q + t; only its part along the normal has to close the gap.
         centre = q.mean(0)
-        table = np.concatenate([np.cross(q - centre, normal)/.05, normal], 1)
-        motion = np.linalg.solve(table.T @ table + 1e-6*len(q)*np.eye(6), table.T @ ((target - q)*normal).sum(1))
-        turn = rodrigues(torch.as_tensor(motion[None, :3]/.05))[0].numpy()
+        table = np.concatenate([np.cross(q - centre, normal) / 0.05, normal], 1)
+        motion = np.linalg.solve(table.T @ table + 1e-6 * len(q) * np.eye(6), table.T @ ((target - q) * normal).sum(1))
+        turn = rodrigues(torch.as_tensor(motion[None, :3] / 0.05))[0].numpy()
         mesh = (mesh - centre) @ turn.T + centre + motion[3:]
     return mesh
 
+
 def scan_errors(
-    points:np.ndarray,            # (N,3) scan points, metres
-    vertices:np.ndarray,          # (V,3) mesh in place
-    surface:Surface,              # its triangles; it moves
-) -> dict:                        # mean, median and root mean square, millimetres
+    points: np.ndarray,  # (N,3) scan points, metres
+    vertices: np.ndarray,  # (V,3) mesh in place
+    surface: Surface,  # its triangles; it moves
+) -> dict:  # mean, median and root mean square, millimetres
     "Return the distance of scan points to a mesh; raise `ValueError` where a unit is not metres."
-    check_metres(points, "the scan"); check_metres(vertices, "the mesh")
-    distance = MILLIMETRES*surface.move(vertices).closest(points)[0]
-    return {"mean": float(distance.mean()), "median": float(np.median(distance)), "rms": float(np.sqrt((distance**2).mean()))}
+    check_metres(points, "the scan")
+    check_metres(vertices, "the mesh")
+    distance = MILLIMETRES * surface.move(vertices).closest(points)[0]
+    return {
+        "mean": float(distance.mean()),
+        "median": float(np.median(distance)),
+        "rms": float(np.sqrt((distance**2).mean())),
+    }
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #64748dc8
 def read_cropped(
-    run:Path,                     # run folder
-    name:str,                     # id of a frame
-) -> np.ndarray|None:             # (N,3) points, metres; None if the frame has no usable scan
+    run: Path,  # run folder
+    name: str,  # id of a frame
+) -> np.ndarray | None:  # (N,3) points, metres; None if the frame has no usable scan
     "Read the cropped scan of a frame."
-    path = place(Path(run)/"scans"/"cropped"/"bp4d", name)
-    if not path.is_file(): return None
+    path = place(Path(run) / "scans" / "cropped" / "bp4d", name)
+    if not path.is_file():
+        return None
     scan = CroppedScan.load(path)
     return None if scan.rejected or len(scan.points) == 0 else scan.points.astype(np.float64)
 
+
 @torch.no_grad()
 def scan_frame(
-    head,                         # the run's head
-    placed:np.ndarray,            # (V,3) the fitted head in the scanner's frame
-    params:dict[str, HeadParams], # method -> the same frame
-    points:np.ndarray,            # (N,3) cropped scan, metres
-    surface:Surface,              # triangles of the head's face
-) -> dict:                        # method -> mean distance in mm; the fit itself under "fit"
+    head,  # the run's head
+    placed: np.ndarray,  # (V,3) the fitted head in the scanner's frame
+    params: dict[str, HeadParams],  # method -> the same frame
+    points: np.ndarray,  # (N,3) cropped scan, metres
+    surface: Surface,  # triangles of the head's face
+) -> dict:  # method -> mean distance in mm; the fit itself under "fit"
     "Measure one scan against the fit and against every method."
     mask, dtype, target = head.masks["face"], head.template.dtype, torch.as_tensor(placed).double()[None]
     errors = {"fit": scan_errors(points, refine(points, placed, surface), surface)["mean"]}
@@ -207,58 +246,67 @@ def scan_frame(
         errors[method] = scan_errors(points, refine(points, mesh, surface), surface)["mean"]
     return errors
 
+
 @torch.no_grad()
 def placed_reference(
-    head,                         # the run's head
-    fits:Fits,                    # N fits with their pose
-) -> np.ndarray:                  # (N,V,3) vertices in the scanner's frame, metres
+    head,  # the run's head
+    fits: Fits,  # N fits with their pose
+) -> np.ndarray:  # (N,V,3) vertices in the scanner's frame, metres
     "Return the fitted heads where the scanner saw them."
     params = reference_params(fits).to(head.template.dtype)
     params.rotation = torch.as_tensor(fits.pose[:, :3]).to(head.template.dtype)
-    vertices = torch.cat([head(params[k:k + 64]).vertices for k in range(0, len(params), 64)])
+    vertices = torch.cat([head(params[k : k + 64]).vertices for k in range(0, len(params), 64)])
     return vertices.double().numpy() + fits.pose[:, None, 3:]
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #f67b0c20
 THRESHOLDS = (2, 5, 10)
 
+
 def describe_errors(
-    errors:dict[str, np.ndarray], # "SPACE/POINTS" -> (N,) millimetres
-    subjects:list[str],           # N names
-    weights:np.ndarray,           # (D,N) bootstrap weights
-) -> dict:                        # space -> points -> error, subject mean, AUC and failures
+    errors: dict[str, np.ndarray],  # "SPACE/POINTS" -> (N,) millimetres
+    subjects: list[str],  # N names
+    weights: np.ndarray,  # (D,N) bootstrap weights
+) -> dict:  # space -> points -> error, subject mean, AUC and failures
     "Return the records of one method."
     result, wide = {}, widening(subjects)
     for name, values in errors.items():
         space, points = name.split("/")
-        result.setdefault(space, {})[points] = {
-            "error": mean_number(values, weights, wide), "subjects": macro_number(values, subjects, weights)} | {
-            f"AUC@{t}": number(auc(values, t), auc(values, t, weights), None, len(values), wide) for t in THRESHOLDS} | {
-            f"above {t} mm": float((values > t).mean()) for t in THRESHOLDS}
+        result.setdefault(space, {})[points] = (
+            {"error": mean_number(values, weights, wide), "subjects": macro_number(values, subjects, weights)}
+            | {f"AUC@{t}": number(auc(values, t), auc(values, t, weights), None, len(values), wide) for t in THRESHOLDS}
+            | {f"above {t} mm": float((values > t).mean()) for t in THRESHOLDS}
+        )
     return result
 
+
 def paper_units(
-    posed:dict[str, np.ndarray],  # "keypoints" and "vertices" -> (N,) metres, not aligned
-    weights:np.ndarray,           # (D,N) bootstrap weights
-    wide:float=1.0,               # factor on the intervals
-) -> dict:                        # records as Table 6 prints them
+    posed: dict[str, np.ndarray],  # "keypoints" and "vertices" -> (N,) metres, not aligned
+    weights: np.ndarray,  # (D,N) bootstrap weights
+    wide: float = 1.0,  # factor on the intervals
+) -> dict:  # records as Table 6 prints them
     "Return what Table 6 most likely holds: keypoints in mm, vertices in metres, AUC up to 0.1 and 5.0 metres."
     v = posed["vertices"]
-    return {"keypoints": mean_number(MILLIMETRES*posed["keypoints"], weights, wide), "vertices": mean_number(v, weights, wide)} | {
-        f"AUC@{t}": number(auc(v, t), auc(v, t, weights), None, len(v), wide) for t in (.1, 5.)}
+    return {
+        "keypoints": mean_number(MILLIMETRES * posed["keypoints"], weights, wide),
+        "vertices": mean_number(v, weights, wide),
+    } | {f"AUC@{t}": number(auc(v, t), auc(v, t, weights), None, len(v), wide) for t in (0.1, 5.0)}
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #a0932f17
 def evaluate_geometry(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    methods:list[str],            # methods to compare; the oracle joins where it has a file
-    head,                         # the run's head
-    progress=None,                # called with (done, total) after each scan
-) -> dict:                        # what was written
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    methods: list[str],  # methods to compare; the oracle joins where it has a file
+    head,  # the run's head
+    progress=None,  # called with (done, total) after each scan
+) -> dict:  # what was written
     "Write `metrics/geometry.json`; raise `ValueError` for a wrong unit, or if no method has predictions on the BP4D test subjects."
     fits, _ = read_fits(run, head)
     names = all_methods(run, methods)
     found = read_predictions(run, names, "bp4d_test", head)
-    if not found: raise ValueError(f"{Path(run)/'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first")
+    if not found:
+        raise ValueError(
+            f"{Path(run) / 'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first"
+        )
     ids = common_ids(found, fits.ids)
     here = fits.take(ids)
     params, reference = {m: select(p, ids).params for m, p in found.items()}, reference_params(here)
@@ -275,16 +323,44 @@ def evaluate_geometry(
         some = resample(len(measured), config.evaluation.bootstrap, np.random.default_rng([config.seed, 7]), groups=who)
         for m in (*params, "fit"):
             values = np.array([scans[ids[n]][m] for n in measured])
-            records.setdefault(m, {})["scan"] = {"surface": {"error": mean_number(values, some, widening(who)), "subjects": macro_number(values, who, some)}}
+            records.setdefault(m, {})["scan"] = {
+                "surface": {
+                    "error": mean_number(values, some, widening(who)),
+                    "subjects": macro_number(values, who, some),
+                }
+            }
     if config.evaluation.units == "paper":
-        for m, p in params.items(): records[m]["paper"] = paper_units(_posed(head, p, placed), weights, widening(subjects))
-    pairs = {f"{a}-{b}": {k: difference(errors[a][k].mean(), errors[b][k].mean(), weights @ errors[a][k]/weights.sum(1), weights @ errors[b][k]/weights.sum(1), len(ids), widening(subjects))
-                          for k in errors[a]} for a, b in compared(list(found))}
+        for m, p in params.items():
+            records[m]["paper"] = paper_units(_posed(head, p, placed), weights, widening(subjects))
+    pairs = {
+        f"{a}-{b}": {
+            k: difference(
+                errors[a][k].mean(),
+                errors[b][k].mean(),
+                weights @ errors[a][k] / weights.sum(1),
+                weights @ errors[b][k] / weights.sum(1),
+                len(ids),
+                widening(subjects),
+            )
+            for k in errors[a]
+        }
+        for a, b in compared(list(found))
+    }
     controls = {m: records.pop(m) for m in ("constant", "fit") if m in records}
-    return write_metrics(Path(run)/"metrics"/"geometry.json", {
-        "methods": records, "controls": controls, "differences": {p: _nest(d) for p, d in pairs.items()}, "frames": len(ids),
-        "subjects": len(set(subjects)), "scans": len(measured), "units": config.evaluation.units,
-        "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found]})
+    return write_metrics(
+        Path(run) / "metrics" / "geometry.json",
+        {
+            "methods": records,
+            "controls": controls,
+            "differences": {p: _nest(d) for p, d in pairs.items()},
+            "frames": len(ids),
+            "subjects": len(set(subjects)),
+            "scans": len(measured),
+            "units": config.evaluation.units,
+            "without": {m: len(p.ids) - len(ids) for m, p in found.items()},
+            "absent": [m for m in names if m not in found],
+        },
+    )
 
 # %% ../../nbs/73_evaluation.geometry.ipynb #6c7ccea8
 def _nest(flat):
@@ -294,14 +370,18 @@ def _nest(flat):
         nested.setdefault(first, {})[second] = value
     return nested
 
+
 def _scans(run, head, ids, placed, params, progress):
     "Measure every scan that is there; return errors by id."
     errors, surface = {}, Surface(head.template.cpu().numpy(), head.mask_faces("face").cpu().numpy())
     for n, name in enumerate(ids):
         points = read_cropped(run, name)
-        if points is not None: errors[name] = scan_frame(head, placed[n], {m: p[n] for m, p in params.items()}, points, surface)
-        if progress: progress(n + 1, len(ids))
+        if points is not None:
+            errors[name] = scan_frame(head, placed[n], {m: p[n] for m, p in params.items()}, points, surface)
+        if progress:
+            progress(n + 1, len(ids))
     return errors
+
 
 @torch.no_grad()
 def _posed(head, params, placed):
@@ -310,4 +390,7 @@ def _posed(head, params, placed):
     output = head(params.to(dtype))
     there = torch.as_tensor(placed).to(dtype)
     points = head.landmarks(type(output)(there, output.joints, output.rotation), "static49")
-    return {"keypoints": distances(head.landmarks(output, "static49"), points)/MILLIMETRES, "vertices": distances(output.vertices[:, mask], there[:, mask])/MILLIMETRES}
+    return {
+        "keypoints": distances(head.landmarks(output, "static49"), points) / MILLIMETRES,
+        "vertices": distances(output.vertices[:, mask], there[:, mask]) / MILLIMETRES,
+    }

@@ -20,28 +20,37 @@ from ..training.predict import SETS, prediction_file
 
 # %% ../../nbs/78_evaluation.landmarks.ipynb #43e468b1
 def projected(
-    head:Head,                    # the head
-    params:HeadParams,            # (B,...) parameters
-) -> Tensor:                      # (B,105,2) NDC of the crop
+    head: Head,  # the head
+    params: HeadParams,  # (B,...) parameters
+) -> Tensor:  # (B,105,2) NDC of the crop
     "Project the head's 105 MediaPipe landmarks."
     return project(head.landmarks(head(params), "mediapipe105"), params.camera)[..., :2]
 
+
 def mean_head(
-    params:HeadParams,            # any parameters
-) -> HeadParams:                  # mean face at rest with the same head rotation and camera
+    params: HeadParams,  # any parameters
+) -> HeadParams:  # mean face at rest with the same head rotation and camera
     "Replace shape and expression by the mean face's."
-    return HeadParams(torch.zeros_like(params.shape), torch.zeros_like(params.expression), torch.zeros_like(params.eyelids),
-                      torch.zeros_like(params.jaw), params.rotation, params.camera)
+    return HeadParams(
+        torch.zeros_like(params.shape),
+        torch.zeros_like(params.expression),
+        torch.zeros_like(params.eyelids),
+        torch.zeros_like(params.jaw),
+        params.rotation,
+        params.camera,
+    )
 
 # %% ../../nbs/78_evaluation.landmarks.ipynb #0100d03f
 def fit_pose(
-    head:Head,                    # the head
-    params:HeadParams,            # start; shape and expression stay
-    points:Tensor,                # (B,105,2) detected points, NDC
-    steps:int=12,                 # iterations
-) -> HeadParams:                  # the same with rotation and camera fitted
+    head: Head,  # the head
+    params: HeadParams,  # start; shape and expression stay
+    points: Tensor,  # (B,105,2) detected points, NDC
+    steps: int = 12,  # iterations
+) -> HeadParams:  # the same with rotation and camera fitted
     "Fit head rotation and camera to detected points, in float64."
-    output = head(HeadParams(params.shape, params.expression, params.eyelids, params.jaw, params.rotation*0, params.camera))
+    output = head(
+        HeadParams(params.shape, params.expression, params.eyelids, params.jaw, params.rotation * 0, params.camera)
+    )
     rest, root, target = head.landmarks(output, "mediapipe105").double(), output.joints[:, :1].double(), points.double()
 
     def place(x):
@@ -52,46 +61,67 @@ def fit_pose(
     damping = torch.full((len(x), 1, 1), 1e-6, dtype=torch.float64)
     turned, found = place(x)
     for _ in range(steps):
-        r, scale, zero, one = (found - target).flatten(1), x[:, 3:4].expand(-1, count), torch.zeros_like(turned[..., 0]), torch.ones_like(turned[..., 0])
+        r, scale, zero, one = (
+            (found - target).flatten(1),
+            x[:, 3:4].expand(-1, count),
+            torch.zeros_like(turned[..., 0]),
+            torch.ones_like(turned[..., 0]),
+        )
         X, Y, Z = turned.unbind(-1)
-        u = torch.stack([zero, scale*Z, -scale*Y, found[..., 0]/scale, scale*one, zero], -1)       # d u by a small turn in front of the rotation, scale, translation
-        v = torch.stack([scale*Z, zero, -scale*X, found[..., 1]/scale, zero, -scale*one], -1)
+        u = torch.stack(
+            [zero, scale * Z, -scale * Y, found[..., 0] / scale, scale * one, zero], -1
+        )  # d u by a small turn in front of the rotation, scale, translation
+        v = torch.stack([scale * Z, zero, -scale * X, found[..., 1] / scale, zero, -scale * one], -1)
         jacobian = torch.stack([u, v], 2).flatten(1, 2)
         normal = jacobian.mT @ jacobian
-        step = torch.linalg.solve(normal + damping*torch.diag_embed(normal.diagonal(dim1=1, dim2=2)), (jacobian.mT @ r[..., None])[..., 0])
-        trial = torch.cat([matrix_to_axis_angle(rodrigues(-step[:, :3]) @ rodrigues(x[:, :3])), x[:, 3:] - step[:, 3:]], 1)
+        step = torch.linalg.solve(
+            normal + damping * torch.diag_embed(normal.diagonal(dim1=1, dim2=2)), (jacobian.mT @ r[..., None])[..., 0]
+        )
+        trial = torch.cat(
+            [matrix_to_axis_angle(rodrigues(-step[:, :3]) @ rodrigues(x[:, :3])), x[:, 3:] - step[:, 3:]], 1
+        )
         moved = place(trial)
-        better = ((moved[1] - target)**2).sum((1, 2)) < (r**2).sum(1)
+        better = ((moved[1] - target) ** 2).sum((1, 2)) < (r**2).sum(1)
         x = torch.where(better[:, None], trial, x)
         turned, found = (torch.where(better[:, None, None], new, old) for new, old in zip(moved, (turned, found)))
-        damping = torch.where(better[:, None, None], damping/5, damping*10).clamp(1e-9, 1e3)
+        damping = torch.where(better[:, None, None], damping / 5, damping * 10).clamp(1e-9, 1e3)
     x = x.to(params.shape.dtype)
     return HeadParams(params.shape, params.expression, params.eyelids, params.jaw, x[:, :3], x[:, 3:])
 
 # %% ../../nbs/78_evaluation.landmarks.ipynb #81011d5d
 def landmark_errors(
-    head:Head,                    # the head
-    params:HeadParams,            # predicted parameters
-    points:Tensor,                # (B,105,2) detected points, NDC
-) -> dict[str, Tensor]:           # name -> (B,) error as a share of the normaliser
+    head: Head,  # the head
+    params: HeadParams,  # predicted parameters
+    points: Tensor,  # (B,105,2) detected points, NDC
+) -> dict[str, Tensor]:  # name -> (B,) error as a share of the normaliser
     "Return the errors of the network, of the mean head with its pose, and of the mean head with pose refitted."
     refitted = fit_pose(head, mean_head(params), points)
     unit = normaliser(refitted.camera)
-    error = lambda p: (projected(head, p) - points).norm(dim=-1).mean(1)/unit
-    return {"network": error(params), "mean_head_network_pose": error(mean_head(params)), "mean_head_fitted_pose": error(refitted)}
+    error = lambda p: (projected(head, p) - points).norm(dim=-1).mean(1) / unit
+    return {
+        "network": error(params),
+        "mean_head_network_pose": error(mean_head(params)),
+        "mean_head_fitted_pose": error(refitted),
+    }
 
 # %% ../../nbs/78_evaluation.landmarks.ipynb #ad4fb718
 def evaluate_landmarks(
-    run:Path,                     # run folder
-    config:Config,                # its configuration
-    methods:list[str],            # methods with prediction files
-    head:Head,                    # the run's head
-    sets:tuple=("affectnet_val", "bp4d_test"), # sets whose subjects no network has seen
-    progress=None,                # called with (done, total)
-) -> dict:                        # what was written
+    run: Path,  # run folder
+    config: Config,  # its configuration
+    methods: list[str],  # methods with prediction files
+    head: Head,  # the run's head
+    sets: tuple = ("affectnet_val", "bp4d_test"),  # sets whose subjects no network has seen
+    progress=None,  # called with (done, total)
+) -> dict:  # what was written
     "Write `metrics/landmarks.json`: medians with bootstrap intervals, and the ratio to the mean head."
-    data = MixedData(open_sources(Path(run)/"crops", names=("affectnet", "bp4d")), head.embeddings["mediapipe105"].indices, config, 1, 1)
-    metrics, total = {}, len(sets)*len(methods)
+    data = MixedData(
+        open_sources(Path(run) / "crops", names=("affectnet", "bp4d")),
+        head.embeddings["mediapipe105"].indices,
+        config,
+        1,
+        1,
+    )
+    metrics, total = {}, len(sets) * len(methods)
     for s, which in enumerate(sets):
         batches = list(data.evaluation(*SETS[which], 256))
         points, ids = torch.cat([b.mediapipe for b in batches]), sum((b.ids for b in batches), [])
@@ -103,24 +133,31 @@ def evaluate_landmarks(
             at = torch.tensor([place[i] for i in prediction.ids])
             errors = landmark_errors(head, prediction.params, points[at])
             metrics[which][method] = {k: median_number(v.numpy(), weights[:, at]) for k, v in errors.items()}
-            ratio = lambda w: weighted_median(errors["network"].numpy(), w)/weighted_median(errors["mean_head_network_pose"].numpy(), w)
-            metrics[which][method]["ratio_to_mean_head"] = number(ratio(np.ones((1, len(at))))[0], ratio(weights[:, at]), None, len(at))
-            if progress: progress(s*len(methods) + m + 1, total)
-    return write_metrics(Path(run)/"metrics"/"landmarks.json", metrics)
+            ratio = lambda w: (
+                weighted_median(errors["network"].numpy(), w)
+                / weighted_median(errors["mean_head_network_pose"].numpy(), w)
+            )
+            metrics[which][method]["ratio_to_mean_head"] = number(
+                ratio(np.ones((1, len(at))))[0], ratio(weights[:, at]), None, len(at)
+            )
+            if progress:
+                progress(s * len(methods) + m + 1, total)
+    return write_metrics(Path(run) / "metrics" / "landmarks.json", metrics)
 
 # %% ../../nbs/78_evaluation.landmarks.ipynb #29a82c2d
 def weighted_median(
-    values:np.ndarray,            # (N,)
-    weights:np.ndarray,           # (D,N) bootstrap weights
-) -> np.ndarray:                  # (D,)
+    values: np.ndarray,  # (N,)
+    weights: np.ndarray,  # (D,N) bootstrap weights
+) -> np.ndarray:  # (D,)
     "Return the median of every weighted resample."
     order = np.argsort(values)
     total = np.cumsum(weights[:, order], 1)
-    return values[order][(total < total[:, -1:]/2).sum(1).clip(0, len(values) - 1)]
+    return values[order][(total < total[:, -1:] / 2).sum(1).clip(0, len(values) - 1)]
+
 
 def median_number(
-    values:np.ndarray,            # (N,)
-    weights:np.ndarray,           # (D,N) bootstrap weights
-) -> dict:                        # mean holds the median; interval, n
+    values: np.ndarray,  # (N,)
+    weights: np.ndarray,  # (D,N) bootstrap weights
+) -> dict:  # mean holds the median; interval, n
     "Return one record of a median."
     return number(float(np.median(values)), weighted_median(values, weights), None, len(values))

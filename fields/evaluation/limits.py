@@ -16,75 +16,90 @@ from .parameters import motion, read_fits, variance_shares
 
 # %% ../../nbs/73_evaluation.limits.ipynb #6bb37f88
 def point_features(
-    points,                       # (N,L,2) detected points
-) -> np.ndarray:                  # (N,2L)
+    points,  # (N,L,2) detected points
+) -> np.ndarray:  # (N,2L)
     "Return points about their centre, divided by their root mean square distance from it."
     p = np.asarray(points, float)
     p = p - p.mean(1, keepdims=True)
-    return (p/np.sqrt(np.square(p).sum(2).mean(1))[:, None, None]).reshape(len(p), -1)
+    return (p / np.sqrt(np.square(p).sum(2).mean(1))[:, None, None]).reshape(len(p), -1)
+
 
 def shares(
-    predicted:np.ndarray,         # (N,55) expression 50, lids 2, jaw 3; NaN where there is none
-    true:np.ndarray,              # (N,55)
-    draws:int=0,                  # bootstrap resamples over the samples
-    seed:int=0,                   # of the bootstrap
-) -> dict:                        # jaw_opening, jaw, eyelids, expression -> record
+    predicted: np.ndarray,  # (N,55) expression 50, lids 2, jaw 3; NaN where there is none
+    true: np.ndarray,  # (N,55)
+    draws: int = 0,  # bootstrap resamples over the samples
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # jaw_opening, jaw, eyelids, expression -> record
     "Return the explained variance with its intervals."
     n = len(true)
-    weights = np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 8]))]) if draws else np.ones((1, n))
-    return {k: number(v[0], v[1:] if draws else None, None, n) for k, v in variance_shares(predicted, true, weights).items()}
+    weights = (
+        np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 8]))])
+        if draws
+        else np.ones((1, n))
+    )
+    return {
+        k: number(v[0], v[1:] if draws else None, None, n) for k, v in variance_shares(predicted, true, weights).items()
+    }
 
 # %% ../../nbs/73_evaluation.limits.ipynb #8f1d23dd
 def read_linearly(
-    known:np.ndarray,             # (N,F) features that are taught
-    values:np.ndarray,            # (N,K) their values; columns with NaN are not learned
-    asked:np.ndarray,             # (M,F) features to read
-) -> np.ndarray:                  # (M,K) NaN where nothing was taught
+    known: np.ndarray,  # (N,F) features that are taught
+    values: np.ndarray,  # (N,K) their values; columns with NaN are not learned
+    asked: np.ndarray,  # (M,F) features to read
+) -> np.ndarray:  # (M,K) NaN where nothing was taught
     "Fit a ridge regression and read unseen features."
     from sklearn.linear_model import RidgeCV
+
     mean, spread, taught = known.mean(0), known.std(0) + 1e-9, np.isfinite(values).all(0)
     out = np.full((len(asked), values.shape[1]), np.nan)
-    ridge = RidgeCV(np.logspace(-3, 5, 17)).fit((known - mean)/spread, values[:, taught])
-    out[:, taught] = ridge.predict((asked - mean)/spread).reshape(len(asked), -1)
+    ridge = RidgeCV(np.logspace(-3, 5, 17)).fit((known - mean) / spread, values[:, taught])
+    out[:, taught] = ridge.predict((asked - mean) / spread).reshape(len(asked), -1)
     return out
 
+
 def steps_to(
-    most:int,                     # labelled frames
-    first:int=50,
-) -> list[int]:                   # 50, 100, 200, ..., all
+    most: int,  # labelled frames
+    first: int = 50,
+) -> list[int]:  # 50, 100, 200, ..., all
     "Double the number of frames until all are used."
-    return [n for n in (first*2**k for k in range(20)) if n < .75*most] + [most]
+    return [n for n in (first * 2**k for k in range(20)) if n < 0.75 * most] + [most]
+
 
 def learning_curve(
-    known:np.ndarray,             # (N,F) features of labelled frames
-    labels:np.ndarray,            # (N,55)
-    asked:np.ndarray,             # (M,F) features of unseen faces
-    true:np.ndarray,              # (M,55) their true parameters
-    draws:int=0,                  # bootstrap resamples
-    seed:int=0,
-) -> list[dict]:                  # frames, and the shares
+    known: np.ndarray,  # (N,F) features of labelled frames
+    labels: np.ndarray,  # (N,55)
+    asked: np.ndarray,  # (M,F) features of unseen faces
+    true: np.ndarray,  # (M,55) their true parameters
+    draws: int = 0,  # bootstrap resamples
+    seed: int = 0,
+) -> list[dict]:  # frames, and the shares
     "Teach the linear reader with more and more frames, drawn over all people."
     order = np.random.default_rng([seed, 11]).permutation(len(known))
-    return [{"frames": n, **shares(read_linearly(known[order[:n]], labels[order[:n]], asked), true, draws, seed)} for n in steps_to(len(known))]
+    return [
+        {"frames": n, **shares(read_linearly(known[order[:n]], labels[order[:n]], asked), true, draws, seed)}
+        for n in steps_to(len(known))
+    ]
 
 # %% ../../nbs/73_evaluation.limits.ipynb #8c9348cd
 def _faces(run, dataset, split, indices):
     "Ids and point features of a split's found faces."
-    store = CropStore(Path(run)/"crops"/dataset)
+    store = CropStore(Path(run) / "crops" / dataset)
     rows = read_columns(store)
     at = np.flatnonzero((rows["split"] == split) & np.asarray(store.found, bool))
     return {str(rows["id"][k]): x for k, x in zip(at, point_features(np.asarray(store.points)[at][:, indices]))}
 
+
 def evaluate_limits(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-) -> dict:                        # what was written; empty where the truth is not known
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+) -> dict:  # what was written; empty where the truth is not known
     "Write `metrics/limits.json`."
     draws, seed, truth = config.evaluation.bootstrap, config.seed, {}
     for which in ("bp4d_test", "affectnet_val", "affectnet_train"):
         oracle = read_predictions(run, ["oracle"], which, head).get("oracle")
-        if oracle is None: return {}
+        if oracle is None:
+            return {}
         truth[which] = dict(zip(oracle.ids, motion(oracle.params)))
     fits, _ = read_fits(run, head)
     lids = np.full((len(fits.ids), 2), np.nan) if fits.eyelids is None else fits.eyelids
@@ -93,7 +108,16 @@ def evaluate_limits(
     indices = np.asarray(head.embeddings["mediapipe105"].indices)
     asked, true = pairs(_faces(run, "affectnet", "val", indices), truth["affectnet_val"])
     known, labels = pairs(_faces(run, "bp4d", "train", indices), label)
-    return write_metrics(Path(run)/"metrics"/"limits.json", {
-        "labels": shares(*pairs(label, truth["bp4d_test"]), draws, seed),
-        "points": shares(read_linearly(*pairs(_faces(run, "affectnet", "train", indices), truth["affectnet_train"]), asked), true, draws, seed),
-        "curve": learning_curve(known, labels, asked, true, draws, seed)})
+    return write_metrics(
+        Path(run) / "metrics" / "limits.json",
+        {
+            "labels": shares(*pairs(label, truth["bp4d_test"]), draws, seed),
+            "points": shares(
+                read_linearly(*pairs(_faces(run, "affectnet", "train", indices), truth["affectnet_train"]), asked),
+                true,
+                draws,
+                seed,
+            ),
+            "curve": learning_curve(known, labels, asked, true, draws, seed),
+        },
+    )

@@ -15,31 +15,45 @@ from ..stage import atomic
 
 # %% ../../nbs/77_evaluation.oracle.ipynb #eaa29a4e
 def load_truth(
-    path:Path|str,                # a file of the world's `truth` folder
-) -> tuple[list[str], HeadParams, dict]: # ids, the oracle's parameters, the other arrays
+    path: Path | str,  # a file of the world's `truth` folder
+) -> tuple[list[str], HeadParams, dict]:  # ids, the oracle's parameters, the other arrays
     "Read what is true; raise `ValueError` if the file is missing or something else."
     try:
-        with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
-        params = HeadParams(*(torch.from_numpy(arrays[k]).float() for k in ("shape", "expression", "eyelids", "jaw", "rotation", "camera")))
+        with np.load(path, allow_pickle=False) as z:
+            arrays = {k: z[k] for k in z.files}
+        params = HeadParams(
+            *(
+                torch.from_numpy(arrays[k]).float()
+                for k in ("shape", "expression", "eyelids", "jaw", "rotation", "camera")
+            )
+        )
         return [str(i) for i in arrays.pop("id")], params, arrays
     except (OSError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} does not hold the truth of a demo world ({type(e).__name__}); run the chain's `world` step") from None
+        raise ValueError(
+            f"{path} does not hold the truth of a demo world ({type(e).__name__}); run the chain's `world` step"
+        ) from None
 
 # %% ../../nbs/77_evaluation.oracle.ipynb #557772b4
 def write_oracle(
-    run:Path,                     # run folder
-    head:Head,                    # the run's head; the truth is projected on the open head
-    like:str,                     # a method whose prediction files give the ids
-) -> list[Path]:                  # files written; none for official data
+    run: Path,  # run folder
+    head: Head,  # the run's head; the truth is projected on the open head
+    like: str,  # a method whose prediction files give the ids
+) -> list[Path]:  # files written; none for official data
     "Write the oracle's prediction files; raise `ValueError` if an image has no truth."
     run, written = Path(run), []
-    if not (run/"truth").is_dir(): return written
+    if not (run / "truth").is_dir():
+        return written
     for which, (dataset, _) in SETS.items():
-        ids, params, _ = load_truth(run/"truth"/f"{dataset}.npz")
+        ids, params, _ = load_truth(run / "truth" / f"{dataset}.npz")
         place = {i: k for k, i in enumerate(ids)}
         wanted = Prediction.load(prediction_file(run, like, which)).ids
         missing = [i for i in wanted if i not in place]
-        if missing: raise ValueError(f"{len(missing)} images of {which}, the first {missing[0]}, have no truth; run the chain's `world` step again")
+        if missing:
+            raise ValueError(
+                f"{len(missing)} images of {which}, the first {missing[0]}, have no truth; run the chain's `world` step again"
+            )
         written.append(prediction_file(run, "oracle", which))
-        save_prediction(Prediction(params[torch.tensor([place[i] for i in wanted])], wanted, head.sha256, "oracle"), written[-1])
+        save_prediction(
+            Prediction(params[torch.tensor([place[i] for i in wanted])], wanted, head.sha256, "oracle"), written[-1]
+        )
     return written

@@ -25,30 +25,34 @@ from .tables import is_swept, sweep
 # %% ../../nbs/76_evaluation.panels.ipynb #5d58d31c
 @torch.no_grad()
 def draw_heads(
-    head,                         # the run's head
-    params:HeadParams,            # N heads
-    size:int=160,                 # side, pixels
-    camera:torch.Tensor|None=None, # (N,3) instead of the predicted one
-    region:str="face",            # part of the head that is drawn, with its eyes
-) -> np.ndarray:                  # (N,S,S,3) uint8 on white
+    head,  # the run's head
+    params: HeadParams,  # N heads
+    size: int = 160,  # side, pixels
+    camera: torch.Tensor | None = None,  # (N,3) instead of the predicted one
+    region: str = "face",  # part of the head that is drawn, with its eyes
+) -> np.ndarray:  # (N,S,S,3) uint8 on white
     "Draw heads as the geometry image does, on white."
     params = params.to(head.template.dtype)
     faces = torch.cat([head.mask_faces(r) for r in (region, "left_eyeball", "right_eyeball") if r in head.masks])
-    image, share = smooth_geometry_image(head(params).vertices, faces, params.camera if camera is None else camera, size, normalise=True)
+    image, share = smooth_geometry_image(
+        head(params).vertices, faces, params.camera if camera is None else camera, size, normalise=True
+    )
     return to_uint8(image + 1 - share)
 
+
 def portrait_camera(
-    head,                         # the run's head
-    n:int=1,                      # cameras
-    margin:float=1.15,            # room around the face
-) -> torch.Tensor:                # (N,3) scale and translation
+    head,  # the run's head
+    n: int = 1,  # cameras
+    margin: float = 1.15,  # room around the face
+) -> torch.Tensor:  # (N,3) scale and translation
     "Return the camera that fills a picture with the face of the head at rest."
     v = head.template[head.masks["face"]]
     low, high = v.amin(0), v.amax(0)
-    centre, half = (low + high)/2, (high - low)[:2].max()/2*margin
-    return torch.stack([1/half, -centre[0], -centre[1]]).to(head.template.dtype).repeat(n, 1)
+    centre, half = (low + high) / 2, (high - low)[:2].max() / 2 * margin
+    return torch.stack([1 / half, -centre[0], -centre[1]]).to(head.template.dtype).repeat(n, 1)
 
-def at_rest(params:HeadParams) -> HeadParams:
+
+def at_rest(params: HeadParams) -> HeadParams:
     "Return the same faces looking ahead."
     params = params.to(params.shape.dtype)
     params.rotation = torch.zeros_like(params.rotation)
@@ -56,24 +60,32 @@ def at_rest(params:HeadParams) -> HeadParams:
 
 # %% ../../nbs/76_evaluation.panels.ipynb #9027f150
 def draw_points3d(
-    points:np.ndarray,            # (N,3) metres, in the frame of the head at rest
-    camera,                       # (3,) scale and translation
-    size:int=160,                 # side, pixels
-    neighbours:int=12,            # points that decide a normal
-) -> np.ndarray:                  # (S,S,3) uint8 on white
+    points: np.ndarray,  # (N,3) metres, in the frame of the head at rest
+    camera,  # (3,) scale and translation
+    size: int = 160,  # side, pixels
+    neighbours: int = 12,  # points that decide a normal
+) -> np.ndarray:  # (S,S,3) uint8 on white
     "Draw a cloud of points with shading."
     from scipy.spatial import cKDTree
+
     p = np.asarray(points, np.float64)
     near = p[cKDTree(p).query(p, min(neighbours, len(p)))[1]]
     centred = near - near.mean(1, keepdims=True)
     normal = np.linalg.eigh(centred.transpose(0, 2, 1) @ centred)[1][:, :, 0]
     normal *= np.where(normal[:, 2:] < 0, -1, 1)
-    light = np.array([.25, .35, .9])/np.linalg.norm([.25, .35, .9])
-    shade = np.clip(60 + 190*(normal @ light), 0, 255).astype(np.uint8)
+    light = np.array([0.25, 0.35, 0.9]) / np.linalg.norm([0.25, 0.35, 0.9])
+    shade = np.clip(60 + 190 * (normal @ light), 0, 255).astype(np.uint8)
     s, x, y = np.asarray(camera, np.float64)
-    column, row = (s*(p[:, 0] + x) + 1)/2*size, (1 - s*(p[:, 1] + y))/2*size
-    radius = max(1, round(.7*size/np.sqrt(len(p))))
-    disc = np.array([(dy, dx) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1) if dy*dy + dx*dx <= radius*radius + 1])
+    column, row = (s * (p[:, 0] + x) + 1) / 2 * size, (1 - s * (p[:, 1] + y)) / 2 * size
+    radius = max(1, round(0.7 * size / np.sqrt(len(p))))
+    disc = np.array(
+        [
+            (dy, dx)
+            for dy in range(-radius, radius + 1)
+            for dx in range(-radius, radius + 1)
+            if dy * dy + dx * dx <= radius * radius + 1
+        ]
+    )
     order = np.argsort(p[:, 2], kind="stable")
     at = np.floor(np.stack([row, column], 1)[order, None] + disc).astype(int).reshape(-1, 2)
     inside = ((at >= 0) & (at < size)).all(1)
@@ -81,84 +93,112 @@ def draw_points3d(
     image[tuple(at[inside].T)] = shade[order].repeat(len(disc))[inside, None]
     return image
 
+
 def scan_at_rest(
-    run:Path,                     # run folder
-    name:str,                     # id of a frame
-    pose:np.ndarray,              # (6,) rotation and translation of its fit
-    root:np.ndarray,              # (3,) the joint that the head turns about, metres
-) -> np.ndarray|None:             # (N,3) points as if the head looked ahead; None without a scan
+    run: Path,  # run folder
+    name: str,  # id of a frame
+    pose: np.ndarray,  # (6,) rotation and translation of its fit
+    root: np.ndarray,  # (3,) the joint that the head turns about, metres
+) -> np.ndarray | None:  # (N,3) points as if the head looked ahead; None without a scan
     "Read a cropped scan and undo the pose of its fit."
     from fields.head.geometry import rodrigues
-    path = place(Path(run)/"scans"/"cropped"/"bp4d", name)
-    if not path.is_file(): return None
+
+    path = place(Path(run) / "scans" / "cropped" / "bp4d", name)
+    if not path.is_file():
+        return None
     scan = CroppedScan.load(path)
-    if scan.rejected or not len(scan.points): return None
+    if scan.rejected or not len(scan.points):
+        return None
     turn = rodrigues(torch.as_tensor(pose[None, :3]))[0].double().numpy()
     return (scan.points - pose[3:] - root) @ turn + root
 
 # %% ../../nbs/76_evaluation.panels.ipynb #ea502e39
 def read_pictures(
-    run:Path,                     # run folder
-    dataset:str,                  # name of a dataset
-    ids:list[str],                # samples
-    part:float=1.0,               # central part of the cached crop
-) -> np.ndarray:                  # (N,S,S,4) uint8: picture and hull mask
+    run: Path,  # run folder
+    dataset: str,  # name of a dataset
+    ids: list[str],  # samples
+    part: float = 1.0,  # central part of the cached crop
+) -> np.ndarray:  # (N,S,S,4) uint8: picture and hull mask
     "Read prepared crops; raise `ValueError` for an id that is not among them."
     import pandas
-    folder = Path(run)/"crops"/dataset
-    rows = pandas.read_csv(folder/"rows.csv", dtype={"id": str})["id"].tolist()
+
+    folder = Path(run) / "crops" / dataset
+    rows = pandas.read_csv(folder / "rows.csv", dtype={"id": str})["id"].tolist()
     at = {name: n for n, name in enumerate(rows)}
     missing = [i for i in ids if i not in at]
-    if missing: raise ValueError(f"{folder/'rows.csv'} has no {missing[0]}; run the step `prepare` again")
-    images = np.load(folder/"images.npy", mmap_mode="r")
+    if missing:
+        raise ValueError(f"{folder / 'rows.csv'} has no {missing[0]}; run the step `prepare` again")
+    images = np.load(folder / "images.npy", mmap_mode="r")
     side = images.shape[1]
-    cut = round(side*(1 - part)/2)
-    return np.stack([images[at[i]] for i in ids])[:, cut:side - cut, cut:side - cut]
+    cut = round(side * (1 - part) / 2)
+    return np.stack([images[at[i]] for i in ids])[:, cut : side - cut, cut : side - cut]
 
-def evaluation_part(config:Config) -> float:
+
+def evaluation_part(config: Config) -> float:
     "Return the part of the cached crop that the networks see in evaluation."
-    return config.prepare.evaluation_scale/config.prepare.cache_scale
+    return config.prepare.evaluation_scale / config.prepare.cache_scale
+
 
 def face_grid(
-    rows:list,                    # of lists of (S,S,3) uint8; None leaves a place empty
-    row_names:list[str],          # on the left
-    column_names:list[str]=(),    # on top
-    size:float=1.0,               # inches of a picture
-):                                # matplotlib figure
+    rows: list,  # of lists of (S,S,3) uint8; None leaves a place empty
+    row_names: list[str],  # on the left
+    column_names: list[str] = (),  # on top
+    size: float = 1.0,  # inches of a picture
+):  # matplotlib figure
     "Arrange pictures in a grid with names."
-    fig, axes = figure(len(rows), len(rows[0]), size*len(rows[0]) + 1.0, size*len(rows) + .35, squeeze=False)
+    fig, axes = figure(len(rows), len(rows[0]), size * len(rows[0]) + 1.0, size * len(rows) + 0.35, squeeze=False)
     for r, (row, name) in enumerate(zip(rows, row_names)):
         for c, image in enumerate(row):
             ax = axes[r, c]
-            if image is not None: ax.imshow(image, interpolation="antialiased")
-            else: ax.text(.5, .5, "–", ha="center", va="center", transform=ax.transAxes)
-            ax.set(xticks=[], yticks=[]); ax.grid(False)
-            for side in ax.spines.values(): side.set_visible(False)
+            if image is not None:
+                ax.imshow(image, interpolation="antialiased")
+            else:
+                ax.text(0.5, 0.5, "–", ha="center", va="center", transform=ax.transAxes)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            for side in ax.spines.values():
+                side.set_visible(False)
         axes[r, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    for c, name in enumerate(column_names): axes[0, c].set_title(name, fontsize=9.5)
-    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01)
+    for c, name in enumerate(column_names):
+        axes[0, c].set_title(name, fontsize=9.5)
+    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     return fig
 
 # %% ../../nbs/76_evaluation.panels.ipynb #5276036e
 LABELS = {"F4": "FIELDS (F4)", "oracle": "oracle (truth)"}
 
+
 def panel_methods(
-    run:Path,                     # run folder
-    which:str,                    # affectnet_val | bp4d_test
-) -> list[str]:                   # methods to show, the oracle last
+    run: Path,  # run folder
+    which: str,  # affectnet_val | bp4d_test
+) -> list[str]:  # methods to show, the oracle last
     "Choose the methods of a panel: the paper's where they were run, else the steps of the ablation; then other systems."
-    names = sorted({p.stem.removesuffix(f"_{which}") for f in ("predictions", "external") for p in (Path(run)/f).glob(f"*_{which}.*")})
-    shown = [m for m in ("EMOCA", "SMIRK", "TEASER") if m in names] or [m for m in ("F0", "F1", "F2", "F3") if m in names]
+    names = sorted(
+        {
+            p.stem.removesuffix(f"_{which}")
+            for f in ("predictions", "external")
+            for p in (Path(run) / f).glob(f"*_{which}.*")
+        }
+    )
+    shown = [m for m in ("EMOCA", "SMIRK", "TEASER") if m in names] or [
+        m for m in ("F0", "F1", "F2", "F3") if m in names
+    ]
     known = {"EMOCA", "SMIRK", "TEASER", "F0", "F1", "F2", "F3", "F4", "oracle"}
     other = [m for m in names if m not in known and not is_swept(m)]
     return shown + other[:2] + [m for m in ("F4", "oracle") if m in names]
 
+
 def strong_examples(
-    labels,                       # emotion labels of the candidates
-) -> list[str]:                   # one id an emotion
+    labels,  # emotion labels of the candidates
+) -> list[str]:  # one id an emotion
     "Choose the image of each emotion whose valence and arousal are strongest, of neutral weakest; ties go to the first."
-    strength = np.hypot(labels.valence, labels.arousal)*np.where(labels.classes == EMOTIONS.index("neutral"), -1, 1)
-    return [labels.ids[np.flatnonzero(labels.classes == c)[strength[labels.classes == c].argmax()]] for c in range(len(EMOTIONS)) if (labels.classes == c).any()]
+    strength = np.hypot(labels.valence, labels.arousal) * np.where(labels.classes == EMOTIONS.index("neutral"), -1, 1)
+    return [
+        labels.ids[np.flatnonzero(labels.classes == c)[strength[labels.classes == c].argmax()]]
+        for c in range(len(EMOTIONS))
+        if (labels.classes == c).any()
+    ]
+
 
 def cameras(found, ids):
     "Yield parameters and camera of every method; the oracle has no camera of this crop and takes a method's."
@@ -167,11 +207,12 @@ def cameras(found, ids):
         params = select(prediction, ids).params
         yield params, own if method == "oracle" and own is not None else params.camera
 
+
 def figure4(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-):                                # matplotlib figure
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+):  # matplotlib figure
     "Draw one image of each emotion with its labels, and every method's face below it."
     methods = panel_methods(run, "affectnet_val")
     found = read_predictions(run, methods, "affectnet_val", head)
@@ -179,18 +220,27 @@ def figure4(
     labels = labels.take(common_ids(found, labels.ids))
     ids = strong_examples(labels)
     chosen = labels.take(ids)
-    rows = [list(read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3])] + [list(draw_heads(head, p, camera=c)) for p, c in cameras(found, ids)]
-    titles = [f"{EMOTIONS[c]}\nvalence {v:+.2f}\narousal {a:+.2f}" for c, v, a in zip(chosen.classes, chosen.valence, chosen.arousal)]
+    rows = [list(read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3])] + [
+        list(draw_heads(head, p, camera=c)) for p, c in cameras(found, ids)
+    ]
+    titles = [
+        f"{EMOTIONS[c]}\nvalence {v:+.2f}\narousal {a:+.2f}"
+        for c, v, a in zip(chosen.classes, chosen.valence, chosen.arousal)
+    ]
     return face_grid(rows, ["input", *(LABELS.get(m, m) for m in found)], titles)
 
+
 def figure11(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-    count:int=4,                  # images
-):                                # matplotlib figure
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+    count: int = 4,  # images
+):  # matplotlib figure
     "Draw faces along the sweep of the emotion weight."
-    names = [p.name.removesuffix("_affectnet_val.npz") for p in sorted((Path(run)/"predictions").glob("*_affectnet_val.npz"))]
+    names = [
+        p.name.removesuffix("_affectnet_val.npz")
+        for p in sorted((Path(run) / "predictions").glob("*_affectnet_val.npz"))
+    ]
     swept = sweep(names, config.loss.emotion)
     found = read_predictions(run, list(swept.values()), "affectnet_val", head)
     labels, _ = read_labels(run)
@@ -198,15 +248,20 @@ def figure11(
     ids = (ids[1:] + ids[:1])[:count]
     drawn = [draw_heads(head, select(p, ids).params) for p in found.values()]
     pictures = read_pictures(run, "affectnet", ids, evaluation_part(config))[..., :3]
-    return face_grid([[pictures[k], *(d[k] for d in drawn)] for k in range(len(ids))], [EMOTIONS[c] for c in labels.take(ids).classes], ["input", *(f"λ = {w:g}" for w in swept)], 1.15)
+    return face_grid(
+        [[pictures[k], *(d[k] for d in drawn)] for k in range(len(ids))],
+        [EMOTIONS[c] for c in labels.take(ids).classes],
+        ["input", *(f"λ = {w:g}" for w in swept)],
+        1.15,
+    )
 
 # %% ../../nbs/76_evaluation.panels.ipynb #7d18e714
 def frames_of(
-    fits:Fits,                    # fits of the test subjects
-    sex:str="",                   # F, M, or empty for both
-    count:int=3,                  # frames
-    rank:int=0,                   # 0: the strongest expression of each subject, 1: the next
-) -> list[str]:                   # ids, one a subject
+    fits: Fits,  # fits of the test subjects
+    sex: str = "",  # F, M, or empty for both
+    count: int = 3,  # frames
+    rank: int = 0,  # 0: the strongest expression of each subject, 1: the next
+) -> list[str]:  # ids, one a subject
     "Choose frames with strong expressions, one a subject."
     strength, chosen = norms(fits), []
     for subject in sorted({s for s in fits.subjects if s.startswith(sex)}):
@@ -215,69 +270,91 @@ def frames_of(
         chosen.append(fits.ids[rows[min(rank, len(rows) - 1)]])
     return chosen[:count]
 
+
 def figure_bp4d(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    head,                         # the run's head
-    sex:str="",                   # F: figure 12, M: figure 13, empty: figure 7
-):                                # matplotlib figure
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    head,  # the run's head
+    sex: str = "",  # F: figure 12, M: figure 13, empty: figure 7
+):  # matplotlib figure
     "Draw picture, scan, fitted head and every method's face for test frames."
     methods = panel_methods(run, "bp4d_test")
     found = read_predictions(run, methods, "bp4d_test", head)
     fits, _ = read_fits(run, head)
     fits = fits.take(common_ids(found, fits.ids))
     ids = frames_of(fits, sex, 3, 0 if sex else 1)
-    if not sex: ids = frames_of(fits, "F", 2, 1) + frames_of(fits, "M", 1, 1)
-    if not ids: raise ValueError(f"no {'woman' if sex == 'F' else 'man'} is among the test subjects of this run")
+    if not sex:
+        ids = frames_of(fits, "F", 2, 1) + frames_of(fits, "M", 1, 1)
+    if not ids:
+        raise ValueError(f"no {'woman' if sex == 'F' else 'man'} is among the test subjects of this run")
     here = fits.take(ids)
     camera, size = portrait_camera(head, len(ids)), 160
     pictures = read_pictures(run, "bp4d", ids, evaluation_part(config))[..., :3]
-    with torch.no_grad(): root = head(HeadParams.neutral(1, dtype=head.template.dtype)).joints[0, 0].double().numpy()
+    with torch.no_grad():
+        root = head(HeadParams.neutral(1, dtype=head.template.dtype)).joints[0, 0].double().numpy()
     clouds = [scan_at_rest(run, i, here.pose[k], root) for k, i in enumerate(ids)]
     scans = [None if c is None else draw_points3d(c, camera[0].numpy(), size) for c in clouds]
     fitted = draw_heads(head, reference_params(here), size, camera)
     drawn = [draw_heads(head, at_rest(select(p, ids).params), size, camera) for p in found.values()]
     rows = [[pictures[k], scans[k], fitted[k], *(d[k] for d in drawn)] for k in range(len(ids))]
-    return face_grid(rows, [s for s in here.subjects], ["picture", "scan", "fitted head", *(LABELS.get(m, m) for m in found)], 1.0)
+    return face_grid(
+        rows, [s for s in here.subjects], ["picture", "scan", "fitted head", *(LABELS.get(m, m) for m in found)], 1.0
+    )
 
 # %% ../../nbs/76_evaluation.panels.ipynb #5e95a5ce
 def read_raw(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    subjects:tuple=(),            # whose scan; anybody's if empty
-) -> tuple|None:                  # raw points and landmarks in metres; None without raw scans
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    subjects: tuple = (),  # whose scan; anybody's if empty
+) -> tuple | None:  # raw points and landmarks in metres; None without raw scans
     "Read one raw scan through the dataset's reader."
     from fields.data.readers import open_dataset
     from fields.data.scanfiles import convention_of, detect_unit
-    try: items = open_dataset("bp4d", Path(run)/"world" if config.data == "world" else Path(config.data)).items
-    except (ValueError, OSError): return None
+
+    try:
+        items = open_dataset("bp4d", Path(run) / "world" if config.data == "world" else Path(config.data)).items
+    except (ValueError, OSError):
+        return None
     items = [i for i in items if i.scan and i.landmarks3d and (not subjects or i.subject in subjects)]
-    if not items: return None
+    if not items:
+        return None
     landmarks = items[0].read_landmarks3d()
     factor = detect_unit(landmarks, convention_of(landmarks))
-    return items[0].read_scan().vertices*factor, landmarks*factor
+    return items[0].read_scan().vertices * factor, landmarks * factor
+
 
 def figure10(
-    points:np.ndarray,            # (N,3) raw scan, metres
-    landmarks:np.ndarray,         # (L,3) its landmarks
-    margin:float=1.0,             # of the crop
-    most:int=9000,                # points drawn
-):                                # matplotlib figure
+    points: np.ndarray,  # (N,3) raw scan, metres
+    landmarks: np.ndarray,  # (L,3) its landmarks
+    margin: float = 1.0,  # of the crop
+    most: int = 9000,  # points drawn
+):  # matplotlib figure
     "Draw the raw scan in grey, the ellipse of Eq. 13 and the landmarks in red, what is kept in blue."
     crop = ellipse_crop(points, landmarks, margin)
-    step = max(1, len(points)//most)
+    step = max(1, len(points) // most)
     p, kept = points[::step], crop.mask[::step]
-    angle = np.linspace(0, 2*np.pi, 120)
-    ring = crop.centre + np.stack([np.cos(angle), np.sin(angle)], 1)*crop.radii @ crop.axes[:2]
+    angle = np.linspace(0, 2 * np.pi, 120)
+    ring = crop.centre + np.stack([np.cos(angle), np.sin(angle)], 1) * crop.radii @ crop.axes[:2]
     fig, axes = figure(1, 3, 6.6, 2.9, sharey=True)
-    views = ((0, "raw scan", [(p, "#8c8c8c")]), (0, "landmarks and ellipse", [(p, "#c8c8c8"), (p[kept], "#0072B2")]), (2, "kept, from the side", [(p, "#c8c8c8"), (p[kept], "#0072B2")]))
-    reach = 1900*crop.radii.max()
+    views = (
+        (0, "raw scan", [(p, "#8c8c8c")]),
+        (0, "landmarks and ellipse", [(p, "#c8c8c8"), (p[kept], "#0072B2")]),
+        (2, "kept, from the side", [(p, "#c8c8c8"), (p[kept], "#0072B2")]),
+    )
+    reach = 1900 * crop.radii.max()
     for ax, (axis, title, clouds) in zip(axes, views):
-        for cloud, color in clouds: ax.scatter(1000*cloud[:, axis], 1000*cloud[:, 1], s=1, c=color, linewidths=0, rasterized=True)
+        for cloud, color in clouds:
+            ax.scatter(1000 * cloud[:, axis], 1000 * cloud[:, 1], s=1, c=color, linewidths=0, rasterized=True)
         if title != "raw scan":
-            ax.plot(1000*ring[:, axis], 1000*ring[:, 1], c="#D55E00", lw=1.4)
-            ax.scatter(1000*landmarks[:, axis], 1000*landmarks[:, 1], s=4, c="#D55E00", linewidths=0)
-        middle = 1000*crop.centre
-        ax.set(aspect="equal", title=title, xlabel=("x" if axis == 0 else "z") + " (mm)", xlim=(middle[axis] - reach, middle[axis] + reach), ylim=(middle[1] - reach, middle[1] + reach))
+            ax.plot(1000 * ring[:, axis], 1000 * ring[:, 1], c="#D55E00", lw=1.4)
+            ax.scatter(1000 * landmarks[:, axis], 1000 * landmarks[:, 1], s=4, c="#D55E00", linewidths=0)
+        middle = 1000 * crop.centre
+        ax.set(
+            aspect="equal",
+            title=title,
+            xlabel=("x" if axis == 0 else "z") + " (mm)",
+            xlim=(middle[axis] - reach, middle[axis] + reach),
+            ylim=(middle[1] - reach, middle[1] + reach),
+        )
     axes[0].set_ylabel("y (mm)")
     return fig

@@ -11,8 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from ..comparison import (all_methods, common_ids, compared, difference, macro_number, mean_number, number, read_predictions, resample,
-                               select, widening, write_metrics)
+from fields.comparison import (
+    all_methods,
+    common_ids,
+    compared,
+    difference,
+    macro_number,
+    mean_number,
+    number,
+    read_predictions,
+    resample,
+    select,
+    widening,
+    write_metrics,
+)
 from ..config import Config
 from ..types import EMOTIONS, HeadParams
 from ..scans.labels import ExpressionLabels
@@ -22,94 +34,127 @@ from .emotion import read_labels
 @dataclass
 class Fits:
     "Parameters fitted to scans: the reference of Tables 3 and 6."
-    ids:list                      # N strings
-    shape:np.ndarray              # (N,300) one a person
-    expression:np.ndarray         # (N,50) standard deviations
-    jaw:np.ndarray                # (N,3) radians
-    subjects:list                 # N names
-    splits:list                   # N of train, val, test
-    pose:np.ndarray|None = None   # (N,6) rotation (axis-angle) and translation (metres) in the scanner's frame
-    eyelids:np.ndarray|None = None # (N,2) where lids were fitted
+
+    ids: list  # N strings
+    shape: np.ndarray  # (N,300) one a person
+    expression: np.ndarray  # (N,50) standard deviations
+    jaw: np.ndarray  # (N,3) radians
+    subjects: list  # N names
+    splits: list  # N of train, val, test
+    pose: np.ndarray | None = None  # (N,6) rotation (axis-angle) and translation (metres) in the scanner's frame
+    eyelids: np.ndarray | None = None  # (N,2) where lids were fitted
 
     def take(self, ids):
         "Return the fits of these ids, in their order."
         at = {name: n for n, name in enumerate(self.ids)}
         rows = [at[i] for i in ids]
-        return Fits(list(ids), self.shape[rows], self.expression[rows], self.jaw[rows], [self.subjects[r] for r in rows],
-                    [self.splits[r] for r in rows], *(None if v is None else v[rows] for v in (self.pose, self.eyelids)))
+        return Fits(
+            list(ids),
+            self.shape[rows],
+            self.expression[rows],
+            self.jaw[rows],
+            [self.subjects[r] for r in rows],
+            [self.splits[r] for r in rows],
+            *(None if v is None else v[rows] for v in (self.pose, self.eyelids)),
+        )
+
 
 def component_size(
-    directions:Tensor,            # (V,3,K) what one standard deviation of each component moves, metres
-) -> np.ndarray:                  # (K,) millimetres
+    directions: Tensor,  # (V,3,K) what one standard deviation of each component moves, metres
+) -> np.ndarray:  # (K,) millimetres
     "Return the root mean square displacement of each component over all vertices."
-    return 1000*directions.detach().double().pow(2).sum(1).mean(0).sqrt().cpu().numpy()
+    return 1000 * directions.detach().double().pow(2).sum(1).mean(0).sqrt().cpu().numpy()
+
 
 def frame_errors(
-    params:HeadParams,            # predicted, N frames
-    fits:Fits,                    # references of the same frames
-    real:np.ndarray,              # (300,) bool, identity components that count
-) -> dict[str, np.ndarray]:       # measure -> (N,)
+    params: HeadParams,  # predicted, N frames
+    fits: Fits,  # references of the same frames
+    real: np.ndarray,  # (300,) bool, identity components that count
+) -> dict[str, np.ndarray]:  # measure -> (N,)
     "Return the squared error of each frame: expression and jaw together, each apart, and shape."
     array = lambda t: t.detach().cpu().double().numpy()
-    expression, jaw = (array(params.expression) - fits.expression)**2, (array(params.jaw) - fits.jaw)**2
-    shape = (array(params.shape) - fits.shape)[:, real]**2
-    return {"expression_jaw": np.concatenate([expression, jaw], 1).mean(1), "expression": expression.mean(1), "jaw": jaw.mean(1),
-            "shape": shape.mean(1)}
+    expression, jaw = (array(params.expression) - fits.expression) ** 2, (array(params.jaw) - fits.jaw) ** 2
+    shape = (array(params.shape) - fits.shape)[:, real] ** 2
+    return {
+        "expression_jaw": np.concatenate([expression, jaw], 1).mean(1),
+        "expression": expression.mean(1),
+        "jaw": jaw.mean(1),
+        "shape": shape.mean(1),
+    }
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #264f39ca
 def line(
-    x,                            # (N,) reference
-    y,                            # (N,) prediction
-    weights,                      # (D,N) bootstrap weights
-) -> dict[str, np.ndarray]:       # slope, intercept, ratio, each (D,)
+    x,  # (N,) reference
+    y,  # (N,) prediction
+    weights,  # (D,N) bootstrap weights
+) -> dict[str, np.ndarray]:  # slope, intercept, ratio, each (D,)
     "Fit y = intercept + slope x by least squares for every resample; NaN where x does not vary."
     x, y, w = np.asarray(x, float), np.asarray(y, float), np.atleast_2d(np.asarray(weights, float))
-    w = w/w.sum(1, keepdims=True)
+    w = w / w.sum(1, keepdims=True)
     mx, my = w @ x, w @ y
-    variance, covariance = w @ (x - x.mean())**2 - (mx - x.mean())**2, w @ ((x - x.mean())*(y - y.mean())) - (mx - x.mean())*(my - y.mean())
+    variance, covariance = (
+        w @ (x - x.mean()) ** 2 - (mx - x.mean()) ** 2,
+        w @ ((x - x.mean()) * (y - y.mean())) - (mx - x.mean()) * (my - y.mean()),
+    )
     slope = np.divide(covariance, variance, out=np.full(len(w), np.nan), where=variance > 1e-12)
-    return {"slope": slope, "intercept": my - slope*mx, "ratio": np.divide(my, mx, out=np.full(len(w), np.nan), where=mx > 0)}
+    return {
+        "slope": slope,
+        "intercept": my - slope * mx,
+        "ratio": np.divide(my, mx, out=np.full(len(w), np.nan), where=mx > 0),
+    }
+
 
 def norms(
-    params,                       # anything with an `expression` of shape (N,50)
-) -> np.ndarray:                  # (N,)
+    params,  # anything with an `expression` of shape (N,50)
+) -> np.ndarray:  # (N,)
     "Return the length of each expression vector."
     return np.linalg.norm(np.asarray(torch.as_tensor(params.expression).detach().cpu().double()), axis=1)
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #30fddc22
 def explained(
-    predicted,                    # (N,K)
-    reference,                    # (N,K)
-) -> np.ndarray:                  # (K,) NaN where the reference does not vary
+    predicted,  # (N,K)
+    reference,  # (N,K)
+) -> np.ndarray:  # (K,) NaN where the reference does not vary
     "Return the explained variance of each column."
     p, r = np.asarray(predicted, float), np.asarray(reference, float)
-    total = ((r - r.mean(0))**2).sum(0)
-    return 1 - np.divide(((p - r)**2).sum(0), total, out=np.full(r.shape[1], np.nan), where=total > 1e-12)
+    total = ((r - r.mean(0)) ** 2).sum(0)
+    return 1 - np.divide(((p - r) ** 2).sum(0), total, out=np.full(r.shape[1], np.nan), where=total > 1e-12)
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #9c8ee06d
 def read_fits(
-    run:Path,                     # run folder
-    head=None,                    # the run's head; fits of another are an error
-) -> tuple[Fits, dict]:           # usable fits, and how many were rejected for each reason
+    run: Path,  # run folder
+    head=None,  # the run's head; fits of another are an error
+) -> tuple[Fits, dict]:  # usable fits, and how many were rejected for each reason
     "Read fitted parameters; raise `ValueError` if a file is missing or belongs to another head."
     import pandas
-    path, rows = Path(run)/"scans"/"labels.npz", Path(run)/"crops"/"bp4d"/"rows.csv"
+
+    path, rows = Path(run) / "scans" / "labels.npz", Path(run) / "crops" / "bp4d" / "rows.csv"
     for file, step in ((path, "fit_scans"), (rows, "prepare")):
-        if not file.is_file(): raise ValueError(f"{file} is missing; run the step `{step}` first")
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; run the step `{step}` first")
     labels = ExpressionLabels.load(path)
-    if head is not None: labels.check_head(head.sha256)
+    if head is not None:
+        labels.check_head(head.sha256)
     split = pandas.read_csv(rows, dtype={"id": str, "split": str}).set_index("id")["split"].to_dict()
     reasons = [str(r).split(":")[0] for r in labels.rejected]
     good = [n for n, (i, r) in enumerate(zip(labels.ids, reasons)) if not r and str(i) in split]
     ids, array = [str(labels.ids[n]) for n in good], lambda v: np.asarray(v, np.float64)[good]
-    return Fits(ids, array(labels.shape), array(labels.expression), array(labels.jaw), [str(labels.subject[n]) for n in good], [split[i] for i in ids],
-                np.concatenate([array(labels.rotation), array(labels.translation)], 1), array(labels.eyelids) if np.any(labels.eyelids) else None), {r: reasons.count(r) for r in sorted(set(reasons)) if r}
+    return Fits(
+        ids,
+        array(labels.shape),
+        array(labels.expression),
+        array(labels.jaw),
+        [str(labels.subject[n]) for n in good],
+        [split[i] for i in ids],
+        np.concatenate([array(labels.rotation), array(labels.translation)], 1),
+        array(labels.eyelids) if np.any(labels.eyelids) else None,
+    ), {r: reasons.count(r) for r in sorted(set(reasons)) if r}
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #de2bc946
 def constant_prediction(
-    fits:Fits,                    # all fits
-    n:int,                        # frames to predict
-) -> HeadParams:                  # the same parameters n times
+    fits: Fits,  # all fits
+    n: int,  # frames to predict
+) -> HeadParams:  # the same parameters n times
     "Return the mean of the training subjects' fits; of all fits where none is marked as training."
     rows = [k for k, s in enumerate(fits.splits) if s == "train"] or range(len(fits.ids))
     params = HeadParams.neutral(n, dtype=torch.float64)
@@ -117,35 +162,47 @@ def constant_prediction(
         getattr(params, name)[:] = torch.as_tensor(getattr(fits, name)[list(rows)].mean(0))
     return params
 
+
 def describe(
-    params:HeadParams,            # predicted, N frames
-    fits:Fits,                    # references of the same frames
-    real:np.ndarray,              # (300,) bool, identity components that count
-    size:np.ndarray,              # (50,) millimetres an expression component moves
-    weights:np.ndarray,           # (D,N) bootstrap weights
-) -> dict:                        # records
+    params: HeadParams,  # predicted, N frames
+    fits: Fits,  # references of the same frames
+    real: np.ndarray,  # (300,) bool, identity components that count
+    size: np.ndarray,  # (50,) millimetres an expression component moves
+    weights: np.ndarray,  # (D,N) bootstrap weights
+) -> dict:  # records
     "Return all records of one method: errors, subject means, exaggeration and explained variance."
     errors = frame_errors(params, fits, real)
     once, wide = np.concatenate([np.ones((1, weights.shape[1])), weights]), widening(fits.subjects)
-    exaggeration = {k: number(v[0], v[1:], None, len(fits.ids), wide) for k, v in line(norms(fits), norms(params), once).items()}
+    exaggeration = {
+        k: number(v[0], v[1:], None, len(fits.ids), wide) for k, v in line(norms(fits), norms(params), once).items()
+    }
     r2 = explained(np.concatenate([params.expression, params.jaw], 1), np.concatenate([fits.expression, fits.jaw], 1))
     known = np.isfinite(r2[:50])
-    return {"errors": {k: mean_number(v, weights, wide) for k, v in errors.items()},
-            "subjects": {k: macro_number(v, fits.subjects, weights) for k, v in errors.items()},
-            "exaggeration": exaggeration, "explained": {"expression": r2[:50], "jaw": r2[50:],
-            "mean": float((r2[:50][known]*size[known]**2).sum()/(size[known]**2).sum()) if known.any() else None}}
+    return {
+        "errors": {k: mean_number(v, weights, wide) for k, v in errors.items()},
+        "subjects": {k: macro_number(v, fits.subjects, weights) for k, v in errors.items()},
+        "exaggeration": exaggeration,
+        "explained": {
+            "expression": r2[:50],
+            "jaw": r2[50:],
+            "mean": float((r2[:50][known] * size[known] ** 2).sum() / (size[known] ** 2).sum())
+            if known.any()
+            else None,
+        },
+    }
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #5068b1b3
 def class_ratios(
-    run:Path,                     # run folder
-    methods:list[str],            # methods to measure, the oracle among them
-    head=None,                    # the run's head
-    draws:int=1000,               # bootstrap resamples
-    seed:int=0,                   # of the bootstrap
-) -> dict:                        # method -> emotion -> record; empty where there is no oracle
+    run: Path,  # run folder
+    methods: list[str],  # methods to measure, the oracle among them
+    head=None,  # the run's head
+    draws: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # method -> emotion -> record; empty where there is no oracle
     "Return the ratio of summed expression lengths to the oracle's for each emotion on held-out images."
     found = read_predictions(run, methods, "affectnet_val", head)
-    if "oracle" not in found: return {}
+    if "oracle" not in found:
+        return {}
     labels, _ = read_labels(run)
     ids = common_ids(found, labels.ids)
     classes, result = labels.take(ids).classes, {}
@@ -154,8 +211,11 @@ def class_ratios(
         lengths, result[method] = norms(select(found[method], ids).params), {}
         for c, name in enumerate(EMOTIONS):
             at = classes == c
-            if not at.any(): continue
-            weights = np.concatenate([np.ones((1, at.sum())), resample(int(at.sum()), draws, np.random.default_rng([seed, 5]))])
+            if not at.any():
+                continue
+            weights = np.concatenate(
+                [np.ones((1, at.sum())), resample(int(at.sum()), draws, np.random.default_rng([seed, 5]))]
+            )
             ratio = line(reference[at], lengths[at], weights)["ratio"]
             result[method][name] = number(ratio[0], ratio[1:], None, int(at.sum()))
     return result
@@ -163,35 +223,46 @@ def class_ratios(
 # %% ../../nbs/72_evaluation.parameters.ipynb #2b5c42f2
 MOTION = {"jaw_opening": slice(52, 53), "jaw": slice(52, 55), "eyelids": slice(50, 52), "expression": slice(0, 15)}
 
+
 def motion(
-    params:HeadParams,            # N images
-) -> np.ndarray:                  # (N,55) expression 50, lids 2, jaw 3
+    params: HeadParams,  # N images
+) -> np.ndarray:  # (N,55) expression 50, lids 2, jaw 3
     "Return what moves in a face as one array."
-    return np.concatenate([getattr(params, n).detach().cpu().double().numpy() for n in ("expression", "eyelids", "jaw")], 1)
+    return np.concatenate(
+        [getattr(params, n).detach().cpu().double().numpy() for n in ("expression", "eyelids", "jaw")], 1
+    )
+
 
 def variance_shares(
-    predicted:np.ndarray,         # (N,55) from `motion`; NaN where nothing is said
-    true:np.ndarray,              # (N,55) of the same images
-    weights:np.ndarray,           # (D,N) bootstrap weights
-) -> dict[str, np.ndarray]:       # jaw_opening, jaw, eyelids, expression, each (D,); without what is not said
+    predicted: np.ndarray,  # (N,55) from `motion`; NaN where nothing is said
+    true: np.ndarray,  # (N,55) of the same images
+    weights: np.ndarray,  # (D,N) bootstrap weights
+) -> dict[str, np.ndarray]:  # jaw_opening, jaw, eyelids, expression, each (D,); without what is not said
     "Return the explained variance of the jaw's opening, the jaw and the lids, and its median over the first expression components, for every resample."
-    w, r = weights/weights.sum(1, keepdims=True), true - true.mean(0)
-    lost, total, result = w @ (predicted - true)**2, w @ r**2 - (w @ r)**2, {}
+    w, r = weights / weights.sum(1, keepdims=True), true - true.mean(0)
+    lost, total, result = w @ (predicted - true) ** 2, w @ r**2 - (w @ r) ** 2, {}
     for name, at in MOTION.items():
-        if not np.isfinite(lost[:, at]).all(): continue
-        result[name] = np.median(1 - lost[:, at]/total[:, at], axis=1) if name == "expression" else 1 - lost[:, at].sum(1)/total[:, at].sum(1)
+        if not np.isfinite(lost[:, at]).all():
+            continue
+        result[name] = (
+            np.median(1 - lost[:, at] / total[:, at], axis=1)
+            if name == "expression"
+            else 1 - lost[:, at].sum(1) / total[:, at].sum(1)
+        )
     return result
 
+
 def evaluate_recovery(
-    run:Path,                     # run folder
-    methods:list[str],            # methods to measure
-    head=None,                    # the run's head
-    draws:int=1000,               # bootstrap resamples
-    seed:int=0,                   # of the bootstrap
-) -> dict:                        # method -> name in MOTION -> record; empty where the truth is not known
+    run: Path,  # run folder
+    methods: list[str],  # methods to measure
+    head=None,  # the run's head
+    draws: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # method -> name in MOTION -> record; empty where the truth is not known
     "Measure how much of the true variance on held-out AffectNet images each method explains."
     found, result = read_predictions(run, methods, "affectnet_val", head), {}
-    if "oracle" not in found: return {}
+    if "oracle" not in found:
+        return {}
     ids = common_ids(found, found["oracle"].ids)
     true, n = motion(select(found["oracle"], ids).params), len(ids)
     weights = np.concatenate([np.ones((1, n)), resample(n, draws, np.random.default_rng([seed, 6]))])
@@ -202,35 +273,63 @@ def evaluate_recovery(
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #ac651230
 def evaluate_parameters(
-    run:Path,                     # run folder
-    config:Config,                # the run's configuration
-    methods:list[str],            # methods to compare; the oracle joins where it has a file
-    head,                         # the run's head
-) -> dict:                        # what was written
+    run: Path,  # run folder
+    config: Config,  # the run's configuration
+    methods: list[str],  # methods to compare; the oracle joins where it has a file
+    head,  # the run's head
+) -> dict:  # what was written
     "Write `metrics/parameters.json`; raise `ValueError` if no method has predictions on the BP4D test subjects."
     fits, rejected = read_fits(run, head)
     names = all_methods(run, methods)
     found = read_predictions(run, names, "bp4d_test", head)
-    if not found: raise ValueError(f"{Path(run)/'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first")
+    if not found:
+        raise ValueError(
+            f"{Path(run) / 'predictions'} holds no predictions of {', '.join(names)} on BP4D; run the step `predict` first"
+        )
     ids = common_ids(found, fits.ids)
     here = fits.take(ids)
-    real, size = component_size(head.shapedirs) >= .05, component_size(head.exprdirs[..., :50])
-    real[head.real_components[0]:] = False
-    weights = resample(len(ids), config.evaluation.bootstrap, np.random.default_rng([config.seed, 4]), groups=here.subjects)
+    real, size = component_size(head.shapedirs) >= 0.05, component_size(head.exprdirs[..., :50])
+    real[head.real_components[0] :] = False
+    weights = resample(
+        len(ids), config.evaluation.bootstrap, np.random.default_rng([config.seed, 4]), groups=here.subjects
+    )
     params = {m: select(p, ids).params for m, p in found.items()}
     constant = constant_prediction(fits, len(ids))
     errors = {m: frame_errors(p, here, real) for m, p in (params | {"constant": constant}).items()}
-    pairs, draw = {}, lambda m: weights @ errors[m]["expression_jaw"]/weights.sum(1)
+    pairs, draw = {}, lambda m: weights @ errors[m]["expression_jaw"] / weights.sum(1)
     for a, b in [*compared(list(found)), *((m, "constant") for m in ("F0", "F2", "F4") if m in found)]:
-        draws = {m: {k: weights @ v/weights.sum(1) for k, v in errors[m].items()} for m in (a, b)}
-        pairs[f"{a}-{b}"] = {k: difference(errors[a][k].mean(), errors[b][k].mean(), draws[a][k], draws[b][k], len(ids), widening(here.subjects)) for k in errors[a]}
-    return write_metrics(Path(run)/"metrics"/"parameters.json", {
-        "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
-        "controls": {"constant": describe(constant, here, real, size, weights)}, "differences": pairs,
-        "ratios": {f"{a}/F0": number(errors[a]["expression_jaw"].mean()/errors["F0"]["expression_jaw"].mean(), draw(a)/draw("F0"), None, len(ids), widening(here.subjects))
-                   for a in ("F1", "F2", "F4") if {a, "F0"} <= set(found)},
-        "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
-        "recovery": evaluate_recovery(run, names, head, config.evaluation.bootstrap, config.seed),
-        "frames": len(ids), "subjects": len(set(here.subjects)), "rejected_fits": rejected,
-        "without": {m: len(p.ids) - len(ids) for m, p in found.items()}, "absent": [m for m in names if m not in found],
-        "identity_components": int(real.sum()), "expression_components": int((size >= .05).sum())})
+        draws = {m: {k: weights @ v / weights.sum(1) for k, v in errors[m].items()} for m in (a, b)}
+        pairs[f"{a}-{b}"] = {
+            k: difference(
+                errors[a][k].mean(), errors[b][k].mean(), draws[a][k], draws[b][k], len(ids), widening(here.subjects)
+            )
+            for k in errors[a]
+        }
+    return write_metrics(
+        Path(run) / "metrics" / "parameters.json",
+        {
+            "methods": {m: describe(p, here, real, size, weights) for m, p in params.items()},
+            "controls": {"constant": describe(constant, here, real, size, weights)},
+            "differences": pairs,
+            "ratios": {
+                f"{a}/F0": number(
+                    errors[a]["expression_jaw"].mean() / errors["F0"]["expression_jaw"].mean(),
+                    draw(a) / draw("F0"),
+                    None,
+                    len(ids),
+                    widening(here.subjects),
+                )
+                for a in ("F1", "F2", "F4")
+                if {a, "F0"} <= set(found)
+            },
+            "class_ratios": class_ratios(run, names, head, config.evaluation.bootstrap, config.seed),
+            "recovery": evaluate_recovery(run, names, head, config.evaluation.bootstrap, config.seed),
+            "frames": len(ids),
+            "subjects": len(set(here.subjects)),
+            "rejected_fits": rejected,
+            "without": {m: len(p.ids) - len(ids) for m, p in found.items()},
+            "absent": [m for m in names if m not in found],
+            "identity_components": int(real.sum()),
+            "expression_components": int((size >= 0.05).sum()),
+        },
+    )

@@ -18,22 +18,38 @@ from .emotion import read_labels
 from .tables import is_swept, methods_of, sweep
 
 # %% ../../nbs/75_evaluation.plots.ipynb #757ed781
-CLASS_STYLE = dict(zip(EMOTIONS, (("#777777", "o"), ("#E69F00", "^"), ("#0072B2", "v"), ("#CC79A7", "D"), ("#009E73", "s"), ("#56B4E9", "P"), ("#D55E00", "X"))))
+CLASS_STYLE = dict(
+    zip(
+        EMOTIONS,
+        (
+            ("#777777", "o"),
+            ("#E69F00", "^"),
+            ("#0072B2", "v"),
+            ("#CC79A7", "D"),
+            ("#009E73", "s"),
+            ("#56B4E9", "P"),
+            ("#D55E00", "X"),
+        ),
+    )
+)
+
 
 def affect_colors(
-    valence,                      # (N,) in [-1,1]
-    arousal,                      # (N,) in [-1,1]
-    lightness:float=76.0,         # HSLuv lightness, the same for every point
-) -> np.ndarray:                  # (N,3) RGB in [0,1]
+    valence,  # (N,) in [-1,1]
+    arousal,  # (N,) in [-1,1]
+    lightness: float = 76.0,  # HSLuv lightness, the same for every point
+) -> np.ndarray:  # (N,3) RGB in [0,1]
     "Colour valence and arousal: the angle on the circumplex is the hue, the distance from its centre the saturation."
     import hsluv
+
     v, a = np.asarray(valence, float), np.asarray(arousal, float)
-    hue, saturation = np.degrees(np.arctan2(a, v)) % 360, 100*np.minimum(1, np.hypot(v, a))
+    hue, saturation = np.degrees(np.arctan2(a, v)) % 360, 100 * np.minimum(1, np.hypot(v, a))
     return np.array([hsluv.hsluv_to_rgb((h, s, lightness)) for h, s in zip(hue, saturation)]).reshape(-1, 3).clip(0, 1)
 
+
 def wheel(
-    ax,                           # axes to draw in
-    size:int=80,                  # pixels
+    ax,  # axes to draw in
+    size: int = 80,  # pixels
 ):
     "Draw the legend of the affect colours: a disc with its two axes."
     side = np.linspace(-1, 1, size)
@@ -44,238 +60,353 @@ def wheel(
     ax.imshow(image, origin="lower", extent=(-1, 1, -1, 1))
     ax.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], xlabel="valence", ylabel="arousal")
     ax.grid(False)
-    for side in ("left", "bottom"): ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
     ax.tick_params(length=0, labelsize=7)
 
 # %% ../../nbs/75_evaluation.plots.ipynb #05c332a5
 def figure2(
-    run:Path,                     # run folder
-):                                # matplotlib figure
+    run: Path,  # run folder
+):  # matplotlib figure
     "Draw the labels of held-out images in the plane of valence and arousal, with the mean of each emotion."
     labels, splits = read_labels(run)
     at = np.array([splits.get(i) != "train" for i in labels.ids])
     at = at if at.any() else np.ones(len(at), bool)
     fig, ax = figure(width=4.6, height=4.8)
-    circle = np.linspace(0, 2*np.pi, 200)
+    circle = np.linspace(0, 2 * np.pi, 200)
     ax.plot(np.cos(circle), np.sin(circle), c="0.75", lw=1)
-    ax.axhline(0, c="0.75", lw=.8); ax.axvline(0, c="0.75", lw=.8)
+    ax.axhline(0, c="0.75", lw=0.8)
+    ax.axvline(0, c="0.75", lw=0.8)
     for c, (name, (color, marker)) in enumerate(CLASS_STYLE.items()):
         here = at & (labels.classes == c)
-        if not here.any(): continue
-        ax.scatter(labels.valence[here], labels.arousal[here], s=9, c=color, marker=marker, alpha=.45, linewidths=0)
+        if not here.any():
+            continue
+        ax.scatter(labels.valence[here], labels.arousal[here], s=9, c=color, marker=marker, alpha=0.45, linewidths=0)
         x, y = labels.valence[here].mean(), labels.arousal[here].mean()
-        ax.scatter([x], [y], s=80, c=color, marker=marker, edgecolors="k", linewidths=.8, zorder=3, label=name)
-    ax.set(xlabel="valence (negative to positive)", ylabel="arousal (low to high)", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal",
-           title=f"{int(at.sum())} held-out images; large: means")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, handletextpad=.2, columnspacing=.8)
+        ax.scatter([x], [y], s=80, c=color, marker=marker, edgecolors="k", linewidths=0.8, zorder=3, label=name)
+    ax.set(
+        xlabel="valence (negative to positive)",
+        ylabel="arousal (low to high)",
+        xlim=(-1.1, 1.1),
+        ylim=(-1.1, 1.1),
+        aspect="equal",
+        title=f"{int(at.sum())} held-out images; large: means",
+    )
+    fig.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, handletextpad=0.2, columnspacing=0.8
+    )
     return fig
 
 # %% ../../nbs/75_evaluation.plots.ipynb #dce86d8a
 def shown_methods(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> list[str]:                   # at most seven, the oracle last
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> list[str]:  # at most seven, the oracle last
     "Choose the methods that a figure compares: the paper's, the ablation, other systems, not the sweep."
     methods = [m for m in methods_of(metrics) if not is_swept(m)]
-    if sum(m in ("EMOCA", "SMIRK", "TEASER") for m in methods) == 3: methods = [m for m in methods if m not in ("F0", "F2", "F3")]
+    if sum(m in ("EMOCA", "SMIRK", "TEASER") for m in methods) == 3:
+        methods = [m for m in methods if m not in ("F0", "F2", "F3")]
     return methods[:6] + (["oracle"] if find(metrics, "emotion/protocols/heldout/methods/oracle") else [])
 
-def method_color(method:str) -> str:
+
+def method_color(method: str) -> str:
     "Return the colour of a method, the same in all figures."
-    known = {"F0": "#999999", "F1": "#56B4E9", "F2": "#009E73", "F3": "#E69F00", "F4": "#D55E00", "EMOCA": "#CC79A7", "SMIRK": "#0072B2", "TEASER": "#F0E442", "TEASER_init": "#7A5195", "oracle": "#000000"}
+    known = {
+        "F0": "#999999",
+        "F1": "#56B4E9",
+        "F2": "#009E73",
+        "F3": "#E69F00",
+        "F4": "#D55E00",
+        "EMOCA": "#CC79A7",
+        "SMIRK": "#0072B2",
+        "TEASER": "#F0E442",
+        "TEASER_init": "#7A5195",
+        "oracle": "#000000",
+    }
     return known.get(method, PALETTE[sum(map(ord, method)) % len(PALETTE)])
 
+
 def figure5(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-    protocol:str="heldout",       # heldout | paper
-):                                # matplotlib figure
+    metrics: dict,  # name -> contents of metrics/NAME.json
+    protocol: str = "heldout",  # heldout | paper
+):  # matplotlib figure
     "Draw the accuracy of each emotion with its 95% interval, one bar a method."
     records = find(metrics, f"emotion/protocols/{protocol}/methods") or {}
     methods = [m for m in shown_methods(metrics) if m in records]
     fig, ax = figure(width=7.2, height=3.0)
-    width = .84/max(1, len(methods))
+    width = 0.84 / max(1, len(methods))
     for k, m in enumerate(methods):
         got = [records[m]["per_class"][c] for c in EMOTIONS]
-        mean = np.array([100*(r["mean"] if r["mean"] is not None else np.nan) for r in got])
-        ends = np.array([[100*(r[e] if r[e] is not None else np.nan) for r in got] for e in ("ci_low", "ci_high")])
-        x = np.arange(len(EMOTIONS)) + (k - (len(methods) - 1)/2)*width
-        ax.bar(x, mean, width*.94, color=method_color(m), label={"F4": "F4 (FIELDS)"}.get(m, m), edgecolor="k", linewidth=.3)
-        ax.errorbar(x, mean, np.abs(np.clip(ends, 0, 100) - mean), fmt="none", ecolor="0.25", elinewidth=.8)
-    ax.axhline(100/7, c="k", lw=.8, ls=":")
-    ax.text(len(EMOTIONS) - .47, 100/7, "chance", fontsize=7.5, va="center", ha="left")
+        mean = np.array([100 * (r["mean"] if r["mean"] is not None else np.nan) for r in got])
+        ends = np.array([[100 * (r[e] if r[e] is not None else np.nan) for r in got] for e in ("ci_low", "ci_high")])
+        x = np.arange(len(EMOTIONS)) + (k - (len(methods) - 1) / 2) * width
+        ax.bar(
+            x,
+            mean,
+            width * 0.94,
+            color=method_color(m),
+            label={"F4": "F4 (FIELDS)"}.get(m, m),
+            edgecolor="k",
+            linewidth=0.3,
+        )
+        ax.errorbar(x, mean, np.abs(np.clip(ends, 0, 100) - mean), fmt="none", ecolor="0.25", elinewidth=0.8)
+    ax.axhline(100 / 7, c="k", lw=0.8, ls=":")
+    ax.text(len(EMOTIONS) - 0.47, 100 / 7, "chance", fontsize=7.5, va="center", ha="left")
     ax.set_xticks(np.arange(len(EMOTIONS)), EMOTIONS)
-    ax.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-.55, len(EMOTIONS) - .45))
+    ax.set(ylabel="accuracy (%)", ylim=(0, 100), xlim=(-0.55, len(EMOTIONS) - 0.45))
     ax.grid(axis="x", visible=False)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
     return fig
 
 # %% ../../nbs/75_evaluation.plots.ipynb #22e75f80
 def expression_features(
-    params:HeadParams,            # N faces
-) -> np.ndarray:                  # (N,55)
+    params: HeadParams,  # N faces
+) -> np.ndarray:  # (N,55)
     "Return expression, lids and jaw."
-    return np.concatenate([t.detach().cpu().double().numpy() for t in (params.expression, params.eyelids, params.jaw)], 1).astype(np.float32)
+    return np.concatenate(
+        [t.detach().cpu().double().numpy() for t in (params.expression, params.eyelids, params.jaw)], 1
+    ).astype(np.float32)
+
 
 def embed(
-    features:np.ndarray,          # (N,K)
-    kind:str,                     # tsne | umap
-    seed:int=0,                   # of the map
-) -> np.ndarray:                  # (N,2)
+    features: np.ndarray,  # (N,K)
+    kind: str,  # tsne | umap
+    seed: int = 0,  # of the map
+) -> np.ndarray:  # (N,2)
     "Map features to the plane; raise `ValueError` for an unknown kind, `ImportError` where umap-learn is absent."
     import warnings
     from threadpoolctl import threadpool_limits
+
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "tsne":
             from sklearn.manifold import TSNE
-            return TSNE(perplexity=min(30, (len(features) - 1)/3), init="pca", max_iter=500, random_state=seed, n_jobs=1).fit_transform(features)
-        if kind != "umap": raise ValueError(f"unknown map {kind!r}; choose tsne or umap")
-        try: from umap import UMAP
-        except ImportError: raise ImportError("figure 15 needs umap-learn, which is not installed; pip install umap-learn, or do without this figure") from None
+
+            return TSNE(
+                perplexity=min(30, (len(features) - 1) / 3), init="pca", max_iter=500, random_state=seed, n_jobs=1
+            ).fit_transform(features)
+        if kind != "umap":
+            raise ValueError(f"unknown map {kind!r}; choose tsne or umap")
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise ImportError(
+                "figure 15 needs umap-learn, which is not installed; pip install umap-learn, or do without this figure"
+            ) from None
         from sklearn.neighbors import NearestNeighbors
+
         count = min(15, len(features) - 1)
-        distance, index = NearestNeighbors(n_neighbors=count).fit(features).kneighbors(features)   # spares the compilation of UMAP's own search
-        return UMAP(n_neighbors=count, random_state=seed, n_jobs=1, precomputed_knn=(index.astype(np.int32), distance.astype(np.float32), None),
-                    force_approximation_algorithm=True).fit_transform(features)
+        distance, index = (
+            NearestNeighbors(n_neighbors=count).fit(features).kneighbors(features)
+        )  # spares the compilation of UMAP's own search
+        return UMAP(
+            n_neighbors=count,
+            random_state=seed,
+            n_jobs=1,
+            precomputed_knn=(index.astype(np.int32), distance.astype(np.float32), None),
+            force_approximation_algorithm=True,
+        ).fit_transform(features)
 
 # %% ../../nbs/75_evaluation.plots.ipynb #7930e06c
 def maps(
-    run:Path,                     # run folder
-    methods:list[str],            # methods to map
-    config:Config,                # points and seed
-    kinds:tuple=("tsne", "umap"), # maps to make
-) -> dict:                        # {"labels": Labels, (kind, method): (N,2)}
+    run: Path,  # run folder
+    methods: list[str],  # methods to map
+    config: Config,  # points and seed
+    kinds: tuple = ("tsne", "umap"),  # maps to make
+) -> dict:  # {"labels": Labels, (kind, method): (N,2)}
     "Compute the maps of all methods on the same held-out images."
     found = read_predictions(run, methods, "affectnet_val")
     labels, _ = read_labels(run)
     ids = common_ids(found, labels.ids)
-    rows = np.random.default_rng([config.seed, 8]).permutation(len(ids))[:config.evaluation.figure_points]
+    rows = np.random.default_rng([config.seed, 8]).permutation(len(ids))[: config.evaluation.figure_points]
     ids = [ids[i] for i in sorted(rows)]
     result = {"labels": labels.take(ids)}
     for method, prediction in found.items():
         features = expression_features(select(prediction, ids).params)
-        for kind in kinds: result[kind, method] = embed(features, kind, config.seed)
+        for kind in kinds:
+            result[kind, method] = embed(features, kind, config.seed)
     return result
+
 
 def _scatter(ax, place, labels, by):
     if by == "class":
         for c, (name, (color, marker)) in enumerate(CLASS_STYLE.items()):
             here = labels.classes == c
-            ax.scatter(*place[here].T, s=11, c=color, marker=marker, label=name, linewidths=0, alpha=.85)
-    else: ax.scatter(*place.T, s=11, c=affect_colors(labels.valence, labels.arousal), linewidths=.15, edgecolors="0.35")
+            ax.scatter(*place[here].T, s=11, c=color, marker=marker, label=name, linewidths=0, alpha=0.85)
+    else:
+        ax.scatter(*place.T, s=11, c=affect_colors(labels.valence, labels.arousal), linewidths=0.15, edgecolors="0.35")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-    for side in ("left", "bottom"): ax.spines[side].set_color("0.8")
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("0.8")
 
 # %% ../../nbs/75_evaluation.plots.ipynb #f9f63030
 def figure6(
-    result:dict,                  # from `maps`
-    method:str="F4",              # method to show
-    kind:str="tsne",              # tsne | umap
-):                                # matplotlib figure
+    result: dict,  # from `maps`
+    method: str = "F4",  # method to show
+    kind: str = "tsne",  # tsne | umap
+):  # matplotlib figure
     "Draw one method's map, coloured by emotion and by valence and arousal."
     fig, axes = figure(1, 2, 7.2, 3.7)
     name = {"tsne": "t-SNE", "umap": "UMAP"}[kind]
     for ax, by, title in zip(axes, ("class", "affect"), ("emotion", "valence and arousal (HSLuv, L* = 76)")):
         _scatter(ax, result[kind, method], result["labels"], by)
         ax.set(title=title, xlabel=f"{name} 1", ylabel=f"{name} 2")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, markerscale=1.6, handletextpad=.1, columnspacing=.8)
-    wheel(axes[1].inset_axes([1.02, 0, .22, .22]))
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=4,
+        markerscale=1.6,
+        handletextpad=0.1,
+        columnspacing=0.8,
+    )
+    wheel(axes[1].inset_axes([1.02, 0, 0.22, 0.22]))
     return fig
 
+
 def figure_maps(
-    result:dict,                  # from `maps`
-    methods:list[str],            # columns
-    kind:str,                     # tsne | umap
-):                                # matplotlib figure
+    result: dict,  # from `maps`
+    methods: list[str],  # columns
+    kind: str,  # tsne | umap
+):  # matplotlib figure
     "Draw the maps of all methods: emotion above, valence and arousal below."
     methods = [m for m in methods if (kind, m) in result]
-    fig, axes = figure(2, len(methods), 1.75*len(methods), 4.1, squeeze=False)
+    fig, axes = figure(2, len(methods), 1.75 * len(methods), 4.1, squeeze=False)
     for k, m in enumerate(methods):
-        for row, by in enumerate(("class", "affect")): _scatter(axes[row, k], result[kind, m], result["labels"], by)
+        for row, by in enumerate(("class", "affect")):
+            _scatter(axes[row, k], result[kind, m], result["labels"], by)
         axes[0, k].set_title({"F4": "F4 (FIELDS)"}.get(m, m))
     name = {"tsne": "t-SNE", "umap": "UMAP"}[kind]
-    axes[0, 0].set_ylabel(f"{name}, by emotion"); axes[1, 0].set_ylabel(f"{name}, by valence, arousal")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, markerscale=1.6, handletextpad=.1, columnspacing=1)
+    axes[0, 0].set_ylabel(f"{name}, by emotion")
+    axes[1, 0].set_ylabel(f"{name}, by valence, arousal")
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=7,
+        markerscale=1.6,
+        handletextpad=0.1,
+        columnspacing=1,
+    )
     return fig
 
 # %% ../../nbs/75_evaluation.plots.ipynb #a8ea1c85
 def read_curves(
-    run:Path,                     # run folder
-) -> dict[str, dict]:             # method -> term -> (steps, values)
+    run: Path,  # run folder
+) -> dict[str, dict]:  # method -> term -> (steps, values)
     "Read the logs of all trainings."
     import csv
+
     result = {}
-    for path in sorted((Path(run)/"checkpoints").glob("*/log.csv")):
-        with open(path, encoding="utf-8", newline="") as file: rows = list(csv.DictReader(file))
+    for path in sorted((Path(run) / "checkpoints").glob("*/log.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         terms = [k for k in (rows[0] if rows else {}) if k != "step"]
         pairs = {t: [(int(r["step"]), float(r[t])) for r in rows if r.get(t)] for t in terms}
         result[path.parent.name] = {t: tuple(zip(*p)) for t, p in pairs.items() if p}
     return result
 
-def smooth(values, share:float=.06):
+
+def smooth(values, share: float = 0.06):
     "Return a centred running mean over a share of the values, at least three."
     v = np.asarray(values, float)
-    k = max(3, int(len(v)*share) | 1)
-    if len(v) < k: return v
-    padded = np.pad(v, k//2, mode="edge")
-    return np.convolve(padded, np.ones(k)/k, "valid")
+    k = max(3, int(len(v) * share) | 1)
+    if len(v) < k:
+        return v
+    padded = np.pad(v, k // 2, mode="edge")
+    return np.convolve(padded, np.ones(k) / k, "valid")
 
-LINES = {"F2": "--", "F3": "-.", "F4": ":", "SMIRK": "--", "TEASER": "-.", "lambda1": "--", "lambda10": "-."}   # where curves lie on one another
+
+LINES = {
+    "F2": "--",
+    "F3": "-.",
+    "F4": ":",
+    "SMIRK": "--",
+    "TEASER": "-.",
+    "lambda1": "--",
+    "lambda10": "-.",
+}  # where curves lie on one another
+
 
 def figure_curves(
-    run:Path,                     # run folder
-    most:int=28,                  # panels
-):                                # matplotlib figure
+    run: Path,  # run folder
+    most: int = 28,  # panels
+):  # matplotlib figure
     "Draw every loss term of every training, one panel a term; thin lines are single steps."
     curves = read_curves(run)
     counts = {}
     for terms in curves.values():
         for t, (steps, values) in terms.items():
-            if np.ptp(values) > 0: counts[t] = counts.get(t, 0) + 1
+            if np.ptp(values) > 0:
+                counts[t] = counts.get(t, 0) + 1
     passes = ("pretrain", "encoder", "synthesizer")
-    terms = sorted(counts, key=lambda t: (passes.index(t.split(".")[0]) if t.split(".")[0] in passes else 3, not t.endswith("objective"), t))[:most] or ["no log yet"]
+    terms = sorted(
+        counts,
+        key=lambda t: (
+            passes.index(t.split(".")[0]) if t.split(".")[0] in passes else 3,
+            not t.endswith("objective"),
+            t,
+        ),
+    )[:most] or ["no log yet"]
     columns = min(4, len(terms))
-    fig, axes = figure(-(-len(terms)//columns), columns, 1.85*columns, 1.55*-(-len(terms)//columns) + .4, squeeze=False)
+    fig, axes = figure(
+        -(-len(terms) // columns), columns, 1.85 * columns, 1.55 * -(-len(terms) // columns) + 0.4, squeeze=False
+    )
     seen = {}
     for ax, term in zip(axes.flat, terms):
         for m, logged in curves.items():
-            if term not in logged: continue
+            if term not in logged:
+                continue
             steps, values = logged[term]
-            ax.plot(steps, values, c=method_color(m), lw=.4, alpha=.35)
+            ax.plot(steps, values, c=method_color(m), lw=0.4, alpha=0.35)
             seen[m] = ax.plot(steps, smooth(values), c=method_color(m), lw=1.4, ls=LINES.get(m, "-"))[0]
         ax.set_title(term, fontsize=7.5)
         every = [v for logged in curves.values() if term in logged for v in logged[term][1]]
-        if every and min(every) > 0 and max(every) > 30*min(every):
+        if every and min(every) > 0 and max(every) > 30 * min(every):
             ax.set_yscale("log")
-            ax.yaxis.set_minor_formatter("")          # few decades: labels of minor ticks would lie on one another
+            ax.yaxis.set_minor_formatter("")  # few decades: labels of minor ticks would lie on one another
         ax.tick_params(labelsize=7)
-    for ax in axes.flat[len(terms):]: ax.set_axis_off()
-    for ax in axes.flat[max(0, len(terms) - columns):len(terms)]: ax.set_xlabel("step", fontsize=8)
+    for ax in axes.flat[len(terms) :]:
+        ax.set_axis_off()
+    for ax in axes.flat[max(0, len(terms) - columns) : len(terms)]:
+        ax.set_xlabel("step", fontsize=8)
     axes[0, 0].set_ylabel("loss term", fontsize=8)
-    if seen: fig.legend(seen.values(), seen, loc="outside upper center", ncols=len(seen))
+    if seen:
+        fig.legend(seen.values(), seen, loc="outside upper center", ncols=len(seen))
     return fig
 
 # %% ../../nbs/75_evaluation.plots.ipynb #8ec1823e
 def figure_naturalness(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-    own:float=5.0,                # lambda_emo of F4
-):                                # matplotlib figure
+    metrics: dict,  # name -> contents of metrics/NAME.json
+    own: float = 5.0,  # lambda_emo of F4
+):  # matplotlib figure
     "Draw slope and ratio with intervals for each method, and along the sweep of the emotion weight."
     records = find(metrics, "parameters/methods") or {}
     methods = [m for m in [*shown_methods(metrics)] if m in records]
     swept = {w: m for w, m in sweep(methods_of(metrics), own).items() if m in records}
     fig, axes = figure(1, 2 if len(swept) > 1 else 1, 7.2 if len(swept) > 1 else 3.8, 2.9, squeeze=False)
     kinds = (("slope", "o", "#0072B2"), ("ratio", "s", "#D55E00"))
+
     def draw(ax, names, at):
         for k, (kind, marker, color) in enumerate(kinds):
             got = [records[m]["exaggeration"][kind] for m in names]
             mean = np.array([np.nan if r["mean"] is None else r["mean"] for r in got])
             ends = np.array([[np.nan if r[e] is None else r[e] for r in got] for e in ("ci_low", "ci_high")])
-            ax.errorbar(np.asarray(at) + (k - .5)*.12, mean, np.abs(ends - mean), fmt=marker, c=color, ms=5, lw=1, label=f"{kind} of lengths")
+            ax.errorbar(
+                np.asarray(at) + (k - 0.5) * 0.12,
+                mean,
+                np.abs(ends - mean),
+                fmt=marker,
+                c=color,
+                ms=5,
+                lw=1,
+                label=f"{kind} of lengths",
+            )
             far = [*far, *mean[np.isfinite(mean)]] if k else list(mean[np.isfinite(mean)])
-        ax.axhline(1, c="k", lw=.8, ls=":")
+        ax.axhline(1, c="k", lw=0.8, ls=":")
         low, high = min([*far, 1]), max([*far, 1])
-        ax.set_ylim(low - .35*(high - low) - .2, high + .35*(high - low) + .2)   # a long interval is cut off, a mean never
+        ax.set_ylim(
+            low - 0.35 * (high - low) - 0.2, high + 0.35 * (high - low) + 0.2
+        )  # a long interval is cut off, a mean never
+
     draw(axes[0, 0], methods, np.arange(len(methods)))
     axes[0, 0].set_xticks(np.arange(len(methods)), methods)
     axes[0, 0].set(ylabel="predicted over fitted (1 = calibrated)", title="exaggeration on BP4D test frames")
@@ -284,35 +415,64 @@ def figure_naturalness(
         ax = axes[0, 1]
         draw(ax, swept.values(), np.arange(len(swept)))
         ax.set_xticks(np.arange(len(swept)), [f"{w:g}" for w in swept])
-        ax.set(xlabel="weight of the emotion loss", ylabel="predicted over fitted", title="against the weight of the emotion loss")
+        ax.set(
+            xlabel="weight of the emotion loss",
+            ylabel="predicted over fitted",
+            title="against the weight of the emotion loss",
+        )
         other = ax.twinx()
-        accuracy = [find(metrics, f"emotion/protocols/heldout/methods/{m}/accuracy") if "/" not in m else None for m in swept.values()]
-        other.plot(np.arange(len(swept)), [np.nan if not r else 100*r["mean"] for r in accuracy], c="0.4", ls="--", marker="x", lw=1.2)
+        accuracy = [
+            find(metrics, f"emotion/protocols/heldout/methods/{m}/accuracy") if "/" not in m else None
+            for m in swept.values()
+        ]
+        other.plot(
+            np.arange(len(swept)),
+            [np.nan if not r else 100 * r["mean"] for r in accuracy],
+            c="0.4",
+            ls="--",
+            marker="x",
+            lw=1.2,
+        )
         other.set_ylabel("probe accuracy (%), dashed")
-        other.grid(False); other.spines["right"].set_visible(True)
+        other.grid(False)
+        other.spines["right"].set_visible(True)
     return fig
 
 # %% ../../nbs/75_evaluation.plots.ipynb #2af9c7c7
 def figure_limits(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-):                                # matplotlib figure
+    metrics: dict,  # name -> contents of metrics/NAME.json
+):  # matplotlib figure
     "Draw the learning curves of jaw, lids and expression, their bounds and the methods; raise `ValueError` if they were not measured."
     limits, recovery = metrics.get("limits"), find(metrics, "parameters/recovery") or {}
-    if not limits: raise ValueError("metrics/limits.json is missing; where the truth is not known it cannot be measured, else run the step `errors`")
+    if not limits:
+        raise ValueError(
+            "metrics/limits.json is missing; where the truth is not known it cannot be measured, else run the step `errors`"
+        )
     titles = {"jaw_opening": "opening of the jaw", "eyelids": "lids", "expression": "expression (median of 15)"}
     kinds = [k for k in titles if k in limits["curve"][0]]
-    fig, axes = figure(1, len(kinds), 1.2 + 2.6*len(kinds), 3.0)
+    fig, axes = figure(1, len(kinds), 1.2 + 2.6 * len(kinds), 3.0)
     for ax, kind in zip(axes, kinds):
         frames = [c["frames"] for c in limits["curve"]]
-        mean, low, high = (np.array([np.nan if c[kind][k] is None else c[kind][k] for c in limits["curve"]]) for k in ("mean", "ci_low", "ci_high"))
-        ax.fill_between(frames, low, high, color="#0072B2", alpha=.15, lw=0)
+        mean, low, high = (
+            np.array([np.nan if c[kind][k] is None else c[kind][k] for c in limits["curve"]])
+            for k in ("mean", "ci_low", "ci_high")
+        )
+        ax.fill_between(frames, low, high, color="#0072B2", alpha=0.15, lw=0)
         ax.plot(frames, mean, "o-", c="#0072B2", ms=4, label="points, taught by labels")
-        for name, style, words in (("points", "--", "points, taught by the truth"), ("labels", ":", "the labels themselves")): ax.axhline(limits[name][kind]["mean"], c="k", lw=1, ls=style, label=words)
-        for m, r in recovery.items(): ax.plot(frames[-1]*1.25, r[kind]["mean"], "D", ms=5, c=method_color(m), label=m)
-        ax.axhline(0, c="0.6", lw=.6)
-        ax.set_xscale("log"); ax.set_xticks(frames, frames); ax.minorticks_off()
+        for name, style, words in (
+            ("points", "--", "points, taught by the truth"),
+            ("labels", ":", "the labels themselves"),
+        ):
+            ax.axhline(limits[name][kind]["mean"], c="k", lw=1, ls=style, label=words)
+        for m, r in recovery.items():
+            ax.plot(frames[-1] * 1.25, r[kind]["mean"], "D", ms=5, c=method_color(m), label=m)
+        ax.axhline(0, c="0.6", lw=0.6)
+        ax.set_xscale("log")
+        ax.set_xticks(frames, frames)
+        ax.minorticks_off()
         ax.set(xlabel="labelled frames", ylabel="explained variance", title=titles[kind])
     handles, words = axes[0].get_legend_handles_labels()
     fig.legend(handles[:3], words[:3], loc="outside upper center", ncols=3)
-    if recovery: fig.legend(handles[3:], words[3:], loc="outside lower center", ncols=len(recovery))
+    if recovery:
+        fig.legend(handles[3:], words[3:], loc="outside lower center", ncols=len(recovery))
     return fig

@@ -19,81 +19,144 @@ from .tables import Table, Value, all_tables, read_all, record_value, to_html, v
 @dataclass(frozen=True)
 class TableEntry:
     "One table: its number in the paper, its files, its place in the report, the step that measured it."
-    key:str                       # tables/KEY.csv and .tex
-    number:str                    # as the paper counts, or empty
-    section:str                   # place in the report
-    step:str                      # step of the chain that measured it
+
+    key: str  # tables/KEY.csv and .tex
+    number: str  # as the paper counts, or empty
+    section: str  # place in the report
+    step: str  # step of the chain that measured it
+
 
 TABLES = (
-    TableEntry("table1", "Table 1", "emotion", "emotion"), TableEntry("table2", "Table 2", "emotion", "emotion"), TableEntry("leakage", "", "emotion", "emotion"),
-    TableEntry("table3", "Table 3", "parameters", "errors"), TableEntry("naturalness", "", "parameters", "errors"),
-    TableEntry("table4", "Table 4", "ablation", "tables"), TableEntry("differences", "", "ablation", "tables"),
-    TableEntry("table5", "Table 5", "sweep", "tables"), TableEntry("table8", "Table 8", "sweep", "errors"),
-    TableEntry("table6", "Table 6", "geometry", "errors"), TableEntry("table7", "Table 7", "geometry", "errors"), TableEntry("landmarks", "", "geometry", "errors"),
-    TableEntry("losses", "", "training", "tables"), TableEntry("data", "", "data", "prepare"), TableEntry("split", "Section 7, split", "data", "prepare"))
+    TableEntry("table1", "Table 1", "emotion", "emotion"),
+    TableEntry("table2", "Table 2", "emotion", "emotion"),
+    TableEntry("leakage", "", "emotion", "emotion"),
+    TableEntry("table3", "Table 3", "parameters", "errors"),
+    TableEntry("naturalness", "", "parameters", "errors"),
+    TableEntry("table4", "Table 4", "ablation", "tables"),
+    TableEntry("differences", "", "ablation", "tables"),
+    TableEntry("table5", "Table 5", "sweep", "tables"),
+    TableEntry("table8", "Table 8", "sweep", "errors"),
+    TableEntry("table6", "Table 6", "geometry", "errors"),
+    TableEntry("table7", "Table 7", "geometry", "errors"),
+    TableEntry("landmarks", "", "geometry", "errors"),
+    TableEntry("losses", "", "training", "tables"),
+    TableEntry("data", "", "data", "prepare"),
+    TableEntry("split", "Section 7, split", "data", "prepare"),
+)
 
-SECTIONS = (("claims", "What this run confirms"), ("data", "Data"), ("method", "Method"), ("training", "Training"), ("emotion", "Emotion"),
-            ("parameters", "Parameters and naturalness"), ("ablation", "Ablation"), ("sweep", "Weight of the emotion loss"),
-            ("geometry", "Geometry"), ("other", "Other measures"), ("times", "Times"), ("files", "Files"))
+SECTIONS = (
+    ("claims", "What this run confirms"),
+    ("data", "Data"),
+    ("method", "Method"),
+    ("training", "Training"),
+    ("emotion", "Emotion"),
+    ("parameters", "Parameters and naturalness"),
+    ("ablation", "Ablation"),
+    ("sweep", "Weight of the emotion loss"),
+    ("geometry", "Geometry"),
+    ("other", "Other measures"),
+    ("times", "Times"),
+    ("files", "Files"),
+)
 
 # %% ../../nbs/79_evaluation.report.ipynb #bbb930cc
 def statement(
-    config:dict,                  # contents of config.json
-) -> str:                         # HTML
+    config: dict,  # contents of config.json
+) -> str:  # HTML
     "Say in plain words what the numbers of a run are."
     profile, seed = html.escape(str(config.get("profile", "unknown"))), config.get("seed", "unknown")
     head = html.escape(Path(str(config.get("head", "open"))).name)
     if config.get("data", "world") == "world":
-        words = ("<b>Demo world.</b> All faces in this report are synthetic twins of the six datasets. Its numbers are <b>never results of the paper</b>: "
-                 "they show that the code runs and how methods compare on synthetic faces. The paper's printed figures stand beside them for orientation only.")
-        if profile == "smoke": words += " <b>The profile smoke trains for a few steps only: its networks have learned next to nothing.</b>"
-    else: words = "<b>Licensed data.</b> The numbers of this report were measured on the datasets that the run was given."
+        words = (
+            "<b>Demo world.</b> All faces in this report are synthetic twins of the six datasets. Its numbers are <b>never results of the paper</b>: "
+            "they show that the code runs and how methods compare on synthetic faces. The paper's printed figures stand beside them for orientation only."
+        )
+        if profile == "smoke":
+            words += " <b>The profile smoke trains for a few steps only: its networks have learned next to nothing.</b>"
+    else:
+        words = "<b>Licensed data.</b> The numbers of this report were measured on the datasets that the run was given."
     return f'<div class="note"><p>{words}</p><p>Profile <b>{profile}</b>, seed {seed}, head <b>{head}</b>.</p></div>'
 
-VERDICTS = {"confirmed": ("yes", "good"), "contradicted": ("NO", "bad"), "not resolved": ("not resolved", "open"), "not measured": ("not measured", "none")}
+
+VERDICTS = {
+    "confirmed": ("yes", "good"),
+    "contradicted": ("NO", "bad"),
+    "not resolved": ("not resolved", "open"),
+    "not measured": ("not measured", "none"),
+}
+
 
 def banners(
-    ablation:dict,                # contents of metrics/ablation.json
-) -> str:                         # HTML
+    ablation: dict,  # contents of metrics/ablation.json
+) -> str:  # HTML
     "Return what has to be said loudly: central claims and sanity checks that do not hold."
     out = []
-    for fails, row in [("It does not hold", r) for r in ablation.get("training", [])] + [("The opposite was measured", r) for r in ablation.get("claims", [])]:
+    for fails, row in [("It does not hold", r) for r in ablation.get("training", [])] + [
+        ("The opposite was measured", r) for r in ablation.get("claims", [])
+    ]:
         if row["loud"] and row["verdict"] in ("contradicted", "not resolved"):
             kind, word = ("bad", fails) if row["verdict"] == "contradicted" else ("open", "Not resolved")
-            out.append(f'<div class="banner {kind}"><b>{word}:</b> {html.escape(row["sentence"])}: {value_html(_claim_value(row))}{_beside_html(row, "; beside it: ")}</div>')
+            out.append(
+                f'<div class="banner {kind}"><b>{word}:</b> {html.escape(row["sentence"])}: {value_html(_claim_value(row))}{_beside_html(row, "; beside it: ")}</div>'
+            )
     for row in ablation.get("sanity", []):
-        if row["verdict"] == "contradicted": out.append(f'<div class="banner bad"><b>Something is wrong:</b> it does not hold that {html.escape(row["sentence"])}: {value_html(_claim_value(row))}</div>')
+        if row["verdict"] == "contradicted":
+            out.append(
+                f'<div class="banner bad"><b>Something is wrong:</b> it does not hold that {html.escape(row["sentence"])}: {value_html(_claim_value(row))}</div>'
+            )
     return "\n".join(out)
 
-def _claim_value(row): return record_value(row.get("record"), row["trail"], scale=row.get("scale", 1), places=row.get("places", 4))
+
+def _claim_value(row):
+    return record_value(row.get("record"), row["trail"], scale=row.get("scale", 1), places=row.get("places", 4))
+
 
 def _beside_html(row, before=""):
     "The numbers that stand beside a check, each with its link."
-    said = [f'<i>{html.escape(b["label"])}</i> {value_html(record_value(b["record"], b["trail"], scale=b["scale"], places=b["places"])).replace("<br>", " ")}' for b in row.get("beside", [])]
+    said = [
+        f"<i>{html.escape(b['label'])}</i> {value_html(record_value(b['record'], b['trail'], scale=b['scale'], places=b['places'])).replace('<br>', ' ')}"
+        for b in row.get("beside", [])
+    ]
     return before + "; ".join(said) if said else ""
 
 # %% ../../nbs/79_evaluation.report.ipynb #83f6e2ed
 def claims_html(
-    ablation:dict,                # contents of metrics/ablation.json
-) -> str:                         # HTML table
+    ablation: dict,  # contents of metrics/ablation.json
+) -> str:  # HTML table
     "Return the checks of the training, the claims and the sanity checks, each with what was measured and its verdict."
-    lines = ["<tr><th>claim</th><th>measured (a difference is first minus second)</th><th>in this run</th><th>beside it</th></tr>"]
-    for heading, rows in (("training is training", ablation.get("training", [])), ("claims of the paper", ablation.get("claims", [])), ("sanity", ablation.get("sanity", []))):
-        if rows: lines.append(f'<tr><th class="section" colspan="4">{heading}</th></tr>')
+    lines = [
+        "<tr><th>claim</th><th>measured (a difference is first minus second)</th><th>in this run</th><th>beside it</th></tr>"
+    ]
+    for heading, rows in (
+        ("training is training", ablation.get("training", [])),
+        ("claims of the paper", ablation.get("claims", [])),
+        ("sanity", ablation.get("sanity", [])),
+    ):
+        if rows:
+            lines.append(f'<tr><th class="section" colspan="4">{heading}</th></tr>')
         for row in rows:
             word, kind = VERDICTS[row["verdict"]]
             beside = _beside_html(row).replace("; ", "<br>")
-            lines.append(f'<tr><th>{html.escape(row["sentence"])}</th><td>{value_html(_claim_value(row))}</td><td class="{kind}">{word}</td><td class="side">{beside}</td></tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' if len(lines) > 1 else "<p>The step <code>tables</code> has not written <code>metrics/ablation.json</code>.</p>"
+            lines.append(
+                f'<tr><th>{html.escape(row["sentence"])}</th><td>{value_html(_claim_value(row))}</td><td class="{kind}">{word}</td><td class="side">{beside}</td></tr>'
+            )
+    return (
+        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        if len(lines) > 1
+        else "<p>The step <code>tables</code> has not written <code>metrics/ablation.json</code>.</p>"
+    )
 
 # %% ../../nbs/79_evaluation.report.ipynb #296b7f6f
 def figure_html(
-    run:Path,                     # run folder
-    entry,                        # of FIGURES
-    missing:dict,                 # key -> sentence
-) -> str:                         # HTML
+    run: Path,  # run folder
+    entry,  # of FIGURES
+    missing: dict,  # key -> sentence
+) -> str:  # HTML
     "Embed a figure, or the sentence that says why it is missing."
-    path, name = run/"figures"/f"{entry.key}.png", html.escape(f"{entry.number}. {entry.title}" if entry.number else entry.title)
+    path, name = (
+        run / "figures" / f"{entry.key}.png",
+        html.escape(f"{entry.number}. {entry.title}" if entry.number else entry.title),
+    )
     origin = _links(run, [f"figures/{entry.key}.png"], entry.step)
     if not path.is_file():
         why = html.escape(missing.get(entry.key, "the step `figures` has not drawn it"))
@@ -101,65 +164,111 @@ def figure_html(
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure id="{entry.key}"><img alt="{name}" src="data:image/png;base64,{data}"><figcaption><b>{name}</b> {origin}</figcaption></figure>'
 
+
 def _links(run, files, step):
     "Links to files of the run and to the executed notebook, relative to the report."
-    steps = [s for s in (step, f"train_{step.removeprefix('train_')}") if (run/"notebooks"/f"{s}.ipynb").is_file()]
-    names = [f for f in files if (run/f).is_file()] + [f"notebooks/{steps[0]}.ipynb" if steps else f"notebooks/{step}.ipynb"]
-    return '<span class="from">' + " · ".join(f'<a href="{html.escape(f)}">{html.escape(f)}</a>' for f in names) + "</span>"
+    steps = [s for s in (step, f"train_{step.removeprefix('train_')}") if (run / "notebooks" / f"{s}.ipynb").is_file()]
+    names = [f for f in files if (run / f).is_file()] + [
+        f"notebooks/{steps[0]}.ipynb" if steps else f"notebooks/{step}.ipynb"
+    ]
+    return (
+        '<span class="from">'
+        + " · ".join(f'<a href="{html.escape(f)}">{html.escape(f)}</a>' for f in names)
+        + "</span>"
+    )
+
 
 def table_html(
-    run:Path,                     # run folder
-    entry:TableEntry,             # of TABLES
-    table:Table,                  # its content
-) -> str:                         # HTML
+    run: Path,  # run folder
+    entry: TableEntry,  # of TABLES
+    table: Table,  # its content
+) -> str:  # HTML
     "Return a table with title, note and links; a sentence where it is empty."
-    files = sorted({"metrics/" + c.trail.split(":")[0] for _, cells in table.rows for c in cells if isinstance(c, Value) and c.trail})
+    files = sorted(
+        {
+            "metrics/" + c.trail.split(":")[0]
+            for _, cells in table.rows
+            for c in cells
+            if isinstance(c, Value) and c.trail
+        }
+    )
     head = f'<h3 id="{entry.key}">{html.escape(table.title)}</h3>'
-    if not table.rows: return head + '<p class="missing">Nothing was measured for this table in this run.</p>'
-    return head + to_html(table) + f'<p class="small">{html.escape(table.note)}<br>{_links(run, [*files, f"tables/{entry.key}.csv", f"tables/{entry.key}.tex"], entry.step)}</p>'
+    if not table.rows:
+        return head + '<p class="missing">Nothing was measured for this table in this run.</p>'
+    return (
+        head
+        + to_html(table)
+        + f'<p class="small">{html.escape(table.note)}<br>{_links(run, [*files, f"tables/{entry.key}.csv", f"tables/{entry.key}.tex"], entry.step)}</p>'
+    )
 
 # %% ../../nbs/79_evaluation.report.ipynb #1cc82cb3
 def times_html(
-    run:Path,                     # run folder
-) -> str:                         # HTML table
+    run: Path,  # run folder
+) -> str:  # HTML table
     "Return the times of all steps, from timing/*.json."
     rows = []
-    for path in sorted((run/"timing").glob("*.json")):
+    for path in sorted((run / "timing").glob("*.json")):
         for key, value in sorted(_flat(read_metrics(path))):
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rows.append(f'<tr><th>{html.escape(path.stem)}</th><td>{html.escape(key)}</td><td><a class="time" href="timing/{html.escape(path.name)}" data-from="{html.escape(path.name)}:{html.escape(key)}">{value:,.4g}</a></td></tr>')
-    return f'<div class="wide"><table><tr><th>file</th><th>what</th><th>value</th></tr>{"".join(rows)}</table></div>' if rows else "<p>No times were kept.</p>"
+                rows.append(
+                    f'<tr><th>{html.escape(path.stem)}</th><td>{html.escape(key)}</td><td><a class="time" href="timing/{html.escape(path.name)}" data-from="{html.escape(path.name)}:{html.escape(key)}">{value:,.4g}</a></td></tr>'
+                )
+    return (
+        f'<div class="wide"><table><tr><th>file</th><th>what</th><th>value</th></tr>{"".join(rows)}</table></div>'
+        if rows
+        else "<p>No times were kept.</p>"
+    )
+
 
 def _flat(values, trail=""):
     "Yield the leaves of nested values with their trails."
     if isinstance(values, dict):
-        for k, v in values.items(): yield from _flat(v, f"{trail}/{k}" if trail else str(k))
-    elif not isinstance(values, list): yield trail, values
+        for k, v in values.items():
+            yield from _flat(v, f"{trail}/{k}" if trail else str(k))
+    elif not isinstance(values, list):
+        yield trail, values
+
 
 SHOWN = ("emotion", "parameters", "geometry", "ablation", "data", "landmarks", "training")
 
+
 def other_html(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> str:                         # HTML
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> str:  # HTML
     "Show metrics files that have no table of their own, such as the scores of the stand-ins."
     out = []
     for name, values in metrics.items():
-        if name in SHOWN: continue
+        if name in SHOWN:
+            continue
         rows = []
         for trail, value in sorted(_flat(values)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            rows.append(f"<tr><th>{html.escape(trail)}</th><td>{value_html(Value(value, trail=f'{name}.json:{trail}', places=4)) if number else html.escape(str(value))}</td></tr>")
+            rows.append(
+                f"<tr><th>{html.escape(trail)}</th><td>{value_html(Value(value, trail=f'{name}.json:{trail}', places=4)) if number else html.escape(str(value))}</td></tr>"
+            )
         out.append(f'<h3>{html.escape(name)}</h3><div class="wide"><table>{"".join(rows)}</table></div>')
     return "".join(out) or "<p>This run has no further measures.</p>"
 
+
 def files_html(
-    run:Path,                     # run folder
-) -> str:                         # HTML list
+    run: Path,  # run folder
+) -> str:  # HTML list
     "Link everything that stands behind the report."
     out = []
-    for title, pattern in (("metrics", "metrics/*.json"), ("tables", "tables/*.*"), ("executed notebooks", "notebooks/*.ipynb"), ("configuration", "config.json"), ("reconstruction of a photograph", "photograph/*")):
+    for title, pattern in (
+        ("metrics", "metrics/*.json"),
+        ("tables", "tables/*.*"),
+        ("executed notebooks", "notebooks/*.ipynb"),
+        ("configuration", "config.json"),
+        ("reconstruction of a photograph", "photograph/*"),
+    ):
         names = [str(p.relative_to(run)) for p in sorted(run.glob(pattern)) if p.is_file()]
-        if names: out.append(f"<h3>{title}</h3><p>" + " · ".join(f'<a href="{html.escape(n)}">{html.escape(Path(n).name)}</a>' for n in names) + "</p>")
+        if names:
+            out.append(
+                f"<h3>{title}</h3><p>"
+                + " · ".join(f'<a href="{html.escape(n)}">{html.escape(Path(n).name)}</a>' for n in names)
+                + "</p>"
+            )
     return "".join(out)
 
 # %% ../../nbs/79_evaluation.report.ipynb #341be22f
@@ -177,34 +286,51 @@ figure{margin:1.2rem 0}img{max-width:100%}figcaption{font-size:13px}.missing{col
 @media print{.banner,.note{border:1px solid #000}}
 """
 
-SAYS = {"data": "What was rendered or read, what was lost on the way, and how subjects were split.",
-        "method": "Diagrams filled with this run's own pictures.",
-        "emotion": "A probe reads emotion from the parameters alone. Our claims rest on the held-out protocol; the paper's protocol is shown as what it is: FIELDS has seen the labels on which its probe is validated.",
-        "parameters": "Reference: fits to the scans, one shape a person.",
-        "ablation": "F0 pre-training, F1 2D baseline, F2 with 3D supervision, F3 with the emotion loss, F4 both.",
-        "sweep": "Needs the methods lambda0.5, lambda1 and lambda10; profiles that do not train them leave the run's columns empty.",
-        "geometry": "The paper's Table 6 cannot be millimetres: keypoint and vertex errors differ by a factor near 980, and its AUC@0.1 contradicts its own standard deviation. The computation is in the notebook of geometry; here are true millimetres.",
-        "training": "Every loss term of every training, and how far each objective fell."}
+SAYS = {
+    "data": "What was rendered or read, what was lost on the way, and how subjects were split.",
+    "method": "Diagrams filled with this run's own pictures.",
+    "emotion": "A probe reads emotion from the parameters alone. Our claims rest on the held-out protocol; the paper's protocol is shown as what it is: FIELDS has seen the labels on which its probe is validated.",
+    "parameters": "Reference: fits to the scans, one shape a person.",
+    "ablation": "F0 pre-training, F1 2D baseline, F2 with 3D supervision, F3 with the emotion loss, F4 both.",
+    "sweep": "Needs the methods lambda0.5, lambda1 and lambda10; profiles that do not train them leave the run's columns empty.",
+    "geometry": "The paper's Table 6 cannot be millimetres: keypoint and vertex errors differ by a factor near 980, and its AUC@0.1 contradicts its own standard deviation. The computation is in the notebook of geometry; here are true millimetres.",
+    "training": "Every loss term of every training, and how far each objective fell.",
+}
+
 
 def make_report(
-    run:Path,                     # run folder
-) -> Path:                        # report.html
+    run: Path,  # run folder
+) -> Path:  # report.html
     "Write `report.html`; raise `ValueError` if the run has no metrics."
     run = Path(run)
-    metrics, config = read_all(run), read_metrics(run/"config.json")
-    if not metrics: raise ValueError(f"{run/'metrics'} holds no metrics; run the evaluation steps first")
-    tables, missing, ablation = all_tables(run), read_metrics(run/"figures"/"missing.json"), metrics.get("ablation", {})
-    special = {"claims": lambda: claims_html(ablation), "times": lambda: times_html(run), "other": lambda: other_html(metrics), "files": lambda: files_html(run)}
+    metrics, config = read_all(run), read_metrics(run / "config.json")
+    if not metrics:
+        raise ValueError(f"{run / 'metrics'} holds no metrics; run the evaluation steps first")
+    tables, missing, ablation = (
+        all_tables(run),
+        read_metrics(run / "figures" / "missing.json"),
+        metrics.get("ablation", {}),
+    )
+    special = {
+        "claims": lambda: claims_html(ablation),
+        "times": lambda: times_html(run),
+        "other": lambda: other_html(metrics),
+        "files": lambda: files_html(run),
+    }
     body = []
     for key, title in SECTIONS:
         body.append(f'<h2 id="{key}">{title}</h2>' + (f"<p>{SAYS[key]}</p>" if key in SAYS else ""))
-        if key in special: body.append(special[key]())
+        if key in special:
+            body.append(special[key]())
         body += [table_html(run, e, tables[e.key]) for e in TABLES if e.section == key]
         body += [figure_html(run, e, missing) for e in FIGURES if e.section == key]
     contents = "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS)
     index = " ".join(f'<a href="#{e.key}">{html.escape(e.number)}</a>' for e in (*TABLES, *FIGURES) if e.number)
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>FIELDS: report</title><style>{CSS}</style></head><body>'
-            f"<h1>FIELDS: report of a run</h1>{statement(config)}{banners(ablation)}<nav>{contents}</nav><p class=\"small\">By number: {index}</p>"
-            f'<p class="small">Every number of this run is a link to the file it came from; its tooltip names the keys.</p>{"".join(body)}</body></html>')
-    with atomic(run/"report.html") as temporary: temporary.write_text(page, encoding="utf-8")
-    return run/"report.html"
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>FIELDS: report</title><style>{CSS}</style></head><body>'
+        f'<h1>FIELDS: report of a run</h1>{statement(config)}{banners(ablation)}<nav>{contents}</nav><p class="small">By number: {index}</p>'
+        f'<p class="small">Every number of this run is a link to the file it came from; its tooltip names the keys.</p>{"".join(body)}</body></html>'
+    )
+    with atomic(run / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return run / "report.html"

@@ -21,380 +21,768 @@ from .geometry import paper_tables
 @dataclass
 class Value:
     "A number of a table, with its uncertainty and its origin."
-    mean:float|None = None        # None is shown as a dash
-    std:float|None = None
-    low:float|None = None         # 95% interval
-    high:float|None = None
-    n:int = 0
-    source:str = "run"            # paper | run
-    trail:str = ""                # "emotion.json:keys/to/the/record"
-    scale:float = 1.0             # shown = stored * scale
-    places:int = 3                # digits after the point
-    best:bool = False             # best of its row
+
+    mean: float | None = None  # None is shown as a dash
+    std: float | None = None
+    low: float | None = None  # 95% interval
+    high: float | None = None
+    n: int = 0
+    source: str = "run"  # paper | run
+    trail: str = ""  # "emotion.json:keys/to/the/record"
+    scale: float = 1.0  # shown = stored * scale
+    places: int = 3  # digits after the point
+    best: bool = False  # best of its row
 
     def show(self, value=None):
         "Return the number, or another in its format; a dash if it does not exist."
         value = self.mean if value is None else value
-        return "–" if value is None else f"{value*self.scale:.{self.places}f}"
+        return "–" if value is None else f"{value * self.scale:.{self.places}f}"
 
     def text(self, interval=True):
         "Return mean, spread and interval as plain text."
         parts = [self.show()]
-        if self.mean is not None and self.std is not None: parts.append(f"± {self.show(self.std)}")
-        if interval and self.mean is not None and self.low is not None: parts.append(f"[{self.show(self.low)}, {self.show(self.high)}]")
+        if self.mean is not None and self.std is not None:
+            parts.append(f"± {self.show(self.std)}")
+        if interval and self.mean is not None and self.low is not None:
+            parts.append(f"[{self.show(self.low)}, {self.show(self.high)}]")
         return " ".join(parts)
 
+
 def record_value(
-    record:dict|None,             # a record of a metrics file, or None
-    trail:str="",                 # where it was found
-    **kwargs,                     # scale, places
-) -> Value:                       # the same as a table's number
+    record: dict | None,  # a record of a metrics file, or None
+    trail: str = "",  # where it was found
+    **kwargs,  # scale, places
+) -> Value:  # the same as a table's number
     "Wrap a record."
     r = record or {}
-    return Value(r.get("mean"), r.get("std"), r.get("ci_low"), r.get("ci_high"), r.get("n") or 0, "run", trail if record else "", **kwargs)
+    return Value(
+        r.get("mean"),
+        r.get("std"),
+        r.get("ci_low"),
+        r.get("ci_high"),
+        r.get("n") or 0,
+        "run",
+        trail if record else "",
+        **kwargs,
+    )
+
 
 def paper_value(
-    entry,                        # [mean, std], a number, or None
-    scale:float=1.0,              # factor that the run's numbers get, taken off here
-    places:int=3,                 # digits after the point
-) -> Value:                       # the same as a table's number
+    entry,  # [mean, std], a number, or None
+    scale: float = 1.0,  # factor that the run's numbers get, taken off here
+    places: int = 3,  # digits after the point
+) -> Value:  # the same as a table's number
     "Wrap an entry of the paper's tables."
     mean, std = entry if isinstance(entry, list) else (entry, None)
-    return Value(None if mean is None else mean/scale, None if std is None else std/scale, source="paper", scale=scale, places=places)
+    return Value(
+        None if mean is None else mean / scale,
+        None if std is None else std / scale,
+        source="paper",
+        scale=scale,
+        places=places,
+    )
 
 # %% ../../nbs/74_evaluation.tables.ipynb #0424f6e7
 @dataclass
 class Table:
     "A table with two header rows; cells are numbers or short strings."
-    key:str                       # name of its files, for example table1
-    title:str
-    columns:list[tuple[str, str]] # method, source
-    rows:list[tuple[str, list]] = field(default_factory=list) # label and one cell a column; an empty list is a heading
-    note:str = ""
+
+    key: str  # name of its files, for example table1
+    title: str
+    columns: list[tuple[str, str]]  # method, source
+    rows: list[tuple[str, list]] = field(
+        default_factory=list
+    )  # label and one cell a column; an empty list is a heading
+    note: str = ""
+
 
 def to_csv(
-    table:Table,                  # any table
-) -> str:                         # one line a number
+    table: Table,  # any table
+) -> str:  # one line a number
     "Return a table as tidy CSV: one line for each number, with its origin."
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "section", "measure", "method", "source", "mean", "std", "ci_low", "ci_high", "n", "from"])
+    writer.writerow(
+        ["table", "section", "measure", "method", "source", "mean", "std", "ci_low", "ci_high", "n", "from"]
+    )
     section = ""
     for label, cells in table.rows:
-        if not cells: section = label
+        if not cells:
+            section = label
         for (method, source), cell in zip(table.columns, cells):
             if isinstance(cell, Value):
-                if cell.mean is None: continue
-                scaled = ["" if v is None else f"{v*cell.scale:.6g}" for v in (cell.mean, cell.std, cell.low, cell.high)]
+                if cell.mean is None:
+                    continue
+                scaled = [
+                    "" if v is None else f"{v * cell.scale:.6g}" for v in (cell.mean, cell.std, cell.low, cell.high)
+                ]
                 writer.writerow([table.key, section, label, method, source, *scaled, cell.n or "", cell.trail])
-            elif cell: writer.writerow([table.key, section, label, method, source, cell, "", "", "", "", ""])
+            elif cell:
+                writer.writerow([table.key, section, label, method, source, cell, "", "", "", "", ""])
     return out.getvalue()
 
 # %% ../../nbs/74_evaluation.tables.ipynb #85c4af15
-_LATEX = {"ψ": r"$\psi$", "β": r"$\beta$", "λ": r"$\lambda$", "±": r"$\pm$", "–": "--", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "{": r"\{", "}": r"\}", ">": "$>$", "<": "$<$",
-          "²": "$^2$", "σ": r"$\sigma$", "‖": r"$\|$", "ψ̂": r"$\hat\psi$", "−": "$-$"}
+_LATEX = {
+    "ψ": r"$\psi$",
+    "β": r"$\beta$",
+    "λ": r"$\lambda$",
+    "±": r"$\pm$",
+    "–": "--",
+    "%": r"\%",
+    "_": r"\_",
+    "&": r"\&",
+    "#": r"\#",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "{": r"\{",
+    "}": r"\}",
+    ">": "$>$",
+    "<": "$<$",
+    "²": "$^2$",
+    "σ": r"$\sigma$",
+    "‖": r"$\|$",
+    "ψ̂": r"$\hat\psi$",
+    "−": "$-$",
+}
 
-def _latex(text): return re.sub("|".join(map(re.escape, sorted(_LATEX, key=len, reverse=True))), lambda m: _LATEX[m[0]], str(text))
+
+def _latex(text):
+    return re.sub("|".join(map(re.escape, sorted(_LATEX, key=len, reverse=True))), lambda m: _LATEX[m[0]], str(text))
+
 
 def to_latex(
-    table:Table,                  # any table
-) -> str:                         # a table environment that needs no package
+    table: Table,  # any table
+) -> str:  # a table environment that needs no package
     "Return a table as LaTeX, the best of each row in bold."
     groups = _groups(table)
-    lines = [r"\begin{table}[t]", rf"\caption{{{_latex(table.title)}. {_latex(table.note)}}}", r"\centering\footnotesize", rf"\begin{{tabular}}{{l{'r'*len(table.columns)}}}", r"\hline",
-             " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_latex(name)}}}" for name, n in groups)]) + r" \\",
-             " & ".join(["", *(_latex(source) for _, source in table.columns)]) + r" \\", r"\hline"]
+    lines = [
+        r"\begin{table}[t]",
+        rf"\caption{{{_latex(table.title)}. {_latex(table.note)}}}",
+        r"\centering\footnotesize",
+        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
+        r"\hline",
+        " & ".join(["", *(rf"\multicolumn{{{n}}}{{c}}{{{_latex(name)}}}" for name, n in groups)]) + r" \\",
+        " & ".join(["", *(_latex(source) for _, source in table.columns)]) + r" \\",
+        r"\hline",
+    ]
     for label, cells in table.rows:
         if not cells:
             lines.append(rf"\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\emph{{{_latex(label)}}}}} \\")
             continue
         words = [_latex(c.text(False) if isinstance(c, Value) else c) for c in cells]
-        lines.append(" & ".join([_latex(label), *(rf"\textbf{{{w}}}" if isinstance(c, Value) and c.best else w for w, c in zip(words, cells))]) + r" \\")
+        lines.append(
+            " & ".join(
+                [
+                    _latex(label),
+                    *(rf"\textbf{{{w}}}" if isinstance(c, Value) and c.best else w for w, c in zip(words, cells)),
+                ]
+            )
+            + r" \\"
+        )
     return "\n".join([*lines, r"\hline", r"\end{tabular}", r"\end{table}", ""])
+
 
 def _groups(table):
     "Return the methods with the number of their adjacent columns."
     groups = []
     for name, _ in table.columns:
-        if groups and groups[-1][0] == name: groups[-1][1] += 1
-        else: groups.append([name, 1])
+        if groups and groups[-1][0] == name:
+            groups[-1][1] += 1
+        else:
+            groups.append([name, 1])
     return groups
 
 # %% ../../nbs/74_evaluation.tables.ipynb #8dfc474c
 def value_html(
-    value:Value,                  # a number
-    folder:str="metrics",         # where the metrics files are, relative to the page
-) -> str:                         # HTML
+    value: Value,  # a number
+    folder: str = "metrics",  # where the metrics files are, relative to the page
+) -> str:  # HTML
     "Return a number as HTML, linked to its file; uncertainty in small print."
-    if value.mean is None: return "–"
+    if value.mean is None:
+        return "–"
     shown = html.escape(value.show())
     if value.trail:
         name, keys = value.trail.split(":", 1)
         shown = f'<a class="num" href="{folder}/{html.escape(name)}" data-from="{html.escape(value.trail)}" data-scale="{value.scale:g}" title="{html.escape(value.trail)}, n = {value.n}">{shown}</a>'
-    if value.best: shown = f"<b>{shown}</b>"
+    if value.best:
+        shown = f"<b>{shown}</b>"
     spread = f" ± {value.show(value.std)}" if value.std is not None else ""
-    band = f'<br><small>[{value.show(value.low)}, {value.show(value.high)}]</small>' if value.low is not None else ""
+    band = f"<br><small>[{value.show(value.low)}, {value.show(value.high)}]</small>" if value.low is not None else ""
     return f"{shown}{spread}{band}"
 
+
 def to_html(
-    table:Table,                  # any table
-    folder:str="metrics",         # where the metrics files are, relative to the page
-) -> str:                         # HTML of the table alone
+    table: Table,  # any table
+    folder: str = "metrics",  # where the metrics files are, relative to the page
+) -> str:  # HTML of the table alone
     "Return a table as HTML with both header rows."
-    rows = ["<tr><th></th>" + "".join(f'<th colspan="{n}">{html.escape(name)}</th>' for name, n in _groups(table)) + "</tr>"]
+    rows = [
+        "<tr><th></th>" + "".join(f'<th colspan="{n}">{html.escape(name)}</th>' for name, n in _groups(table)) + "</tr>"
+    ]
     if any(source for _, source in table.columns):
-        rows.append("<tr><th></th>" + "".join(f'<th class="{_class(s)}">{html.escape(s)}</th>' for _, s in table.columns) + "</tr>")
+        rows.append(
+            "<tr><th></th>"
+            + "".join(f'<th class="{_class(s)}">{html.escape(s)}</th>' for _, s in table.columns)
+            + "</tr>"
+        )
     for label, cells in table.rows:
-        if not cells: rows.append(f'<tr><th class="section" colspan="{len(table.columns) + 1}">{html.escape(label)}</th></tr>')
-        else: rows.append(f"<tr><th>{html.escape(label)}</th>" + "".join(
-            f'<td class="{_class(s)}">{value_html(c, folder) if isinstance(c, Value) else html.escape(str(c))}</td>' for (_, s), c in zip(table.columns, cells)) + "</tr>")
+        if not cells:
+            rows.append(f'<tr><th class="section" colspan="{len(table.columns) + 1}">{html.escape(label)}</th></tr>')
+        else:
+            rows.append(
+                f"<tr><th>{html.escape(label)}</th>"
+                + "".join(
+                    f'<td class="{_class(s)}">{value_html(c, folder) if isinstance(c, Value) else html.escape(str(c))}</td>'
+                    for (_, s), c in zip(table.columns, cells)
+                )
+                + "</tr>"
+            )
     return '<div class="wide"><table>' + "\n".join(rows) + "</table></div>"
 
-def _class(source): return {"paper": "paper", "this run": "run"}.get(source, "side" if source else "")
+
+def _class(source):
+    return {"paper": "paper", "this run": "run"}.get(source, "side" if source else "")
 
 # %% ../../nbs/74_evaluation.tables.ipynb #d4fd0a23
 @dataclass(frozen=True)
 class Measure:
     "One row of a table."
-    label:str
-    paper:str                     # key in the paper's tables, or empty
-    file:str                      # metrics file
-    trail:str                     # below the method's records
-    better:str                    # higher | lower | ""
-    scale:float = 1.0
-    places:int = 3
 
-def _emotion(label, key, better, scale=1.0, places=3): return Measure(label, key, "emotion", key, better, scale, places)
+    label: str
+    paper: str  # key in the paper's tables, or empty
+    file: str  # metrics file
+    trail: str  # below the method's records
+    better: str  # higher | lower | ""
+    scale: float = 1.0
+    places: int = 3
 
-ACCURACY = [_emotion("Accuracy (%) ↑", "accuracy", "higher", 100, 1), _emotion("Precision, macro (%) ↑", "precision", "higher", 100, 1), _emotion("F1, macro (%) ↑", "f1", "higher", 100, 1)]
-AFFECT = [_emotion(f"{letter}-{name} {arrow}", f"{letter}-{name}", better) for letter in "VA" for name, arrow, better in
-          (("PCC", "↑", "higher"), ("CCC", "↑", "higher"), ("RMSE", "↓", "lower"), ("SAGR", "↑", "higher"))]
+
+def _emotion(label, key, better, scale=1.0, places=3):
+    return Measure(label, key, "emotion", key, better, scale, places)
+
+
+ACCURACY = [
+    _emotion("Accuracy (%) ↑", "accuracy", "higher", 100, 1),
+    _emotion("Precision, macro (%) ↑", "precision", "higher", 100, 1),
+    _emotion("F1, macro (%) ↑", "f1", "higher", 100, 1),
+]
+AFFECT = [
+    _emotion(f"{letter}-{name} {arrow}", f"{letter}-{name}", better)
+    for letter in "VA"
+    for name, arrow, better in (
+        ("PCC", "↑", "higher"),
+        ("CCC", "↑", "higher"),
+        ("RMSE", "↓", "lower"),
+        ("SAGR", "↑", "higher"),
+    )
+]
 ABLATION = ACCURACY + [m for m in AFFECT if m.paper in ("V-CCC", "V-RMSE", "A-CCC", "A-RMSE")]
-ERRORS = [Measure("{ψ, jaw} MSE, 53 numbers ↓", "expression_jaw", "parameters", "errors/expression_jaw", "lower"), Measure("β MSE (σ²) ↓", "shape", "parameters", "errors/shape", "lower")]
-APART = [Measure("ψ MSE (σ²) ↓", "", "parameters", "errors/expression", "lower"), Measure("jaw MSE (rad²) ↓", "", "parameters", "errors/jaw", "lower", 1, 5),
-         Measure("{ψ, jaw} MSE, mean of subjects ↓", "", "parameters", "subjects/expression_jaw", "lower")]
-GEOMETRY = [Measure(f"{points}, {words} (mm) ↓", "", "geometry", f"{space}/{points}/error", "lower", 1, 2) for space, words in
-            (("canonical", "canonical"), ("expression_only", "expression only"), ("rigid", "rigidly aligned")) for points in ("keypoints", "vertices")] + [
-            Measure("scan to mesh (mm) ↓", "", "geometry", "scan/surface/error", "lower", 1, 2)] + [
-            Measure(f"{points} AUC@{t} mm, canonical ↑", "", "geometry", f"canonical/{points}/AUC@{t}", "higher") for points in ("keypoints", "vertices") for t in (2, 5, 10)]
-PRINTED = [Measure("keypoints, as printed (units differ)", "keypoints_as_printed", "geometry", "paper/keypoints", "lower", 1, 1), Measure("vertices, as printed (units differ)", "vertices_as_printed", "geometry", "paper/vertices", "lower", 1, 4),
-           Measure("AUC@0.1, as printed", "AUC@0.1", "geometry", "paper/AUC@0.1", "higher"), Measure("AUC@5.0, as printed", "AUC@5.0", "geometry", "paper/AUC@5.0", "higher")]
-NATURAL = [Measure("slope of ‖ψ̂‖ on ‖ψ‖ (1 = calibrated)", "", "parameters", "exaggeration/slope", ""), Measure("intercept (σ)", "", "parameters", "exaggeration/intercept", ""),
-           Measure("ratio of norms (1 = calibrated)", "", "parameters", "exaggeration/ratio", "")]
+ERRORS = [
+    Measure("{ψ, jaw} MSE, 53 numbers ↓", "expression_jaw", "parameters", "errors/expression_jaw", "lower"),
+    Measure("β MSE (σ²) ↓", "shape", "parameters", "errors/shape", "lower"),
+]
+APART = [
+    Measure("ψ MSE (σ²) ↓", "", "parameters", "errors/expression", "lower"),
+    Measure("jaw MSE (rad²) ↓", "", "parameters", "errors/jaw", "lower", 1, 5),
+    Measure("{ψ, jaw} MSE, mean of subjects ↓", "", "parameters", "subjects/expression_jaw", "lower"),
+]
+GEOMETRY = (
+    [
+        Measure(f"{points}, {words} (mm) ↓", "", "geometry", f"{space}/{points}/error", "lower", 1, 2)
+        for space, words in (
+            ("canonical", "canonical"),
+            ("expression_only", "expression only"),
+            ("rigid", "rigidly aligned"),
+        )
+        for points in ("keypoints", "vertices")
+    ]
+    + [Measure("scan to mesh (mm) ↓", "", "geometry", "scan/surface/error", "lower", 1, 2)]
+    + [
+        Measure(f"{points} AUC@{t} mm, canonical ↑", "", "geometry", f"canonical/{points}/AUC@{t}", "higher")
+        for points in ("keypoints", "vertices")
+        for t in (2, 5, 10)
+    ]
+)
+PRINTED = [
+    Measure(
+        "keypoints, as printed (units differ)", "keypoints_as_printed", "geometry", "paper/keypoints", "lower", 1, 1
+    ),
+    Measure("vertices, as printed (units differ)", "vertices_as_printed", "geometry", "paper/vertices", "lower", 1, 4),
+    Measure("AUC@0.1, as printed", "AUC@0.1", "geometry", "paper/AUC@0.1", "higher"),
+    Measure("AUC@5.0, as printed", "AUC@5.0", "geometry", "paper/AUC@5.0", "higher"),
+]
+NATURAL = [
+    Measure("slope of ‖ψ̂‖ on ‖ψ‖ (1 = calibrated)", "", "parameters", "exaggeration/slope", ""),
+    Measure("intercept (σ)", "", "parameters", "exaggeration/intercept", ""),
+    Measure("ratio of norms (1 = calibrated)", "", "parameters", "exaggeration/ratio", ""),
+]
 
 # %% ../../nbs/74_evaluation.tables.ipynb #616fa776
-def is_swept(method:str) -> bool:
+def is_swept(method: str) -> bool:
     "Say whether a method belongs to the lambda sweep by its name."
     return re.fullmatch(r"lambda\d+(\.\d+)?", method) is not None
 
+
 def sweep(
-    methods:list[str],            # methods at hand
-    own:float=5.0,                # lambda_emo of F4
-) -> dict[float, str]:            # value -> method, ascending
+    methods: list[str],  # methods at hand
+    own: float = 5.0,  # lambda_emo of F4
+) -> dict[float, str]:  # value -> method, ascending
     "Find the methods of the lambda sweep, F4 among them."
     found = {float(name.removeprefix("lambda")): name for name in methods if is_swept(name)}
     return dict(sorted((found | ({float(own): "F4"} if "F4" in methods else {})).items()))
 
+
 def methods_of(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> list[str]:                   # in the order of the paper, then by name
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> list[str]:  # in the order of the paper, then by name
     "List the methods that any metrics file knows, without oracle and controls."
     seen = set()
-    for file, root in (("emotion", "protocols/heldout/methods"), ("emotion", "protocols/paper/methods"), ("parameters", "methods"), ("geometry", "methods")):
+    for file, root in (
+        ("emotion", "protocols/heldout/methods"),
+        ("emotion", "protocols/paper/methods"),
+        ("parameters", "methods"),
+        ("geometry", "methods"),
+    ):
         seen |= set(find(metrics.get(file, {}), root) or {})
     order = ["EMOCA", "SMIRK", "TEASER", "F0", "F1", "F2", "F3", "F4"]
     return [m for m in order if m in seen] + sorted(seen - set(order) - {"oracle"})
 
 # %% ../../nbs/74_evaluation.tables.ipynb #80754af9
 def build(
-    key:str,                      # table1 ...
-    title:str,                    # its caption
-    names:list[tuple],            # (column heading, method or None, entries of the paper or None)
-    sections:list[tuple],         # (heading, protocol or "", measures)
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-    note:str="",                  # under the table
-) -> Table:                       # paper | this run for each method, then oracle and controls
+    key: str,  # table1 ...
+    title: str,  # its caption
+    names: list[tuple],  # (column heading, method or None, entries of the paper or None)
+    sections: list[tuple],  # (heading, protocol or "", measures)
+    metrics: dict,  # name -> contents of metrics/NAME.json
+    note: str = "",  # under the table
+) -> Table:  # paper | this run for each method, then oracle and controls
     "Look up all numbers of a table."
     columns, sources = [], []
     for heading, method, entries in names:
-        if entries is not None: columns.append((heading, "paper")); sources.append((method, entries))
-        columns.append((heading, "this run")); sources.append((method, None))
-    sides = [("oracle", "methods/oracle"), ("constant", "controls/constant"), ("shuffled labels", "controls/shuffled"), ("scan fit", "controls/fit")]
+        if entries is not None:
+            columns.append((heading, "paper"))
+            sources.append((method, entries))
+        columns.append((heading, "this run"))
+        sources.append((method, None))
+    sides = [
+        ("oracle", "methods/oracle"),
+        ("constant", "controls/constant"),
+        ("shuffled labels", "controls/shuffled"),
+        ("scan fit", "controls/fit"),
+    ]
     files = {m.file for _, _, measures in sections for m in measures}
-    sides = [(n, place) for n, place in sides if any(find(metrics.get(f, {}), root + place) for f in files for root in ("", "protocols/heldout/", "protocols/paper/"))]
+    sides = [
+        (n, place)
+        for n, place in sides
+        if any(
+            find(metrics.get(f, {}), root + place)
+            for f in files
+            for root in ("", "protocols/heldout/", "protocols/paper/")
+        )
+    ]
     table = Table(key, title, columns + [(n, "this run") for n, _ in sides], [], note)
     for heading, protocol, measures in sections:
         rows = []
         for m in measures:
             root = f"protocols/{protocol}/" if m.file == "emotion" else ""
+
             def look(place):
                 trail = f"{root}{place}/{m.trail}"
-                return record_value(find(metrics.get(m.file, {}), trail), f"{m.file}.json:{trail}", scale=m.scale, places=m.places)
-            cells = [paper_value(e.get(m.paper), m.scale, m.places) if e is not None else look(f"methods/{method}") for method, e in sources]
+                return record_value(
+                    find(metrics.get(m.file, {}), trail), f"{m.file}.json:{trail}", scale=m.scale, places=m.places
+                )
+
+            cells = [
+                paper_value(e.get(m.paper), m.scale, m.places) if e is not None else look(f"methods/{method}")
+                for method, e in sources
+            ]
             known = [c for c in cells if c.source == "run" and c.mean is not None]
             if m.better and len(known) > 1:
                 pick = (max if m.better == "higher" else min)(c.mean for c in known)
-                for c in known: c.best = c.mean == pick
+                for c in known:
+                    c.best = c.mean == pick
             cells += [look(place) for _, place in sides]
-            if any(isinstance(c, Value) and c.mean is not None for c in cells): rows.append((m.label, cells))
-        if rows: table.rows += ([(heading, [])] if heading else []) + rows
+            if any(isinstance(c, Value) and c.mean is not None for c in cells):
+                rows.append((m.label, cells))
+        if rows:
+            table.rows += ([(heading, [])] if heading else []) + rows
     return table
 
 # %% ../../nbs/74_evaluation.tables.ipynb #e240ea77
-PROTOCOLS = (("held-out images, five folds: no network has seen them", "heldout"), ("the paper's protocol: five folds of the training split, whose labels FIELDS has seen", "paper"))
+PROTOCOLS = (
+    ("held-out images, five folds: no network has seen them", "heldout"),
+    ("the paper's protocol: five folds of the training split, whose labels FIELDS has seen", "paper"),
+)
 NOTE = "mean ± std over folds; in brackets the 95% bootstrap interval; bold: best of this run's methods in its row; – does not exist or was not run"
 
+
 def paper_like(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-    own:float=5.0,                # lambda_emo of F4
-) -> list[Table]:                 # Tables 1-8
+    metrics: dict,  # name -> contents of metrics/NAME.json
+    own: float = 5.0,  # lambda_emo of F4
+) -> list[Table]:  # Tables 1-8
     "Build the paper's tables from metrics."
     paper, methods = paper_tables(), methods_of(metrics)
-    ours = lambda t: [(n, "F4" if n == "FIELDS" else n, paper[t].get(n)) for n in ("EMOCA", "SMIRK", "TEASER", "FIELDS")] + [
-        (m, m, None) for m in methods if m not in ("EMOCA", "SMIRK", "TEASER") and not re.fullmatch(r"F[0-4]", m) and not is_swept(m)]
+    ours = lambda t: (
+        [(n, "F4" if n == "FIELDS" else n, paper[t].get(n)) for n in ("EMOCA", "SMIRK", "TEASER", "FIELDS")]
+        + [
+            (m, m, None)
+            for m in methods
+            if m not in ("EMOCA", "SMIRK", "TEASER") and not re.fullmatch(r"F[0-4]", m) and not is_swept(m)
+        ]
+    )
     steps = lambda t: [(n, n.split()[0], e) for n, e in paper[t].items()]
     swept = sweep(methods, own)
-    weights = lambda t: [(f"λ = {float(n):g}", swept.get(float(n), f"lambda{float(n):g}"), e) for n, e in paper[t].items()]
+    weights = lambda t: [
+        (f"λ = {float(n):g}", swept.get(float(n), f"lambda{float(n):g}"), e) for n, e in paper[t].items()
+    ]
     both = lambda measures: [(h, p, measures) for h, p in PROTOCOLS]
-    frames = "mean ± std over frames of the test subjects; interval over subjects, then frames; " + NOTE.split("; ", 2)[2]
-    geometry = [("this run, millimetres", "", GEOMETRY), ("as the paper prints them; this run only with evaluation.units=paper", "", PRINTED)]
+    frames = (
+        "mean ± std over frames of the test subjects; interval over subjects, then frames; " + NOTE.split("; ", 2)[2]
+    )
+    geometry = [
+        ("this run, millimetres", "", GEOMETRY),
+        ("as the paper prints them; this run only with evaluation.units=paper", "", PRINTED),
+    ]
     return [
         build("table1", "Table 1. Valence and arousal", ours("table1_valence_arousal"), both(AFFECT), metrics, NOTE),
-        build("table2", "Table 2. Emotion classification", ours("table2_classification_percent"), both(ACCURACY), metrics, NOTE),
-        build("table3", "Table 3. Error of FLAME parameters on BP4D test subjects", ours("table3_flame_mse"), [("", "", ERRORS + APART)], metrics, frames),
-        build("table4", "Table 4. Ablation of the supervision", steps("table4_ablation"), [*both(ABLATION), ("parameters", "", ERRORS)], metrics, NOTE),
-        build("table5", "Table 5. Weight of the emotion loss", weights("table5_lambda_emo"), [*both(ABLATION), ("parameters", "", ERRORS)], metrics, NOTE),
-        build("table6", "Table 6. Geometry on BP4D test subjects", ours("table6_geometry_units_inconsistent"), geometry, metrics, frames),
-        build("table7", "Table 7. Ablation of the supervision: geometry", steps("table7_geometry_ablation"), geometry, metrics, frames),
-        build("table8", "Table 8. Weight of the emotion loss: geometry", weights("table8_geometry_lambda_emo"), geometry, metrics, frames)]
+        build(
+            "table2",
+            "Table 2. Emotion classification",
+            ours("table2_classification_percent"),
+            both(ACCURACY),
+            metrics,
+            NOTE,
+        ),
+        build(
+            "table3",
+            "Table 3. Error of FLAME parameters on BP4D test subjects",
+            ours("table3_flame_mse"),
+            [("", "", ERRORS + APART)],
+            metrics,
+            frames,
+        ),
+        build(
+            "table4",
+            "Table 4. Ablation of the supervision",
+            steps("table4_ablation"),
+            [*both(ABLATION), ("parameters", "", ERRORS)],
+            metrics,
+            NOTE,
+        ),
+        build(
+            "table5",
+            "Table 5. Weight of the emotion loss",
+            weights("table5_lambda_emo"),
+            [*both(ABLATION), ("parameters", "", ERRORS)],
+            metrics,
+            NOTE,
+        ),
+        build(
+            "table6",
+            "Table 6. Geometry on BP4D test subjects",
+            ours("table6_geometry_units_inconsistent"),
+            geometry,
+            metrics,
+            frames,
+        ),
+        build(
+            "table7",
+            "Table 7. Ablation of the supervision: geometry",
+            steps("table7_geometry_ablation"),
+            geometry,
+            metrics,
+            frames,
+        ),
+        build(
+            "table8",
+            "Table 8. Weight of the emotion loss: geometry",
+            weights("table8_geometry_lambda_emo"),
+            geometry,
+            metrics,
+            frames,
+        ),
+    ]
 
 # %% ../../nbs/74_evaluation.tables.ipynb #5e2aeedc
 def differences_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a pair
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a pair
     "Build the table of paired differences with their verdicts."
-    picks = [("accuracy (points)", "emotion", "protocols/heldout/differences/{}/accuracy", "higher", 100, 1), ("V-CCC", "emotion", "protocols/heldout/differences/{}/V-CCC", "higher", 1, 3),
-             ("A-CCC", "emotion", "protocols/heldout/differences/{}/A-CCC", "higher", 1, 3), ("{ψ, jaw} MSE", "parameters", "differences/{}/expression_jaw", "lower", 1, 3),
-             ("vertices, expression only (mm)", "geometry", "differences/{}/expression_only/vertices", "lower", 1, 2)]
-    pairs = list(dict.fromkeys(p for f, root in (("emotion", "protocols/heldout/differences"), ("parameters", "differences")) for p in find(metrics.get(f, {}), root) or {}))
-    table = Table("differences", "Paired differences (first method minus second)", [(n, w) for n, *_ in picks for w in ("difference", "first is")], [],
-                  "held-out images and BP4D test frames; an interval that holds 0 is not resolved")
+    picks = [
+        ("accuracy (points)", "emotion", "protocols/heldout/differences/{}/accuracy", "higher", 100, 1),
+        ("V-CCC", "emotion", "protocols/heldout/differences/{}/V-CCC", "higher", 1, 3),
+        ("A-CCC", "emotion", "protocols/heldout/differences/{}/A-CCC", "higher", 1, 3),
+        ("{ψ, jaw} MSE", "parameters", "differences/{}/expression_jaw", "lower", 1, 3),
+        ("vertices, expression only (mm)", "geometry", "differences/{}/expression_only/vertices", "lower", 1, 2),
+    ]
+    pairs = list(
+        dict.fromkeys(
+            p
+            for f, root in (("emotion", "protocols/heldout/differences"), ("parameters", "differences"))
+            for p in find(metrics.get(f, {}), root) or {}
+        )
+    )
+    table = Table(
+        "differences",
+        "Paired differences (first method minus second)",
+        [(n, w) for n, *_ in picks for w in ("difference", "first is")],
+        [],
+        "held-out images and BP4D test frames; an interval that holds 0 is not resolved",
+    )
     for pair in sorted(pairs, key=lambda p: (p.startswith("oracle"), p)):
         cells = []
         for _, file, trail, better, scale, places in picks:
             record = find(metrics.get(file, {}), trail.format(pair))
-            cells += [record_value(record, f"{file}.json:{trail.format(pair)}", scale=scale, places=places),
-                      "–" if not record else "not resolved" if not record["resolved"] else "better" if (record["mean"] > 0) == (better == "higher") else "worse"]
+            cells += [
+                record_value(record, f"{file}.json:{trail.format(pair)}", scale=scale, places=places),
+                "–"
+                if not record
+                else "not resolved"
+                if not record["resolved"]
+                else "better"
+                if (record["mean"] > 0) == (better == "higher")
+                else "worse",
+            ]
         table.rows.append((pair.replace("-", " − ", 1), cells))
     return table
 
+
 def leakage_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a method
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a method
     "Build the table of the paper's protocol minus the held-out one."
     leak = find(metrics.get("emotion", {}), "leakage") or {}
     names = (("accuracy", 100, 1), ("f1", 100, 1), ("V-CCC", 1, 3), ("A-CCC", 1, 3))
-    rows = [(m, [c for n, scale, places in names for c in (record_value(leak[m][n], f"emotion.json:leakage/{m}/{n}", scale=scale, places=places), "resolved" if leak[m][n].get("resolved") else "not resolved")]) for m in leak]
-    return Table("leakage", "Leakage: the paper's protocol minus held-out images", [(n, w) for n, *_ in names for w in ("difference", "")], rows,
-                 "the two protocols also differ in their images and their number; a method that never saw the labels shows what that alone does")
+    rows = [
+        (
+            m,
+            [
+                c
+                for n, scale, places in names
+                for c in (
+                    record_value(leak[m][n], f"emotion.json:leakage/{m}/{n}", scale=scale, places=places),
+                    "resolved" if leak[m][n].get("resolved") else "not resolved",
+                )
+            ],
+        )
+        for m in leak
+    ]
+    return Table(
+        "leakage",
+        "Leakage: the paper's protocol minus held-out images",
+        [(n, w) for n, *_ in names for w in ("difference", "")],
+        rows,
+        "the two protocols also differ in their images and their number; a method that never saw the labels shows what that alone does",
+    )
 
 # %% ../../nbs/74_evaluation.tables.ipynb #e2cee51a
 def naturalness_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a measure
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a measure
     "Build the table of exaggeration and recovery: slope, intercept, ratio, the ratio of each emotion, explained variance."
     methods = [m for m in methods_of(metrics) if find(metrics.get("parameters", {}), f"methods/{m}")]
-    table = build("naturalness", "Naturalness: is the expression exaggerated, and how much of it is recovered?", [(m, m, None) for m in methods], [("BP4D test frames, against the scan fit", "", NATURAL)], metrics,
-                  "above 1: exaggerated; below 1: muted. The paper shows this only in pictures")
-    for title, key, rows in (("ratio of norms on held-out AffectNet images, against the oracle", "class_ratios", [(n, n) for n in EMOTIONS]),
-                             ("explained variance (R²) of the true motion on held-out AffectNet images; 0: no more than one answer for every image", "recovery",
-                              [("jaw opening", "jaw_opening"), ("jaw", "jaw"), ("lids", "eyelids"), ("expression, median of 15 components", "expression")])):
+    table = build(
+        "naturalness",
+        "Naturalness: is the expression exaggerated, and how much of it is recovered?",
+        [(m, m, None) for m in methods],
+        [("BP4D test frames, against the scan fit", "", NATURAL)],
+        metrics,
+        "above 1: exaggerated; below 1: muted. The paper shows this only in pictures",
+    )
+    for title, key, rows in (
+        ("ratio of norms on held-out AffectNet images, against the oracle", "class_ratios", [(n, n) for n in EMOTIONS]),
+        (
+            "explained variance (R²) of the true motion on held-out AffectNet images; 0: no more than one answer for every image",
+            "recovery",
+            [
+                ("jaw opening", "jaw_opening"),
+                ("jaw", "jaw"),
+                ("lids", "eyelids"),
+                ("expression, median of 15 components", "expression"),
+            ],
+        ),
+    ):
         known = find(metrics.get("parameters", {}), key) or {}
-        if known: table.rows.append((title, []))
+        if known:
+            table.rows.append((title, []))
         for label, name in rows if known else ():
             cells = [record_value(find(known, f"{m}/{name}"), f"parameters.json:{key}/{m}/{name}") for m in methods]
-            table.rows.append((label, cells + ["" for _ in table.columns[len(cells):]]))
+            table.rows.append((label, cells + ["" for _ in table.columns[len(cells) :]]))
     return table
 
-def _count(value, trail): return Value(value, n=0, trail=trail, places=0)
+
+def _count(value, trail):
+    return Value(value, n=0, trail=trail, places=0)
+
 
 def data_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a dataset
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a dataset
     "Build the table of the data: images, images without a face, subjects, splits, rejected fits."
     data, rows = find(metrics.get("data", {}), "datasets") or {}, []
     for name, d in data.items():
         at = f"data.json:datasets/{name}/"
-        rows.append((name, [_count(d["rows"], at + "rows"), _count(d["no_face"], at + "no_face"), _count(d["subjects"], at + "subjects")] +
-                     [_count(d["splits"][s], f"{at}splits/{s}") for s in ("train", "val", "test")]))
+        rows.append(
+            (
+                name,
+                [
+                    _count(d["rows"], at + "rows"),
+                    _count(d["no_face"], at + "no_face"),
+                    _count(d["subjects"], at + "subjects"),
+                ]
+                + [_count(d["splits"][s], f"{at}splits/{s}") for s in ("train", "val", "test")],
+            )
+        )
     rejected = find(metrics.get("parameters", {}), "rejected_fits") or {}
-    for reason, n in rejected.items(): rows.append((f"scan fits rejected: {reason}", [_count(n, f"parameters.json:rejected_fits/{reason}"), *[""]*5]))
-    return Table("data", "Data of this run", [(n, "") for n in ("images", "no face found", "subjects", "train", "val", "test")], rows, "nothing is replaced or dropped without being counted")
+    for reason, n in rejected.items():
+        rows.append(
+            (f"scan fits rejected: {reason}", [_count(n, f"parameters.json:rejected_fits/{reason}"), *[""] * 5])
+        )
+    return Table(
+        "data",
+        "Data of this run",
+        [(n, "") for n in ("images", "no face found", "subjects", "train", "val", "test")],
+        rows,
+        "nothing is replaced or dropped without being counted",
+    )
 
 # %% ../../nbs/74_evaluation.tables.ipynb #7f54ced6
 def split_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a split
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a split
     "Build the split of section 7: subjects, frames and shares of the strata."
     split = find(metrics.get("data", {}), "bp4d_split") or {}
-    printed = {"train": (29, 269161, {"White_M": .414, "White_F": .241, "Asian_F": .207, "Black_F": .138}), "val": (6, 50455, {}), "test": (6, 47734, {})}
+    printed = {
+        "train": (29, 269161, {"White_M": 0.414, "White_F": 0.241, "Asian_F": 0.207, "Black_F": 0.138}),
+        "val": (6, 50455, {}),
+        "test": (6, 47734, {}),
+    }
     strata = ["Asian_M", "Asian_F", "White_M", "White_F", "Black_M", "Black_F"]
-    table = Table("split", "Section 7. Subject-exclusive split of BP4D", [(n, s) for n in ("subjects", "frames", *strata) for s in ("paper", "this run")], [],
-                  "strata are shares of subjects; those of the training subjects are not published and are our own assignment")
+    table = Table(
+        "split",
+        "Section 7. Subject-exclusive split of BP4D",
+        [(n, s) for n in ("subjects", "frames", *strata) for s in ("paper", "this run")],
+        [],
+        "strata are shares of subjects; those of the training subjects are not published and are our own assignment",
+    )
     for name in ("train", "val", "test"):
-        if name not in split: continue
+        if name not in split:
+            continue
         people, frames, share = printed[name]
-        share = share or dict.fromkeys(strata, 1/6)
+        share = share or dict.fromkeys(strata, 1 / 6)
         cells = []
-        for key, value in (("subjects", people), ("frames", frames)): cells += [Value(value, source="paper", places=0), _count(split[name][key], f"data.json:bp4d_split/{name}/{key}")]
-        for s in strata: cells += [Value(share.get(s, 0), source="paper"), Value(split[name]["share"][s], trail=f"data.json:bp4d_split/{name}/share/{s}")]
+        for key, value in (("subjects", people), ("frames", frames)):
+            cells += [
+                Value(value, source="paper", places=0),
+                _count(split[name][key], f"data.json:bp4d_split/{name}/{key}"),
+            ]
+        for s in strata:
+            cells += [
+                Value(share.get(s, 0), source="paper"),
+                Value(split[name]["share"][s], trail=f"data.json:bp4d_split/{name}/share/{s}"),
+            ]
         table.rows.append((name, cells))
     return table
 
+
 def landmark_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a method and set
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a method and set
     "Build the table of landmark errors."
-    names = (("network", "network"), ("mean head, network's pose", "mean_head_network_pose"), ("mean head, fitted pose", "mean_head_fitted_pose"), ("network over mean head", "ratio_to_mean_head"))
+    names = (
+        ("network", "network"),
+        ("mean head, network's pose", "mean_head_network_pose"),
+        ("mean head, fitted pose", "mean_head_fitted_pose"),
+        ("network over mean head", "ratio_to_mean_head"),
+    )
     rows = []
     for which, methods in metrics.get("landmarks", {}).items():
         rows.append((which, []))
-        rows += [(m, [record_value(find(r, k), f"landmarks.json:{which}/{m}/{k}", scale=1 if "ratio" in k else 100, places=2) for _, k in names]) for m, r in methods.items() if isinstance(r, dict)]
-    return Table("landmarks", "Landmark error: 105 points against the detector", [(n, "") for n, _ in names], rows, "medians, in percent of 62 mm at the fitted scale; the last column is a ratio")
+        rows += [
+            (
+                m,
+                [
+                    record_value(
+                        find(r, k), f"landmarks.json:{which}/{m}/{k}", scale=1 if "ratio" in k else 100, places=2
+                    )
+                    for _, k in names
+                ],
+            )
+            for m, r in methods.items()
+            if isinstance(r, dict)
+        ]
+    return Table(
+        "landmarks",
+        "Landmark error: 105 points against the detector",
+        [(n, "") for n, _ in names],
+        rows,
+        "medians, in percent of 62 mm at the fitted scale; the last column is a ratio",
+    )
+
 
 def losses_table(
-    metrics:dict,                 # name -> contents of metrics/NAME.json
-) -> Table:                       # one row a training and objective
+    metrics: dict,  # name -> contents of metrics/NAME.json
+) -> Table:  # one row a training and objective
     "Build the table of losses: how far each objective fell."
-    cell = lambda r, at, part: record_value(r[part], f"training.json:losses/{at}/{part}", scale=100 if part == "change" else 1, places=1 if part == "change" else 3)
-    rows = [(f"{m}, {t}", [cell(r, f"{m}/{t}", part) for part in ("first", "last", "change")]) for m, terms in (find(metrics.get("training", {}), "losses") or {}).items() for t, r in terms.items()]
-    return Table("losses", "Losses at the beginning and the end of each training", [(n, "") for n in ("first tenth", "last tenth", "change (%)")], rows, "means over steps; intervals from a bootstrap over steps")
+    cell = lambda r, at, part: record_value(
+        r[part],
+        f"training.json:losses/{at}/{part}",
+        scale=100 if part == "change" else 1,
+        places=1 if part == "change" else 3,
+    )
+    rows = [
+        (f"{m}, {t}", [cell(r, f"{m}/{t}", part) for part in ("first", "last", "change")])
+        for m, terms in (find(metrics.get("training", {}), "losses") or {}).items()
+        for t, r in terms.items()
+    ]
+    return Table(
+        "losses",
+        "Losses at the beginning and the end of each training",
+        [(n, "") for n in ("first tenth", "last tenth", "change (%)")],
+        rows,
+        "means over steps; intervals from a bootstrap over steps",
+    )
 
 # %% ../../nbs/74_evaluation.tables.ipynb #9ce0e9ad
 def read_all(
-    run:Path,                     # run folder
-) -> dict:                        # name -> contents of metrics/NAME.json
+    run: Path,  # run folder
+) -> dict:  # name -> contents of metrics/NAME.json
     "Read every metrics file of a run."
-    return {p.stem: read_metrics(p) for p in sorted((Path(run)/"metrics").glob("*.json"))}
+    return {p.stem: read_metrics(p) for p in sorted((Path(run) / "metrics").glob("*.json"))}
+
 
 def all_tables(
-    run:Path,                     # run folder
-) -> dict[str, Table]:            # key -> table
+    run: Path,  # run folder
+) -> dict[str, Table]:  # key -> table
     "Build every table of a run."
-    metrics, config = read_all(run), read_metrics(Path(run)/"config.json")
+    metrics, config = read_all(run), read_metrics(Path(run) / "config.json")
     own = find(config, "loss/emotion") or 5.0
-    tables = paper_like(metrics, own) + [f(metrics) for f in (differences_table, leakage_table, naturalness_table, split_table, data_table, landmark_table, losses_table)]
+    tables = paper_like(metrics, own) + [
+        f(metrics)
+        for f in (
+            differences_table,
+            leakage_table,
+            naturalness_table,
+            split_table,
+            data_table,
+            landmark_table,
+            losses_table,
+        )
+    ]
     return {t.key: t for t in tables}
 
+
 def make_tables(
-    run:Path,                     # run folder
-) -> list[Path]:                  # files written
+    run: Path,  # run folder
+) -> list[Path]:  # files written
     "Write every table as CSV and LaTeX below `tables/`; raise `ValueError` if there is no metrics file."
     run, written = Path(run), []
-    if not any((run/"metrics").glob("*.json")): raise ValueError(f"{run/'metrics'} holds no metrics; run the evaluation steps first")
+    if not any((run / "metrics").glob("*.json")):
+        raise ValueError(f"{run / 'metrics'} holds no metrics; run the evaluation steps first")
     for key, table in all_tables(run).items():
         for suffix, write in (("csv", to_csv), ("tex", to_latex)):
-            path = run/"tables"/f"{key}.{suffix}"
-            with atomic(path) as temporary: temporary.write_text(write(table), encoding="utf-8")
+            path = run / "tables" / f"{key}.{suffix}"
+            with atomic(path) as temporary:
+                temporary.write_text(write(table), encoding="utf-8")
             written.append(path)
     return written

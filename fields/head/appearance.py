@@ -18,326 +18,458 @@ from .template import smooth_step
 @dataclass
 class Appearance:
     "Everything that paints one person; colours are sRGB in [0,1]."
-    skin:tuple = (.78, .60, .50)
-    blush:float = .3
-    freckles:float = 0.
-    mottling:float = .02
-    brow_colour:tuple = (.22, .15, .11)
-    brow_density:float = .85
-    brow_thickness:float = 1.
-    brow_shift:float = 0.         # mm, up
-    brow_arch:float = 0.          # mm
-    brow_tilt:float = 0.          # mm, tail up
-    lip_colour:tuple = (.70, .40, .38)
-    iris_inner:tuple = (.45, .33, .20)
-    iris_outer:tuple = (.25, .17, .10)
-    pupil:float = .17             # radians seen from the eyeball's centre
-    iris:float = .46              # radians
-    sclera:tuple = (.90, .88, .86)
-    lashes:float = .8
-    eye_shadow:float = .1
-    hair_colour:tuple = (.20, .14, .10)
-    hair:float = 1.               # 0 bald, 1 a full cap
-    hairline:float = 0.           # mm, higher is receding
-    widow_peak:float = 0.         # mm
-    stubble:float = 0.
-    moustache:float = 0.
-    seed:int = 0                  # of pores, strands and freckles
 
-SKIN_TONES = np.array([[.93, .78, .69], [.87, .69, .58], [.76, .57, .45], [.60, .42, .31], [.44, .29, .21], [.30, .195, .15]])
-HAIR_COLOURS = np.array([[.30, .20, .13], [.50, .37, .22], [.62, .50, .33], [.42, .21, .11], [.45, .43, .42]])   # brown, dark blond, blond, red, grey
-IRIS_COLOURS = np.array([[.36, .23, .12], [.22, .14, .08], [.42, .50, .58], [.40, .44, .30], [.50, .42, .24]])   # brown, dark, blue, green, hazel
+    skin: tuple = (0.78, 0.60, 0.50)
+    blush: float = 0.3
+    freckles: float = 0.0
+    mottling: float = 0.02
+    brow_colour: tuple = (0.22, 0.15, 0.11)
+    brow_density: float = 0.85
+    brow_thickness: float = 1.0
+    brow_shift: float = 0.0  # mm, up
+    brow_arch: float = 0.0  # mm
+    brow_tilt: float = 0.0  # mm, tail up
+    lip_colour: tuple = (0.70, 0.40, 0.38)
+    iris_inner: tuple = (0.45, 0.33, 0.20)
+    iris_outer: tuple = (0.25, 0.17, 0.10)
+    pupil: float = 0.17  # radians seen from the eyeball's centre
+    iris: float = 0.46  # radians
+    sclera: tuple = (0.90, 0.88, 0.86)
+    lashes: float = 0.8
+    eye_shadow: float = 0.1
+    hair_colour: tuple = (0.20, 0.14, 0.10)
+    hair: float = 1.0  # 0 bald, 1 a full cap
+    hairline: float = 0.0  # mm, higher is receding
+    widow_peak: float = 0.0  # mm
+    stubble: float = 0.0
+    moustache: float = 0.0
+    seed: int = 0  # of pores, strands and freckles
+
+
+SKIN_TONES = np.array(
+    [
+        [0.93, 0.78, 0.69],
+        [0.87, 0.69, 0.58],
+        [0.76, 0.57, 0.45],
+        [0.60, 0.42, 0.31],
+        [0.44, 0.29, 0.21],
+        [0.30, 0.195, 0.15],
+    ]
+)
+HAIR_COLOURS = np.array(
+    [[0.30, 0.20, 0.13], [0.50, 0.37, 0.22], [0.62, 0.50, 0.33], [0.42, 0.21, 0.11], [0.45, 0.43, 0.42]]
+)  # brown, dark blond, blond, red, grey
+IRIS_COLOURS = np.array(
+    [[0.36, 0.23, 0.12], [0.22, 0.14, 0.08], [0.42, 0.50, 0.58], [0.40, 0.44, 0.30], [0.50, 0.42, 0.24]]
+)  # brown, dark, blue, green, hazel
 
 # %% ../../nbs/18_head.appearance.ipynb #2898bc36
 def sample_appearance(
-    rng:np.random.Generator,      # random stream
-) -> Appearance:                  # a random person
+    rng: np.random.Generator,  # random stream
+) -> Appearance:  # a random person
     "Draw a person over the full range of skin tones."
     melanin, blood, tone = rng.beta(1.3, 1.4), rng.normal(), rng.normal()
-    place = melanin*(len(SKIN_TONES) - 1)
+    place = melanin * (len(SKIN_TONES) - 1)
     low = min(int(place), len(SKIN_TONES) - 2)
-    skin = SKIN_TONES[low]*(1 - place + low) + SKIN_TONES[low + 1]*(place - low)
-    skin = skin*(1 + np.array([.018, -.012, -.012])*blood)*(1 + np.array([0, .008, -.02])*tone)
-    dark = rng.random() < .35 + .6*melanin
-    hair = np.array([.09, .075, .07]) + rng.random()*np.array([.05, .035, .03]) if dark else HAIR_COLOURS[rng.choice(5, p=[.45, .2, .12, .1, .13])]
-    lip = skin*np.array([.93, .64, .66])*(1 + .06*rng.normal(size=3))
-    if rng.random() < .2: lip = .45*lip + .55*np.array([.68, .16, .22])*rng.uniform(.7, 1.2)          # lipstick
-    iris = IRIS_COLOURS[rng.choice(5, p=[.3, .2, .22, .12, .16]) if melanin < .5 else rng.choice(2)]*rng.uniform(.75, 1.2)
-    male = rng.random() < .5
+    skin = SKIN_TONES[low] * (1 - place + low) + SKIN_TONES[low + 1] * (place - low)
+    skin = skin * (1 + np.array([0.018, -0.012, -0.012]) * blood) * (1 + np.array([0, 0.008, -0.02]) * tone)
+    dark = rng.random() < 0.35 + 0.6 * melanin
+    hair = (
+        np.array([0.09, 0.075, 0.07]) + rng.random() * np.array([0.05, 0.035, 0.03])
+        if dark
+        else HAIR_COLOURS[rng.choice(5, p=[0.45, 0.2, 0.12, 0.1, 0.13])]
+    )
+    lip = skin * np.array([0.93, 0.64, 0.66]) * (1 + 0.06 * rng.normal(size=3))
+    if rng.random() < 0.2:
+        lip = 0.45 * lip + 0.55 * np.array([0.68, 0.16, 0.22]) * rng.uniform(0.7, 1.2)  # lipstick
+    iris = IRIS_COLOURS[
+        rng.choice(5, p=[0.3, 0.2, 0.22, 0.12, 0.16]) if melanin < 0.5 else rng.choice(2)
+    ] * rng.uniform(0.75, 1.2)
+    male = rng.random() < 0.5
     number = lambda low, high: float(rng.uniform(low, high))
-    colour = lambda c: tuple(float(v) for v in np.clip(c, .03, .98))
+    colour = lambda c: tuple(float(v) for v in np.clip(c, 0.03, 0.98))
     return Appearance(
-        skin=colour(skin), blush=number(0, .7), freckles=max(0., float(rng.normal()) - .9)*(melanin < .45), mottling=number(.01, .03),
-        brow_colour=colour(np.minimum(hair*number(.6, .9), .45)), brow_density=number(.6, .97), brow_thickness=float(np.clip(rng.normal(1.1 if male else .9, .2), .55, 1.6)),
-        brow_shift=.8*float(rng.normal()), brow_arch=.9*float(rng.normal()) + (0 if male else .7), brow_tilt=float(rng.normal()), lip_colour=colour(lip),
-        iris_inner=colour(1.25*iris), iris_outer=colour(.6*iris), pupil=number(.13, .24), iris=number(.455, .485), sclera=colour(np.array([.92, .90, .88]) - number(0, .1)*np.array([.5, 1, 1.2])),
-        lashes=number(.5, 1), eye_shadow=max(0., .25*float(rng.normal())), hair_colour=colour(hair), hair=float(rng.random() > .08), hairline=6*float(rng.normal()) + (4 if male else 0),
-        widow_peak=number(-4, 8), stubble=number(.1, .8) if male and rng.random() < .5 else 0., moustache=number(.4, .9) if male and rng.random() < .15 else 0., seed=int(rng.integers(1 << 31)))
+        skin=colour(skin),
+        blush=number(0, 0.7),
+        freckles=max(0.0, float(rng.normal()) - 0.9) * (melanin < 0.45),
+        mottling=number(0.01, 0.03),
+        brow_colour=colour(np.minimum(hair * number(0.6, 0.9), 0.45)),
+        brow_density=number(0.6, 0.97),
+        brow_thickness=float(np.clip(rng.normal(1.1 if male else 0.9, 0.2), 0.55, 1.6)),
+        brow_shift=0.8 * float(rng.normal()),
+        brow_arch=0.9 * float(rng.normal()) + (0 if male else 0.7),
+        brow_tilt=float(rng.normal()),
+        lip_colour=colour(lip),
+        iris_inner=colour(1.25 * iris),
+        iris_outer=colour(0.6 * iris),
+        pupil=number(0.13, 0.24),
+        iris=number(0.455, 0.485),
+        sclera=colour(np.array([0.92, 0.90, 0.88]) - number(0, 0.1) * np.array([0.5, 1, 1.2])),
+        lashes=number(0.5, 1),
+        eye_shadow=max(0.0, 0.25 * float(rng.normal())),
+        hair_colour=colour(hair),
+        hair=float(rng.random() > 0.08),
+        hairline=6 * float(rng.normal()) + (4 if male else 0),
+        widow_peak=number(-4, 8),
+        stubble=number(0.1, 0.8) if male and rng.random() < 0.5 else 0.0,
+        moustache=number(0.4, 0.9) if male and rng.random() < 0.15 else 0.0,
+        seed=int(rng.integers(1 << 31)),
+    )
 
 # %% ../../nbs/18_head.appearance.ipynb #df943c14
 def template_at(
-    points:np.ndarray,            # (N,2) texture coordinates, u right and v up
-) -> np.ndarray:                  # (N,9) millimetres on the template, then the paint attributes
+    points: np.ndarray,  # (N,2) texture coordinates, u right and v up
+) -> np.ndarray:  # (N,9) millimetres on the template, then the paint attributes
     "Return what part of the template the texture shows at given points."
     from scipy.spatial import cKDTree
+
     sculpt = load_sculpt()
     skin = sculpt.structure.skin
     faces = sculpt.faces[(sculpt.faces < skin).all(1)]
-    values = np.c_[sculpt.template*1e3, sculpt.rig.paint][:skin]
-    p = .5 + (points - .5)*np.minimum(1, .494/np.maximum(np.linalg.norm(points - .5, axis=1), 1e-9))[:, None]   # outside, the nearest point of the disk
+    values = np.c_[sculpt.template * 1e3, sculpt.rig.paint][:skin]
+    p = (
+        0.5 + (points - 0.5) * np.minimum(1, 0.494 / np.maximum(np.linalg.norm(points - 0.5, axis=1), 1e-9))[:, None]
+    )  # outside, the nearest point of the disk
     _, near = cKDTree(sculpt.uv[faces].mean(1)).query(p, 14)
-    cross = lambda p, q: p[..., 0]*q[..., 1] - p[..., 1]*q[..., 0]
+    cross = lambda p, q: p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0]
     best, face, weights = np.full(len(p), -np.inf), np.zeros(len(p), int), np.zeros((len(p), 3))
     for candidate in near.T:
         a, b, c = (sculpt.uv[faces[candidate, k]] for k in range(3))
         area = cross(b - a, c - a)
-        w = np.stack([cross(b - p, c - p), cross(c - p, a - p), cross(a - p, b - p)], 1)/np.where(area == 0, 1, area)[:, None]
+        w = (
+            np.stack([cross(b - p, c - p), cross(c - p, a - p), cross(a - p, b - p)], 1)
+            / np.where(area == 0, 1, area)[:, None]
+        )
         better = w.min(1) > best
         best[better], face[better], weights[better] = w.min(1)[better], candidate[better], w[better]
     weights = np.clip(weights, 0, 1)
     weights /= weights.sum(1, keepdims=True)
     return np.einsum("nk,nkc->nc", weights, values[faces[face]]).astype(np.float32)
 
+
 def texel_positions(
-    size:int,                     # texels a side
-) -> tuple[np.ndarray, np.ndarray]: # (S,S,3) millimetres on the template, (S,S,6) paint attributes
+    size: int,  # texels a side
+) -> tuple[np.ndarray, np.ndarray]:  # (S,S,3) millimetres on the template, (S,S,6) paint attributes
     "Return what part of the template each texel of the skin shows."
-    grid = (np.arange(size) + .5)/size
+    grid = (np.arange(size) + 0.5) / size
     values = template_at(np.stack(np.meshgrid(grid, 1 - grid), -1).reshape(-1, 2)).reshape(size, size, -1)
     return values[..., :3], values[..., 3:]
 
+
 def eye_texels(
-    size:int,                     # texels a side
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (K,) flat texels, (K,) angle from the pupil's middle, (K,) turn around it
+    size: int,  # texels a side
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (K,) flat texels, (K,) angle from the pupil's middle, (K,) turn around it
     "Return the texels of both eyeballs."
     sculpt = load_sculpt()
     row, column = np.mgrid[:size, :size]
-    u = np.stack([(column + .5)/size, 1 - (row + .5)/size], -1)
+    u = np.stack([(column + 0.5) / size, 1 - (row + 0.5) / size], -1)
     texels, angle, turn = [], [], []
     for side, ball in enumerate(sculpt.structure.balls):
         d = u - sculpt.uv[ball[0]]
-        r = np.linalg.norm(d, axis=-1)/np.linalg.norm(sculpt.uv[ball] - sculpt.uv[ball[0]], axis=1).max()
+        r = np.linalg.norm(d, axis=-1) / np.linalg.norm(sculpt.uv[ball] - sculpt.uv[ball[0]], axis=1).max()
         inside = np.flatnonzero(r < 1.2)
         texels.append(inside)
-        angle.append(np.minimum(r.ravel()[inside]**2, 1)*np.pi)
-        turn.append(np.arctan2(d[..., 1], d[..., 0]*(1, -1)[side]).ravel()[inside])
+        angle.append(np.minimum(r.ravel()[inside] ** 2, 1) * np.pi)
+        turn.append(np.arctan2(d[..., 1], d[..., 0] * (1, -1)[side]).ravel()[inside])
     return np.concatenate(texels), np.concatenate(angle).astype(np.float32), np.concatenate(turn).astype(np.float32)
 
 # %% ../../nbs/18_head.appearance.ipynb #25f08522
 @dataclass
 class Brush:
     "Texels and how strongly each takes the paint."
-    texels:np.ndarray             # (K,) flat indices
-    strength:np.ndarray           # (K,1) in [0,1]
+
+    texels: np.ndarray  # (K,) flat indices
+    strength: np.ndarray  # (K,1) in [0,1]
 
     @classmethod
-    def of(cls, mask, least=.01): # (S,S) strength everywhere
+    def of(cls, mask, least=0.01):  # (S,S) strength everywhere
         texels = np.flatnonzero(mask > least)
         return cls(texels, np.clip(mask.ravel()[texels], 0, 1).astype(np.float32)[:, None])
 
-    def paint(self, canvas, colour, amount=1.):
+    def paint(self, canvas, colour, amount=1.0):
         "Mix a colour into the canvas (N,3), in place."
-        if amount <= 0: return
+        if amount <= 0:
+            return
         under = canvas[self.texels]
-        under += (self.strength*np.float32(amount))*(np.asarray(colour, np.float32) - under)
+        under += (self.strength * np.float32(amount)) * (np.asarray(colour, np.float32) - under)
         canvas[self.texels] = under
 
+
 def noise(
-    rng:np.random.Generator,      # random stream
-    size:int,                     # texels a side
-    width:float,                  # of the smoothing, texels
-) -> np.ndarray:                  # (S,S) mean 0, deviation 1, float32
+    rng: np.random.Generator,  # random stream
+    size: int,  # texels a side
+    width: float,  # of the smoothing, texels
+) -> np.ndarray:  # (S,S) mean 0, deviation 1, float32
     "Return smooth noise that tiles."
     from scipy.ndimage import gaussian_filter
+
     field = gaussian_filter(rng.normal(size=(size, size)), width, mode="wrap")
-    return (field/field.std()).astype(np.float32)
+    return (field / field.std()).astype(np.float32)
+
 
 def solid_noise(
-    rng:np.random.Generator,      # random stream
-    points:np.ndarray,            # (...,3) mm
-    wavelength:float,             # mm
-    waves:int=40,                 # plane waves that add up
-) -> np.ndarray:                  # (...) mean 0, deviation about 1, float32
+    rng: np.random.Generator,  # random stream
+    points: np.ndarray,  # (...,3) mm
+    wavelength: float,  # mm
+    waves: int = 40,  # plane waves that add up
+) -> np.ndarray:  # (...) mean 0, deviation about 1, float32
     "Return noise in space, so that it is nowhere stretched by the texture."
     k = rng.normal(size=(waves, 3))
-    k *= 2*np.pi/(wavelength*rng.uniform(.6, 1.6, (waves, 1))*np.linalg.norm(k, axis=1, keepdims=True))
-    return sum(np.cos(points @ wave.astype(np.float32) + np.float32(rng.uniform(0, 2*np.pi))) for wave in k)*np.float32(np.sqrt(2/waves))
+    k *= 2 * np.pi / (wavelength * rng.uniform(0.6, 1.6, (waves, 1)) * np.linalg.norm(k, axis=1, keepdims=True))
+    return sum(
+        np.cos(points @ wave.astype(np.float32) + np.float32(rng.uniform(0, 2 * np.pi))) for wave in k
+    ) * np.float32(np.sqrt(2 / waves))
+
 
 def skin_brushes(
-    p:np.ndarray,                 # (S,S,3) millimetres
-    attributes:np.ndarray,        # (S,S,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
-) -> dict[str, Brush]:            # brushes by what they paint
+    p: np.ndarray,  # (S,S,3) millimetres
+    attributes: np.ndarray,  # (S,S,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
+) -> dict[str, Brush]:  # brushes by what they paint
     "Return what is painted at the same place on everybody."
     x, y, z = np.abs(p[..., 0]), p[..., 1], p[..., 2]
     lip, line, lid, inside, ear, _ = np.moveaxis(attributes, -1, 0)
-    spot = lambda cx, cy, ex, ey: np.exp(-.5*(((x - cx)/ex)**2 + ((y - cy)/ey)**2))*(z > 0)
-    upper = y > 25.5 - .03*(x - 31)
-    beard = smooth_step(-y, 26, 40)*smooth_step(z, -22, 6)*smooth_step(y, -108, -84) + smooth_step(-y, 22, 27)*(x < 30)*(y > -42)
+    spot = lambda cx, cy, ex, ey: np.exp(-0.5 * (((x - cx) / ex) ** 2 + ((y - cy) / ey) ** 2)) * (z > 0)
+    upper = y > 25.5 - 0.03 * (x - 31)
+    beard = smooth_step(-y, 26, 40) * smooth_step(z, -22, 6) * smooth_step(y, -108, -84) + smooth_step(-y, 22, 27) * (
+        x < 30
+    ) * (y > -42)
     masks = {
-        "blush": spot(42, -8, 15, 13) + .8*spot(0, -6, 11, 9) + .4*spot(0, -76, 12, 8) + .8*ear,
-        "under_eye": spot(31, 15, 15, 4) + .6*spot(16, 27, 5, 7), "lid": spot(32, 34, 17, 4.5), "freckles": spot(30, 0, 26, 16) + spot(0, 10, 14, 18),
-        "beard": beard*np.clip(1 - 2*lip, 0, 1)*smooth_step(-y + .35*x, 30, 52), "moustache": np.exp(-((y + 29)/4.2)**2)*smooth_step(-x, -27, -18)*(z > 30),
-        "lips": smooth_step(lip, .05, .42), "lip_line": smooth_step(line, .35, 1.), "lip_shine": np.exp(-.5*(((x - 6)/7)**2 + ((y + 48.5)/2.2)**2))*(lip > .5),
-        "nostril": smooth_step(np.exp(-.5*(((x - 7.2)/2.9)**2 + ((y + 20.3)/1.8)**2))*(z > 40), .3, .8), "ala": np.exp(-((x - 22.5)/1.6)**2 - ((y + 14)/6)**2)*(z > 35),
-        "fold": np.exp(-((x - 27 + .28*(y + 26))/2.2)**2 - ((y + 27)/12)**2)*(z > 25), "ear_hole": spot(76, -2, 9, 7)*0 + np.exp(-(((y + 3)/8)**2 + ((p[..., 2] + 31)/5)**2))*(ear > .9),
-        "lashes": smooth_step(lid, .72, .98)*np.where(upper, 1., .35), "lash_shade": smooth_step(lid, .35, .9)*upper, "caruncle": np.exp(-((x - 17.2)/2.2)**2 - ((y - 22.5)/1.8)**2)*(lid > .8),
-        "mouth": smooth_step(inside, .25, .7)}
+        "blush": spot(42, -8, 15, 13) + 0.8 * spot(0, -6, 11, 9) + 0.4 * spot(0, -76, 12, 8) + 0.8 * ear,
+        "under_eye": spot(31, 15, 15, 4) + 0.6 * spot(16, 27, 5, 7),
+        "lid": spot(32, 34, 17, 4.5),
+        "freckles": spot(30, 0, 26, 16) + spot(0, 10, 14, 18),
+        "beard": beard * np.clip(1 - 2 * lip, 0, 1) * smooth_step(-y + 0.35 * x, 30, 52),
+        "moustache": np.exp(-(((y + 29) / 4.2) ** 2)) * smooth_step(-x, -27, -18) * (z > 30),
+        "lips": smooth_step(lip, 0.05, 0.42),
+        "lip_line": smooth_step(line, 0.35, 1.0),
+        "lip_shine": np.exp(-0.5 * (((x - 6) / 7) ** 2 + ((y + 48.5) / 2.2) ** 2)) * (lip > 0.5),
+        "nostril": smooth_step(np.exp(-0.5 * (((x - 7.2) / 2.9) ** 2 + ((y + 20.3) / 1.8) ** 2)) * (z > 40), 0.3, 0.8),
+        "ala": np.exp(-(((x - 22.5) / 1.6) ** 2) - ((y + 14) / 6) ** 2) * (z > 35),
+        "fold": np.exp(-(((x - 27 + 0.28 * (y + 26)) / 2.2) ** 2) - ((y + 27) / 12) ** 2) * (z > 25),
+        "ear_hole": spot(76, -2, 9, 7) * 0 + np.exp(-(((y + 3) / 8) ** 2 + ((p[..., 2] + 31) / 5) ** 2)) * (ear > 0.9),
+        "lashes": smooth_step(lid, 0.72, 0.98) * np.where(upper, 1.0, 0.35),
+        "lash_shade": smooth_step(lid, 0.35, 0.9) * upper,
+        "caruncle": np.exp(-(((x - 17.2) / 2.2) ** 2) - ((y - 22.5) / 1.8) ** 2) * (lid > 0.8),
+        "mouth": smooth_step(inside, 0.25, 0.7),
+    }
     return {name: Brush.of(mask) for name, mask in masks.items()}
 
 # %% ../../nbs/18_head.appearance.ipynb #b7cc29cc
 def mouth_brushes(
-    attributes:np.ndarray,        # (S,S,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
-    split:int=6,                  # parts of a texel, each way
-) -> dict[str, Brush]:            # gums, teeth, throat
+    attributes: np.ndarray,  # (S,S,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
+    split: int = 6,  # parts of a texel, each way
+) -> dict[str, Brush]:  # gums, teeth, throat
     "Return brushes for the inside of the mouth, measured finer than texels."
     size = len(attributes)
-    texels = np.flatnonzero(attributes[..., 3] > .02)
-    part = (np.arange(split) + .5)/split
-    u = ((texels % size)[:, None, None] + part)/size
-    v = 1 - ((texels//size)[:, None, None] + part[:, None])/size
+    texels = np.flatnonzero(attributes[..., 3] > 0.02)
+    part = (np.arange(split) + 0.5) / split
+    u = ((texels % size)[:, None, None] + part) / size
+    v = 1 - ((texels // size)[:, None, None] + part[:, None]) / size
     u, v = np.broadcast_arrays(u, v)
     fine = template_at(np.stack([u, v], -1).reshape(-1, 2))
     x, inside, tooth = np.abs(fine[:, 0]), fine[:, 6], fine[:, 8]
-    teeth = smooth_step(tooth, .35, .6)*(inside < .78)*smooth_step(-x, -19, -14)*(1 - .25*(np.abs((x + 4.4) % 8.6 - 4.3) < .5))
+    teeth = (
+        smooth_step(tooth, 0.35, 0.6)
+        * (inside < 0.78)
+        * smooth_step(-x, -19, -14)
+        * (1 - 0.25 * (np.abs((x + 4.4) % 8.6 - 4.3) < 0.5))
+    )
     share = lambda values: values.reshape(len(texels), -1).mean(1)[:, None].astype(np.float32)
-    return {"gums": Brush(texels, share((inside > .4)*(tooth > .02))), "teeth": Brush(texels, np.minimum(1, 1.2*share(teeth))),
-            "throat": Brush(texels, np.minimum(1, 2.2*share((inside > .78).astype(float))))}
+    return {
+        "gums": Brush(texels, share((inside > 0.4) * (tooth > 0.02))),
+        "teeth": Brush(texels, np.minimum(1, 1.2 * share(teeth))),
+        "throat": Brush(texels, np.minimum(1, 2.2 * share((inside > 0.78).astype(float)))),
+    }
 
 # %% ../../nbs/18_head.appearance.ipynb #5a5fe16c
 @dataclass
 class PaintBox:
     "What `paint` needs for one size of texture."
-    brushes:dict[str, Brush]
-    fine:np.ndarray               # (S,S) noise of one texel
-    strand:np.ndarray             # (S,S) noise of a few texels, of hair
-    mottle:np.ndarray             # (6,S*S) noise in space, over millimetres to centimetres
-    speckle:np.ndarray            # (S,S) freckles, 0 to 1
-    brow:np.ndarray               # (K,) texels where a brow can be
-    brow_at:np.ndarray            # (K,2) their |x| and y, mm
-    hair:np.ndarray               # (K,) texels where hair can be
-    hair_at:np.ndarray            # (K,3) their |x|, y, z, mm
-    ear:np.ndarray                # (K,) share of ear at hair texels
-    eye:np.ndarray                # (K,) texels of the eyeballs
-    angle:np.ndarray              # (K,) angle from the pupil's middle
-    turn:np.ndarray               # (K,) angle around it
+
+    brushes: dict[str, Brush]
+    fine: np.ndarray  # (S,S) noise of one texel
+    strand: np.ndarray  # (S,S) noise of a few texels, of hair
+    mottle: np.ndarray  # (6,S*S) noise in space, over millimetres to centimetres
+    speckle: np.ndarray  # (S,S) freckles, 0 to 1
+    brow: np.ndarray  # (K,) texels where a brow can be
+    brow_at: np.ndarray  # (K,2) their |x| and y, mm
+    hair: np.ndarray  # (K,) texels where hair can be
+    hair_at: np.ndarray  # (K,3) their |x|, y, z, mm
+    ear: np.ndarray  # (K,) share of ear at hair texels
+    eye: np.ndarray  # (K,) texels of the eyeballs
+    angle: np.ndarray  # (K,) angle from the pupil's middle
+    turn: np.ndarray  # (K,) angle around it
+
 
 @lru_cache(4)
 def paint_box(
-    size:int,                     # texels a side
-) -> PaintBox:                    # for that size, one for the process
+    size: int,  # texels a side
+) -> PaintBox:  # for that size, one for the process
     "Prepare painting at a size."
     p, attributes = texel_positions(size)
     eye, angle, turn = eye_texels(size)
-    rng, scale = np.random.default_rng(7), size/512
+    rng, scale = np.random.default_rng(7), size / 512
     x, y, z = np.abs(p[..., 0]), p[..., 1], p[..., 2]
-    away = np.ones(size*size, bool)
+    away = np.ones(size * size, bool)
     away[eye] = False
     brow = np.flatnonzero((x > 5) & (x < 62) & (y > 32) & (y < 62) & (z > 15) & away.reshape(size, size))
     hair = np.flatnonzero(((y > 25) | (z < -8)) & (y > -66) & away.reshape(size, size))
     at = np.stack([x, y, z], -1).reshape(-1, 3)
-    speckle = smooth_step(noise(rng, size, max(.6, 1.1*scale)), 1.5, 2.2).astype(np.float32)
-    fine, strand = noise(rng, size, .8), noise(rng, size, max(1, 4*scale))
+    speckle = smooth_step(noise(rng, size, max(0.6, 1.1 * scale)), 1.5, 2.2).astype(np.float32)
+    fine, strand = noise(rng, size, 0.8), noise(rng, size, max(1, 4 * scale))
     mottle = np.stack([solid_noise(rng, p.reshape(-1, 3), w) for w in (7, 9, 12, 25, 35, 50)])
-    return PaintBox(skin_brushes(p, attributes) | mouth_brushes(attributes), fine, strand, mottle, speckle, brow, at[brow, :2], hair, at[hair], attributes[..., 4].ravel()[hair], eye, angle, turn)
+    return PaintBox(
+        skin_brushes(p, attributes) | mouth_brushes(attributes),
+        fine,
+        strand,
+        mottle,
+        speckle,
+        brow,
+        at[brow, :2],
+        hair,
+        at[hair],
+        attributes[..., 4].ravel()[hair],
+        eye,
+        angle,
+        turn,
+    )
 
 # %% ../../nbs/18_head.appearance.ipynb #501c10e0
 BROW = np.array([(9.5, 43.5), (16, 45.8), (24, 47.6), (32, 48.8), (40, 48.8), (47, 46.6), (52.5, 43.3), (56.5, 39.8)])
 
+
 def brow_mask(
-    a:Appearance,                 # shape of the brows
-    at:np.ndarray,                # (K,2) |x| and y, mm
-    grain:np.ndarray,             # (K,) noise
-) -> np.ndarray:                  # (K,) in [0,1]
+    a: Appearance,  # shape of the brows
+    at: np.ndarray,  # (K,2) |x| and y, mm
+    grain: np.ndarray,  # (K,) noise
+) -> np.ndarray:  # (K,) in [0,1]
     "Return hair strokes of a brow."
     x, y = at.T
-    s = np.clip((x - BROW[0, 0])/(BROW[-1, 0] - BROW[0, 0]), 0, 1)
-    above = y - (np.interp(x, *BROW.T) + a.brow_shift + a.brow_arch*np.sin(np.pi*np.clip(.9*s + .02, 0, 1)) + a.brow_tilt*(s - .4))
-    thick = np.interp(s, [0, .12, .45, .75, 1], [2.6, 3.9, 3.7, 2.6, .8])*a.brow_thickness
-    body = smooth_step(-np.abs(above), -thick, -.55*thick)*smooth_step(x, BROW[0, 0] - 1.2, BROW[0, 0] + 2.5)*smooth_step(-x, -BROW[-1, 0] - .8, 3 - BROW[-1, 0])
-    slope = np.interp(s, [0, .3, .7, 1], [1.3, .55, .1, -.3])
-    return body*np.clip(.78 + .22*np.sin(3.1*(x - above*slope) + 2.2*grain) + .15*grain, 0, 1)
+    s = np.clip((x - BROW[0, 0]) / (BROW[-1, 0] - BROW[0, 0]), 0, 1)
+    above = y - (
+        np.interp(x, *BROW.T)
+        + a.brow_shift
+        + a.brow_arch * np.sin(np.pi * np.clip(0.9 * s + 0.02, 0, 1))
+        + a.brow_tilt * (s - 0.4)
+    )
+    thick = np.interp(s, [0, 0.12, 0.45, 0.75, 1], [2.6, 3.9, 3.7, 2.6, 0.8]) * a.brow_thickness
+    body = (
+        smooth_step(-np.abs(above), -thick, -0.55 * thick)
+        * smooth_step(x, BROW[0, 0] - 1.2, BROW[0, 0] + 2.5)
+        * smooth_step(-x, -BROW[-1, 0] - 0.8, 3 - BROW[-1, 0])
+    )
+    slope = np.interp(s, [0, 0.3, 0.7, 1], [1.3, 0.55, 0.1, -0.3])
+    return body * np.clip(0.78 + 0.22 * np.sin(3.1 * (x - above * slope) + 2.2 * grain) + 0.15 * grain, 0, 1)
+
 
 def hair_mask(
-    a:Appearance,                 # shape of the hairline
-    at:np.ndarray,                # (K,3) |x|, y, z, mm
-    grain:np.ndarray,             # (K,) noise
-) -> np.ndarray:                  # (K,) in [0,1]
+    a: Appearance,  # shape of the hairline
+    at: np.ndarray,  # (K,3) |x|, y, z, mm
+    grain: np.ndarray,  # (K,) noise
+) -> np.ndarray:  # (K,) in [0,1]
     "Return where short hair covers the scalp."
     x, y, z = at.T
-    line = np.interp(x, [0, 12, 30, 46, 58, 66, 72, 80], [92, 91, 89, 80, 62, 36, 14, 0]) + a.hairline*np.interp(x, [0, 40, 62, 75], [1, 1, .3, 0]) - a.widow_peak*np.exp(-(x/12)**2) + 1.4*grain
-    top = smooth_step(y, line - 2.5, line + 3.5)*smooth_step(y, 30, 45)
-    side = smooth_step(-z, -14, 6)*smooth_step(y, 2, 16)*smooth_step(y, line - 12, line - 2)
-    back = smooth_step(-z, 40, 52)*smooth_step(y, -62, -48)
-    return np.maximum(np.maximum(top, side), back)*a.hair
+    line = (
+        np.interp(x, [0, 12, 30, 46, 58, 66, 72, 80], [92, 91, 89, 80, 62, 36, 14, 0])
+        + a.hairline * np.interp(x, [0, 40, 62, 75], [1, 1, 0.3, 0])
+        - a.widow_peak * np.exp(-((x / 12) ** 2))
+        + 1.4 * grain
+    )
+    top = smooth_step(y, line - 2.5, line + 3.5) * smooth_step(y, 30, 45)
+    side = smooth_step(-z, -14, 6) * smooth_step(y, 2, 16) * smooth_step(y, line - 12, line - 2)
+    back = smooth_step(-z, 40, 52) * smooth_step(y, -62, -48)
+    return np.maximum(np.maximum(top, side), back) * a.hair
+
 
 def eye_colours(
-    a:Appearance,                 # iris, pupil, sclera
-    angle:np.ndarray,             # (K,) from the pupil's middle, radians
-    turn:np.ndarray,              # (K,) around it, radians
-) -> np.ndarray:                  # (K,3)
+    a: Appearance,  # iris, pupil, sclera
+    angle: np.ndarray,  # (K,) from the pupil's middle, radians
+    turn: np.ndarray,  # (K,) around it, radians
+) -> np.ndarray:  # (K,3)
     "Return the colours of an eyeball: sclera, the dark rim of the iris, its rays, pupil, and a reflection."
     column, colour = (lambda w: w[:, None]), (lambda c: np.asarray(c, np.float32))
-    t = column(np.clip((angle - a.pupil)/(a.iris - a.pupil), 0, 1))
-    rays = column(1 + .16*np.sin(37*turn + a.seed % 7) + .1*np.sin(61*turn))
-    iris = (colour(a.iris_inner)*(1 - t) + colour(a.iris_outer)*t)*rays
-    ball = colour(a.sclera)*column(1 - .16*smooth_step(angle, .55, 1.3))*colour([1, .985, .98])
+    t = column(np.clip((angle - a.pupil) / (a.iris - a.pupil), 0, 1))
+    rays = column(1 + 0.16 * np.sin(37 * turn + a.seed % 7) + 0.1 * np.sin(61 * turn))
+    iris = (colour(a.iris_inner) * (1 - t) + colour(a.iris_outer) * t) * rays
+    ball = colour(a.sclera) * column(1 - 0.16 * smooth_step(angle, 0.55, 1.3)) * colour([1, 0.985, 0.98])
     within = lambda radius, soft: column(smooth_step(-angle, -radius - soft, -radius + soft))
-    ball += within(a.iris, .025)*(iris - ball)
-    ball *= column(1 - .45*np.exp(-((angle - a.iris)/.03)**2))
-    ball += within(a.pupil, .018)*(.03 - ball)
-    return ball + column(np.exp(-((angle*np.cos(turn) - .16)/.06)**2 - ((angle*np.sin(turn) - .2)/.06)**2))*(1 - ball)
+    ball += within(a.iris, 0.025) * (iris - ball)
+    ball *= column(1 - 0.45 * np.exp(-(((angle - a.iris) / 0.03) ** 2)))
+    ball += within(a.pupil, 0.018) * (0.03 - ball)
+    return ball + column(
+        np.exp(-(((angle * np.cos(turn) - 0.16) / 0.06) ** 2) - ((angle * np.sin(turn) - 0.2) / 0.06) ** 2)
+    ) * (1 - ball)
 
 # %% ../../nbs/18_head.appearance.ipynb #0a45f607
 def paint_skin(
-    a:Appearance,                 # colours
-    box:PaintBox,                 # brushes
-    canvas:np.ndarray,            # (N,3), changed in place
-    fine:np.ndarray,              # (N,) noise of this person
-    speckle:np.ndarray,           # (N,) freckles of this person
+    a: Appearance,  # colours
+    box: PaintBox,  # brushes
+    canvas: np.ndarray,  # (N,3), changed in place
+    fine: np.ndarray,  # (N,) noise of this person
+    speckle: np.ndarray,  # (N,) freckles of this person
 ):
     "Paint what lies on the skin, from the largest to the smallest."
     skin, hair, lip = (np.array(c, np.float32) for c in (a.skin, a.hair_colour, a.lip_colour))
-    use = lambda name, colour, amount=1.: box.brushes[name].paint(canvas, colour, amount)
-    use("blush", skin*[1.06, .80, .80], a.blush)
-    use("under_eye", skin*[.80, .76, .80], .38)
-    use("lid", skin*[.84, .76, .74], .35 + .5*a.eye_shadow)
-    use("fold", skin*[.80, .70, .68], .22)
-    use("ear_hole", skin*[.45, .32, .30], .7)
+    use = lambda name, colour, amount=1.0: box.brushes[name].paint(canvas, colour, amount)
+    use("blush", skin * [1.06, 0.80, 0.80], a.blush)
+    use("under_eye", skin * [0.80, 0.76, 0.80], 0.38)
+    use("lid", skin * [0.84, 0.76, 0.74], 0.35 + 0.5 * a.eye_shadow)
+    use("fold", skin * [0.80, 0.70, 0.68], 0.22)
+    use("ear_hole", skin * [0.45, 0.32, 0.30], 0.7)
     if a.freckles > 0:
         where = box.brushes["freckles"]
-        Brush(where.texels, where.strength*speckle[where.texels, None]).paint(canvas, skin*[.78, .66, .58], min(1, a.freckles))
-    for name, colour, amount, low, high in (("beard", .7*hair + .1*skin, .55*a.stubble, .75, .25), ("moustache", .8*hair, a.moustache, .8, .3)):
+        Brush(where.texels, where.strength * speckle[where.texels, None]).paint(
+            canvas, skin * [0.78, 0.66, 0.58], min(1, a.freckles)
+        )
+    for name, colour, amount, low, high in (
+        ("beard", 0.7 * hair + 0.1 * skin, 0.55 * a.stubble, 0.75, 0.25),
+        ("moustache", 0.8 * hair, a.moustache, 0.8, 0.3),
+    ):
         where = box.brushes[name]
-        if amount > 0: Brush(where.texels, where.strength*np.clip(low + high*fine[where.texels, None], 0, 1)).paint(canvas, colour, amount)
-    use("lips", lip, .9)
-    use("lip_shine", np.minimum(1.25*lip + .04, 1), .35)
-    use("lip_line", .35*lip, .8)
-    use("nostril", skin*[.28, .18, .16], .85)
-    use("ala", skin*[.72, .60, .58], .4)
-    use("lash_shade", .62*skin, .3*a.lashes)
-    use("lashes", .35*np.array(a.brow_colour), a.lashes)
-    use("caruncle", (.72, .42, .40), .7)
-    use("mouth", np.array([.30, .10, .09])*(.6 + .4*skin.mean()))
-    use("gums", (.55, .27, .27), .6)
-    use("teeth", (.88, .85, .78), .95)
-    use("throat", (.12, .03, .03))                                          # last: nothing of the teeth may bleed into the dark
+        if amount > 0:
+            Brush(where.texels, where.strength * np.clip(low + high * fine[where.texels, None], 0, 1)).paint(
+                canvas, colour, amount
+            )
+    use("lips", lip, 0.9)
+    use("lip_shine", np.minimum(1.25 * lip + 0.04, 1), 0.35)
+    use("lip_line", 0.35 * lip, 0.8)
+    use("nostril", skin * [0.28, 0.18, 0.16], 0.85)
+    use("ala", skin * [0.72, 0.60, 0.58], 0.4)
+    use("lash_shade", 0.62 * skin, 0.3 * a.lashes)
+    use("lashes", 0.35 * np.array(a.brow_colour), a.lashes)
+    use("caruncle", (0.72, 0.42, 0.40), 0.7)
+    use("mouth", np.array([0.30, 0.10, 0.09]) * (0.6 + 0.4 * skin.mean()))
+    use("gums", (0.55, 0.27, 0.27), 0.6)
+    use("teeth", (0.88, 0.85, 0.78), 0.95)
+    use("throat", (0.12, 0.03, 0.03))  # last: nothing of the teeth may bleed into the dark
+
 
 def paint(
-    appearance:Appearance,        # the person
-    size:int=256,                 # texels a side
-) -> np.ndarray:                  # (size,size,3) albedo, sRGB in [0,1], float32
+    appearance: Appearance,  # the person
+    size: int = 256,  # texels a side
+) -> np.ndarray:  # (size,size,3) albedo, sRGB in [0,1], float32
     "Paint a person's texture."
     a, box = appearance, paint_box(size)
     rng = np.random.default_rng(a.seed)
-    fine, strand, speckle = (np.roll(field, rng.integers(0, size, 2), (0, 1)).ravel() for field in (box.fine, box.strand, box.speckle))
+    fine, strand, speckle = (
+        np.roll(field, rng.integers(0, size, 2), (0, 1)).ravel() for field in (box.fine, box.strand, box.speckle)
+    )
     mix = rng.normal(size=6).astype(np.float32)
-    mottle, canvas = (np.float32(.8*a.mottling)*mix/np.linalg.norm(mix)) @ box.mottle, np.empty((size*size, 3), np.float32)
-    for channel, share in enumerate((.5, 1, 1)): canvas[:, channel] = a.skin[channel]*(1 + np.float32(share)*mottle + np.float32(.012)*fine)
+    mottle, canvas = (
+        (np.float32(0.8 * a.mottling) * mix / np.linalg.norm(mix)) @ box.mottle,
+        np.empty((size * size, 3), np.float32),
+    )
+    for channel, share in enumerate((0.5, 1, 1)):
+        canvas[:, channel] = a.skin[channel] * (1 + np.float32(share) * mottle + np.float32(0.012) * fine)
     paint_skin(a, box, canvas, fine, speckle)
-    Brush(box.brow, brow_mask(a, box.brow_at, strand[box.brow]).astype(np.float32)[:, None]).paint(canvas, a.brow_colour, a.brow_density)
+    Brush(box.brow, brow_mask(a, box.brow_at, strand[box.brow]).astype(np.float32)[:, None]).paint(
+        canvas, a.brow_colour, a.brow_density
+    )
     if a.hair > 0:
-        strands = (1 + .14*fine[box.hair] + .1*strand[box.hair])[:, None]
-        cover = hair_mask(a, box.hair_at, strand[box.hair])*(1 - smooth_step(box.ear, .1, .5))
-        Brush(box.hair, cover.astype(np.float32)[:, None]).paint(canvas, np.array(a.hair_colour, np.float32)*strands)
+        strands = (1 + 0.14 * fine[box.hair] + 0.1 * strand[box.hair])[:, None]
+        cover = hair_mask(a, box.hair_at, strand[box.hair]) * (1 - smooth_step(box.ear, 0.1, 0.5))
+        Brush(box.hair, cover.astype(np.float32)[:, None]).paint(canvas, np.array(a.hair_colour, np.float32) * strands)
     canvas[box.eye] = eye_colours(a, box.angle, box.turn)
     return np.clip(canvas, 0, 1, out=canvas).reshape(size, size, 3)

@@ -16,145 +16,197 @@ from .sculpt import Sculpt, make_sculpt, structure_arrays
 
 # %% ../../nbs/18_head.basis.ipynb #f516bf1e
 def sample_identity(
-    rng:np.random.Generator,      # random stream
-    count:int,                    # how many
-    names:list,                   # controls of the sculpt
-) -> np.ndarray:                  # (count,I) controls, standard deviations
+    rng: np.random.Generator,  # random stream
+    count: int,  # how many
+    names: list,  # controls of the sculpt
+) -> np.ndarray:  # (count,I) controls, standard deviations
     "Draw identities."
     return np.clip(rng.normal(size=(count, len(names))), -2.5, 2.5)
 
-TWO_WAY = ("mouth_left", "chin_side", "lower_lip_side", "upper_lip_side", "nose_side")   # actions that go to either side
+
+TWO_WAY = ("mouth_left", "chin_side", "lower_lip_side", "upper_lip_side", "nose_side")  # actions that go to either side
+
 
 def sample_expression(
-    rng:np.random.Generator,      # random stream
-    count:int,                    # how many
-    names:list,                   # actions of the sculpt
-    singles:float=.35,            # share of faces with one or two actions
-    active:float=.30,             # share of active actions in the others
-    together:float=.6,            # share of faces in which the right side does what the left does
-) -> np.ndarray:                  # (count,E) activations
+    rng: np.random.Generator,  # random stream
+    count: int,  # how many
+    names: list,  # actions of the sculpt
+    singles: float = 0.35,  # share of faces with one or two actions
+    active: float = 0.30,  # share of active actions in the others
+    together: float = 0.6,  # share of faces in which the right side does what the left does
+) -> np.ndarray:  # (count,E) activations
     "Draw expressions: single actions and mixtures."
     E = len(names)
     few = rng.random((count, E)).argsort(1) < rng.integers(1, 3, (count, 1))
     on = np.where(rng.random((count, 1)) < singles, few, rng.random((count, E)) < active)
-    a = on*rng.uniform(.15, 1.3, (count, E))
+    a = on * rng.uniform(0.15, 1.3, (count, E))
     for i, name in enumerate(names):
-        if name in TWO_WAY: a[:, i] *= rng.choice([-1, 1], count)
-        if not name.endswith("_l"): continue
+        if name in TWO_WAY:
+            a[:, i] *= rng.choice([-1, 1], count)
+        if not name.endswith("_l"):
+            continue
         same = rng.random(count) < together
-        a[same, names.index(name[:-2] + "_r")] = a[same, i]*rng.uniform(.8, 1.2, same.sum())
+        a[same, names.index(name[:-2] + "_r")] = a[same, i] * rng.uniform(0.8, 1.2, same.sum())
     return a
 
 # %% ../../nbs/18_head.basis.ipynb #b6954d58
 def principal_components(
-    samples:np.ndarray,           # (N,D) displacements
-    least_mm:float=.05,           # smallest component that counts, RMS over vertices
-    most:int=300,                 # at most so many
-) -> tuple[np.ndarray, np.ndarray]: # (K,D) one standard deviation each, (K,) RMS over vertices in mm
+    samples: np.ndarray,  # (N,D) displacements
+    least_mm: float = 0.05,  # smallest component that counts, RMS over vertices
+    most: int = 300,  # at most so many
+) -> tuple[np.ndarray, np.ndarray]:  # (K,D) one standard deviation each, (K,) RMS over vertices in mm
     "Return orthogonal components of unit variance, largest first."
     power, u = np.linalg.eigh(samples @ samples.T)
     u = u[:, ::-1][:, :most]
-    components = (u.T @ samples)/np.sqrt(len(samples))
-    rms = np.linalg.norm(components, axis=1)/np.sqrt(samples.shape[1]/3)*1e3
-    large = (np.abs(components) > .999*np.abs(components).max(1, keepdims=True)).argmax(1)   # of mirrored entries, the first: rounding must not choose the sign
+    components = (u.T @ samples) / np.sqrt(len(samples))
+    rms = np.linalg.norm(components, axis=1) / np.sqrt(samples.shape[1] / 3) * 1e3
+    large = (np.abs(components) > 0.999 * np.abs(components).max(1, keepdims=True)).argmax(
+        1
+    )  # of mirrored entries, the first: rounding must not choose the sign
     components *= np.sign(components[np.arange(len(components)), large])[:, None]
     return components[rms >= least_mm], rms[rms >= least_mm]
 
 # %% ../../nbs/18_head.basis.ipynb #4fa63bc8
 def filler(
-    sculpt:Sculpt,                # whose surface
-    rng:np.random.Generator,      # random stream
-    count:int,                    # how many columns
-    components:np.ndarray,        # (K,3V) real components, to which the filler is orthogonal
-    largest_mm:float=.035,        # RMS of the first column, mm
-) -> np.ndarray:                  # (count,3V) metres
+    sculpt: Sculpt,  # whose surface
+    rng: np.random.Generator,  # random stream
+    count: int,  # how many columns
+    components: np.ndarray,  # (K,3V) real components, to which the filler is orthogonal
+    largest_mm: float = 0.035,  # RMS of the first column, mm
+) -> np.ndarray:  # (count,3V) metres
     "Return fine surface detail: random displacements of the skin, smoothed over 2 but not over 8 rings of neighbours."
     V, skin = len(sculpt.template), sculpt.structure.skin
     a, b = sculpt.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).T
     from scipy.sparse import csr_matrix
+
     near = csr_matrix((np.ones(len(a)), (a, b)), (V, V))
-    near = csr_matrix(near.multiply(1/np.maximum(near.sum(1), 1)))
-    x = rng.normal(size=(V, 3*count))
+    near = csr_matrix(near.multiply(1 / np.maximum(near.sum(1), 1)))
+    x = rng.normal(size=(V, 3 * count))
     x[skin:] = 0
-    for _ in range(2): x = .5*(x + near @ x)
+    for _ in range(2):
+        x = 0.5 * (x + near @ x)
     y = x
-    for _ in range(6): y = .5*(y + near @ y)
+    for _ in range(6):
+        y = 0.5 * (y + near @ y)
     x = (x - y).reshape(V, count, 3).transpose(1, 0, 2)
-    x[:, sculpt.structure.both(np.concatenate([sculpt.structure.eye.ravel(), sculpt.structure.lid.ravel(), sculpt.structure.mouth.ravel(), sculpt.structure.lips[0]]))] = 0
+    x[
+        :,
+        sculpt.structure.both(
+            np.concatenate(
+                [
+                    sculpt.structure.eye.ravel(),
+                    sculpt.structure.lid.ravel(),
+                    sculpt.structure.mouth.ravel(),
+                    sculpt.structure.lips[0],
+                ]
+            )
+        ),
+    ] = 0
     x = x.reshape(count, -1)
     basis = np.linalg.qr(components.T)[0]
-    for _ in range(2): x -= (x @ basis) @ basis.T
+    for _ in range(2):
+        x -= (x @ basis) @ basis.T
     q = np.linalg.qr(x.T)[0].T
-    return q*np.sqrt(V)/1e3*np.linspace(largest_mm, largest_mm/3, count)[:, None]
+    return q * np.sqrt(V) / 1e3 * np.linspace(largest_mm, largest_mm / 3, count)[:, None]
 
 # %% ../../nbs/18_head.basis.ipynb #39a2a9c5
 def identity_basis(
-    sculpt:Sculpt,                # in float64
-    rng:np.random.Generator,      # random stream
-    count:int=700,                # heads
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (count,V,3) heads, (K,3V) components, (K,) RMS mm
+    sculpt: Sculpt,  # in float64
+    rng: np.random.Generator,  # random stream
+    count: int = 700,  # heads
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (count,V,3) heads, (K,3V) components, (K,) RMS mm
     "Sculpt neutral heads and find their components."
     heads = sculpt.identity(sample_identity(rng, count, sculpt.identity_names))
     return heads, *principal_components((heads - sculpt.template).reshape(count, -1))
 
+
 def expression_basis(
-    sculpt:Sculpt,                # in float64
-    rng:np.random.Generator,      # random stream
-    heads:np.ndarray,             # (N,V,3) neutral heads
-    count:int=900,                # expressions
-) -> tuple[np.ndarray, np.ndarray]: # (K,3V) components, (K,) RMS mm
+    sculpt: Sculpt,  # in float64
+    rng: np.random.Generator,  # random stream
+    heads: np.ndarray,  # (N,V,3) neutral heads
+    count: int = 900,  # expressions
+) -> tuple[np.ndarray, np.ndarray]:  # (K,3V) components, (K,) RMS mm
     "Sculpt expressions of random heads and find their components, free of the jaw's movement."
     E = len(sculpt.expression_names)
-    activations = np.concatenate([sample_expression(rng, count - E, sculpt.expression_names), .9*np.eye(E)])
+    activations = np.concatenate([sample_expression(rng, count - E, sculpt.expression_names), 0.9 * np.eye(E)])
     neutral = heads[rng.integers(0, len(heads), count)]
-    parts = [sculpt.expression(neutral[i:i + 50], activations[i:i + 50]) - neutral[i:i + 50] for i in range(0, count, 50)]
+    parts = [
+        sculpt.expression(neutral[i : i + 50], activations[i : i + 50]) - neutral[i : i + 50]
+        for i in range(0, count, 50)
+    ]
     moves = np.concatenate(parts).reshape(count, -1)
     jaw = jaw_field(sculpt.structure, sculpt.weights).ravel()
     jaw /= np.linalg.norm(jaw)
-    return principal_components(moves - (moves @ jaw)[:, None]*jaw, most=100)
+    return principal_components(moves - (moves @ jaw)[:, None] * jaw, most=100)
+
 
 def quantise(
-    columns:np.ndarray,           # (V,3,K) metres
-) -> tuple[np.ndarray, np.ndarray]: # int16, and (K,) scale of each column
+    columns: np.ndarray,  # (V,3,K) metres
+) -> tuple[np.ndarray, np.ndarray]:  # int16, and (K,) scale of each column
     "Round each column to 16 bits."
-    scale = np.abs(columns).max((0, 1))/32767
-    return np.round(columns/scale).astype(np.int16), scale
+    scale = np.abs(columns).max((0, 1)) / 32767
+    return np.round(columns / scale).astype(np.int16), scale
 
 # %% ../../nbs/18_head.basis.ipynb #bcd00a28
 def make_head(
-    sculpt:Sculpt|None=None,      # in float64; made if None
-    seed:int=0,                   # of the population
-    points105=None,               # (105,3) calibrated MediaPipe points, mm
-) -> dict[str, np.ndarray]:       # arrays of the packaged head
+    sculpt: Sculpt | None = None,  # in float64; made if None
+    seed: int = 0,  # of the population
+    points105=None,  # (105,3) calibrated MediaPipe points, mm
+) -> dict[str, np.ndarray]:  # arrays of the packaged head
     "Make the open head; takes half a minute."
     sculpt, rng = sculpt or make_sculpt(), np.random.default_rng(seed)
     V = len(sculpt.template)
     heads, identity, identity_rms = identity_basis(sculpt, rng)
     expression, expression_rms = expression_basis(sculpt, rng, heads)
-    blocks = [c for k, n in ((identity, 300), (expression, 100)) for c in (k[:n], filler(sculpt, rng, n - len(k), k)) if len(c)]
+    blocks = [
+        c
+        for k, n in ((identity, 300), (expression, 100))
+        for c in (k[:n], filler(sculpt, rng, n - len(k), k))
+        if len(c)
+    ]
     directions, scale = quantise(np.concatenate(blocks).reshape(400, V, 3).transpose(1, 2, 0))
-    corrective_scale = np.abs(sculpt.posedirs).max()/32767
+    corrective_scale = np.abs(sculpt.posedirs).max() / 32767
     arrays = {
-        "name": np.array("open-head"), "version": np.array("1.0.0"), "template": sculpt.template.astype(np.float32), "faces": sculpt.faces.astype(np.int32),
-        "shapedirs": directions, "shapedirs_scale": scale, "shape_components": np.array(len(identity)), "expression_components": np.array(len(expression)),
-        "posedirs": np.round(sculpt.posedirs/corrective_scale).astype(np.int16), "posedirs_scale": np.array(corrective_scale), "joint_regressor": sculpt.joint_regressor,
-        "weights": sculpt.weights.astype(np.float32), "parents": sculpt.parents, "eyelids": sculpt.eyelids.astype(np.float32), "uv": sculpt.uv.astype(np.float32),
-        "paint_attributes": sculpt.rig.paint.astype(np.float32), "shape_rms_mm": identity_rms, "expression_rms_mm": expression_rms, "mediapipe105_indices": MEDIAPIPE}
+        "name": np.array("open-head"),
+        "version": np.array("1.0.0"),
+        "template": sculpt.template.astype(np.float32),
+        "faces": sculpt.faces.astype(np.int32),
+        "shapedirs": directions,
+        "shapedirs_scale": scale,
+        "shape_components": np.array(len(identity)),
+        "expression_components": np.array(len(expression)),
+        "posedirs": np.round(sculpt.posedirs / corrective_scale).astype(np.int16),
+        "posedirs_scale": np.array(corrective_scale),
+        "joint_regressor": sculpt.joint_regressor,
+        "weights": sculpt.weights.astype(np.float32),
+        "parents": sculpt.parents,
+        "eyelids": sculpt.eyelids.astype(np.float32),
+        "uv": sculpt.uv.astype(np.float32),
+        "paint_attributes": sculpt.rig.paint.astype(np.float32),
+        "shape_rms_mm": identity_rms,
+        "expression_rms_mm": expression_rms,
+        "mediapipe105_indices": MEDIAPIPE,
+    }
     for name, (face, weights) in embeddings(sculpt.structure, points105).items():
         arrays |= {f"{name}_faces": face.astype(np.int32), f"{name}_bary": weights.astype(np.float32)}
-    arrays |= {f"points203_{name}": ids for name, ids in GROUPS203.items()} | {f"mask_{name}": ids.astype(np.int32) for name, ids in sculpt.masks.items()}
+    arrays |= {f"points203_{name}": ids for name, ids in GROUPS203.items()} | {
+        f"mask_{name}": ids.astype(np.int32) for name, ids in sculpt.masks.items()
+    }
     return arrays | structure_arrays(sculpt.structure)
 
+
 def save_head(
-    path:Path|str,                # .npz
-    arrays:dict[str, np.ndarray], # from `make_head`
-) -> Path:                        # the path
+    path: Path | str,  # .npz
+    arrays: dict[str, np.ndarray],  # from `make_head`
+) -> Path:  # the path
     "Write a head; the same arrays give the same bytes."
     import zipfile
+
     path = Path(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(entry, "w") as f: np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
+            with file.open(entry, "w") as f:
+                np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
     return path

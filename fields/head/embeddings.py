@@ -16,60 +16,72 @@ from .topology import CENTRE
 
 # %% ../../nbs/15_head.embeddings.ipynb #5946d905
 def outer_faces(
-    template,                     # `Template`
-) -> np.ndarray:                  # indices of triangles
+    template,  # `Template`
+) -> np.ndarray:  # indices of triangles
     "Return the triangles of the outer skin: no eyeballs, no mouth, no lids' backs."
     inner = np.zeros(len(template.vertices), bool)
-    inner[template.skin:] = True
-    for rings in (template.lid, template.mouth): inner[template.both(rings)] = True
+    inner[template.skin :] = True
+    for rings in (template.lid, template.mouth):
+        inner[template.both(rings)] = True
     return np.flatnonzero(~inner[template.faces].any(1))
 
+
 def weights_nearby(
-    points:np.ndarray,            # (K,3)
-    corners:np.ndarray,           # (K,3,3) a triangle for each point
-) -> list[np.ndarray]:            # 4 x (K,3) weights; one with negative entries is no point of the triangle
+    points: np.ndarray,  # (K,3)
+    corners: np.ndarray,  # (K,3,3) a triangle for each point
+) -> list[np.ndarray]:  # 4 x (K,3) weights; one with negative entries is no point of the triangle
     "Return the foot of the perpendicular on each triangle's plane and the nearest points on its edges."
-    dot, (a, b, c) = lambda p, q: (p*q).sum(1), corners.swapaxes(0, 1)
+    dot, (a, b, c) = lambda p, q: (p * q).sum(1), corners.swapaxes(0, 1)
     e, g, d = b - a, c - a, points - a
-    scale = dot(e, e)*dot(g, g) - dot(e, g)**2 + 1e-12
-    second, third = (dot(g, g)*dot(d, e) - dot(e, g)*dot(d, g))/scale, (dot(e, e)*dot(d, g) - dot(e, g)*dot(d, e))/scale
+    scale = dot(e, e) * dot(g, g) - dot(e, g) ** 2 + 1e-12
+    second, third = (
+        (dot(g, g) * dot(d, e) - dot(e, g) * dot(d, g)) / scale,
+        (dot(e, e) * dot(d, g) - dot(e, g) * dot(d, e)) / scale,
+    )
     out = [np.stack([1 - second - third, second, third], 1)]
     for i, j in ((0, 1), (1, 2), (2, 0)):
         p, way = corners[:, i], corners[:, j] - corners[:, i]
-        share = np.clip(dot(points - p, way)/dot(way, way), 0, 1)[:, None]
-        out.append((1 - share)*np.eye(3)[i] + share*np.eye(3)[j])
+        share = np.clip(dot(points - p, way) / dot(way, way), 0, 1)[:, None]
+        out.append((1 - share) * np.eye(3)[i] + share * np.eye(3)[j])
     return out
 
+
 def nearest_on_faces(
-    points:np.ndarray,            # (K,3)
-    vertices:np.ndarray,          # (V,3)
-    faces:np.ndarray,             # (F,3)
-) -> tuple[np.ndarray, np.ndarray]: # (K,) triangle, (K,3) weights
+    points: np.ndarray,  # (K,3)
+    vertices: np.ndarray,  # (V,3)
+    faces: np.ndarray,  # (F,3)
+) -> tuple[np.ndarray, np.ndarray]:  # (K,) triangle, (K,3) weights
     "Return the point on a mesh that is nearest to each point, among the 16 triangles around it; of equally near triangles the first."
     from scipy.spatial import cKDTree
+
     _, candidates = cKDTree(vertices[faces].mean(1)).query(points, k=16)
     best, face, weights = np.full(len(points), np.inf), np.zeros(len(points), int), np.zeros((len(points), 3))
     for candidate in np.sort(candidates, 1).T:
         corners = vertices[faces[candidate]]
         for w in weights_nearby(points, corners):
             distance = np.linalg.norm(np.einsum("kj,kjc->kc", w, corners) - points, axis=1)
-            better = (w.min(1) >= 0) & (distance < best - 1e-9)                # a tie is one in spite of rounding
+            better = (w.min(1) >= 0) & (distance < best - 1e-9)  # a tie is one in spite of rounding
             best[better], face[better], weights[better] = distance[better], candidate[better], w[better]
     return face, weights
 
 # %% ../../nbs/15_head.embeddings.ipynb #9da8f1fa
 def place(
-    points:np.ndarray,            # (K,3) mm
-    template,                     # `Template`
-    kinds="",                     # K letters: "u" on the upper, "l" on the lower lip line, "e" on a lid's edge, else anywhere on the skin
-) -> tuple[np.ndarray, np.ndarray]: # (K,) triangle, (K,3) weights
+    points: np.ndarray,  # (K,3) mm
+    template,  # `Template`
+    kinds="",  # K letters: "u" on the upper, "l" on the lower lip line, "e" on a lid's edge, else anywhere on the skin
+) -> tuple[np.ndarray, np.ndarray]:  # (K,) triangle, (K,3) weights
     "Put points on the template."
     v, f, outer = template.vertices, template.faces, outer_faces(template)
     face, weights = nearest_on_faces(points, v, f[outer])
-    face, half = outer[face], template.lips.shape[1]//2
-    pools = {"u": template.both(template.lips[0, :half + 1]), "l": template.both(template.lips[0, half:]), "e": template.both(template.eye[0])}
+    face, half = outer[face], template.lips.shape[1] // 2
+    pools = {
+        "u": template.both(template.lips[0, : half + 1]),
+        "l": template.both(template.lips[0, half:]),
+        "e": template.both(template.eye[0]),
+    }
     for k, kind in enumerate(kinds):
-        if kind not in pools: continue
+        if kind not in pools:
+            continue
         pool = pools[kind]
         away = np.linalg.norm(v[pool] - points[k], axis=1) if kind == "e" else np.abs(v[pool, 0] - points[k, 0])
         vertex = pool[away.argmin()]
@@ -77,89 +89,110 @@ def place(
         weights[k] = f[face[k]] == vertex
     return face, weights
 
+
 def points_of(
-    template,                     # `Template`
-    embedding,                    # triangles and weights
-) -> np.ndarray:                  # (...,3) mm
+    template,  # `Template`
+    embedding,  # triangles and weights
+) -> np.ndarray:  # (...,3) mm
     "Return where embedded points lie on the template."
     face, weights = embedding
     return np.einsum("...j,...jc->...c", weights, template.vertices[template.faces[face]])
 
 # %% ../../nbs/15_head.embeddings.ipynb #d8352ab8
-YAWS = np.r_[0:40, -1:-40:-1]                          # degrees, in the order of the rows
+YAWS = np.r_[0:40, -1:-40:-1]  # degrees, in the order of the rows
+
 
 def contour_rows(
-    template,                     # `Template`
-    rest:np.ndarray,              # (17,3) contour at yaw 0, subject-right to left, mm
-    steps:int=60,                 # points of a path
-) -> np.ndarray:                  # (79,17,3) mm, near the surface
+    template,  # `Template`
+    rest: np.ndarray,  # (17,3) contour at yaw 0, subject-right to left, mm
+    steps: int = 60,  # points of a path
+) -> np.ndarray:  # (79,17,3) mm, near the surface
     "Return the contour for each degree of yaw."
     skin = np.unique(template.faces[outer_faces(template)])
     around = template.vertices[skin] - CENTRE
     radius = np.linalg.norm(around, axis=1)
     paths = []
     for k, point in enumerate(rest):
-        d = (point - CENTRE)/np.linalg.norm(point - CENTRE)
+        d = (point - CENTRE) / np.linalg.norm(point - CENTRE)
         elevation, azimuth = np.arcsin(d[1]), np.abs(np.arctan2(d[0], d[2]))
-        a = np.linspace(azimuth, .12, steps)*(1 if k > 8 else -1)
-        direction = np.stack([np.sin(a)*np.cos(elevation), np.full(steps, np.sin(elevation)), np.cos(a)*np.cos(elevation)], 1)
-        near = np.exp(-((direction[:, None] - around/radius[:, None])**2).sum(-1)/(2*.035**2)) + 1e-12
-        paths.append(CENTRE + direction*(near @ radius/near.sum(1))[:, None])
+        a = np.linspace(azimuth, 0.12, steps) * (1 if k > 8 else -1)
+        direction = np.stack(
+            [np.sin(a) * np.cos(elevation), np.full(steps, np.sin(elevation)), np.cos(a) * np.cos(elevation)], 1
+        )
+        near = np.exp(-((direction[:, None] - around / radius[:, None]) ** 2).sum(-1) / (2 * 0.035**2)) + 1e-12
+        paths.append(CENTRE + direction * (near @ radius / near.sum(1))[:, None])
     rows = np.tile(rest, (len(YAWS), 1, 1))
     for row, yaw in zip(rows, np.deg2rad(YAWS)):
         for k in np.r_[9:17] if yaw > 0 else np.r_[0:8] if yaw < 0 else []:
-            outward = (paths[k] @ [np.cos(yaw), 0, np.sin(yaw)])*(1 if k > 8 else -1)
+            outward = (paths[k] @ [np.cos(yaw), 0, np.sin(yaw)]) * (1 if k > 8 else -1)
             row[k] = paths[k][outward.argmax()]
     return rows
 
 # %% ../../nbs/15_head.embeddings.ipynb #135fb3a7
 def bp4d_points(
-    p:np.ndarray,                 # (68,3) iBUG points, mm
-) -> np.ndarray:                  # (83,3) mm, subject-right first
+    p: np.ndarray,  # (68,3) iBUG points, mm
+) -> np.ndarray:  # (83,3) mm, subject-right first
     "Return the 83 points."
+
     def brow(upper):
         lower = upper - [0, 5.5, 0]
         lower[[0, -1]] += [[0, 2.5, 0], [0, 1.5, 0]]
         return np.concatenate([upper, lower[::-1]])
-    def eye(e): return np.stack([e[0], e[1], (e[1] + e[2])/2, e[2], e[3], e[4], (e[4] + e[5])/2, e[5]])
-    nose = np.array([(-9, 24, 52), (-11, 10, 55), (-13, -4, 57), (-19, -13, 54), (-12, -19.5, 58.5), (-6, -20.7, 63)], float)
+
+    def eye(e):
+        return np.stack([e[0], e[1], (e[1] + e[2]) / 2, e[2], e[3], e[4], (e[4] + e[5]) / 2, e[5]])
+
+    nose = np.array(
+        [(-9, 24, 52), (-11, 10, 55), (-13, -4, 57), (-19, -13, 54), (-12, -19.5, 58.5), (-6, -20.7, 63)], float
+    )
     contour = np.stack([np.interp(np.linspace(0, 16, 15), np.arange(17), p[:17, k]) for k in range(3)], 1)
-    return np.concatenate([brow(p[17:22]), brow(p[22:27]), eye(p[36:42]), eye(p[42:48]), nose, (nose*MIRROR)[::-1], p[48:68], contour])
+    return np.concatenate(
+        [brow(p[17:22]), brow(p[22:27]), eye(p[36:42]), eye(p[42:48]), nose, (nose * MIRROR)[::-1], p[48:68], contour]
+    )
 
 # %% ../../nbs/15_head.embeddings.ipynb #69bd4ef9
 @dataclass
 class View:
     "A fitted picture: weak perspective, x right and y up."
-    rotation:np.ndarray           # (3,3) of the head
-    scale:float                   # picture units a millimetre
-    residual:np.ndarray           # (L,2) detected minus projected, millimetres
+
+    rotation: np.ndarray  # (3,3) of the head
+    scale: float  # picture units a millimetre
+    residual: np.ndarray  # (L,2) detected minus projected, millimetres
+
 
 def fit_view(
-    points:np.ndarray,            # (L,3) on the head, mm
-    seen:np.ndarray,              # (L,2) in the picture, any unit, y up
-) -> View:                        # best pose and camera
+    points: np.ndarray,  # (L,3) on the head, mm
+    seen: np.ndarray,  # (L,2) in the picture, any unit, y up
+) -> View:  # best pose and camera
     "Fit rotation, scale and shift by least squares."
     from scipy.optimize import least_squares
     from scipy.spatial.transform import Rotation
+
     middle, target = points.mean(0), seen.mean(0)
     u, s, vt = np.linalg.svd(np.linalg.lstsq(points - middle, seen - target, rcond=None)[0].T, full_matrices=False)
     start, scale = u @ vt, s.mean()
     start = Rotation.from_matrix(np.vstack([start, np.cross(*start)])).as_rotvec()
-    def error(q): return (q[3]*Rotation.from_rotvec(q[:3]).apply(points - middle)[:, :2] + q[4:] - seen + target).ravel()/scale
+
+    def error(q):
+        return (
+            q[3] * Rotation.from_rotvec(q[:3]).apply(points - middle)[:, :2] + q[4:] - seen + target
+        ).ravel() / scale
+
     q = least_squares(error, np.r_[start, scale, 0, 0], max_nfev=20).x
-    return View(Rotation.from_rotvec(q[:3]).as_matrix(), float(q[3]), -error(q).reshape(-1, 2)*scale/q[3])
+    return View(Rotation.from_rotvec(q[:3]).as_matrix(), float(q[3]), -error(q).reshape(-1, 2) * scale / q[3])
+
 
 def calibration_step(
-    points:np.ndarray,            # (L,3) on the template, mm
-    views:list,                   # `View` of each picture
-    largest:float=8.,             # residuals are cut here, mm
-) -> np.ndarray:                  # (L,3) mm, symmetric
+    points: np.ndarray,  # (L,3) on the template, mm
+    views: list,  # `View` of each picture
+    largest: float = 8.0,  # residuals are cut here, mm
+) -> np.ndarray:  # (L,3) mm, symmetric
     "Return how far points should move on the template to explain what a detector saw."
-    mirror = np.linalg.norm(points[:, None]*MIRROR - points, axis=2).argmin(1)
+    mirror = np.linalg.norm(points[:, None] * MIRROR - points, axis=2).argmin(1)
     normal = sum(v.rotation[:2].T @ v.rotation[:2] for v in views)
     right = sum(np.clip(v.residual, -largest, largest) @ v.rotation[:2] for v in views)
-    step = np.linalg.solve(normal + np.eye(3)*np.trace(normal)/60, right.T).T
-    return .5*(step + step[mirror]*MIRROR)
+    step = np.linalg.solve(normal + np.eye(3) * np.trace(normal) / 60, right.T).T
+    return 0.5 * (step + step[mirror] * MIRROR)
 
 # %% ../../nbs/15_head.embeddings.ipynb #5791597d
 _CALIBRATED = """
@@ -174,42 +207,55 @@ _CALIBRATED = """
 -536 621 56 -426 610 169 -438 569 202 -490 558 203 -443 545 234 -469 525 114 -429 596 150 -517 596 239 -425 527 203 -444 545
 """
 
-def calibrated_points() -> np.ndarray: # (105,3) mm
+
+def calibrated_points() -> np.ndarray:  # (105,3) mm
     "Return where MediaPipe's 105 points lie on the template, according to the detector."
-    return np.array(_CALIBRATED.split(), float).reshape(-1, 3)/10
+    return np.array(_CALIBRATED.split(), float).reshape(-1, 3) / 10
 
 # %% ../../nbs/15_head.embeddings.ipynb #433de3c0
-MIRROR68 = np.r_[16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1]
+MIRROR68 = np.r_[
+    16:-1:-1, 26:16:-1, 27:31, 35:30:-1, 45:41:-1, 47, 46, 39:35:-1, 41, 40, 54:47:-1, 59:54:-1, 64:59:-1, 67:64:-1
+]
 INNER_UPPER = (13, 82, 81, 80, 191, 312, 311, 310, 415)  # MediaPipe's points on the lip line
 INNER_LOWER = (14, 87, 178, 88, 95, 317, 402, 318, 324)
 _COMMON203 = [*range(48), *range(84, 108), *range(199, 203)]
-GROUPS203 = {"front": np.array(sorted(_COMMON203 + [125, 126, 127, *range(185, 197)])), "left": np.array(sorted(_COMMON203 + [*range(128, 140), *range(189, 197)])),
-             "right": np.array(sorted(_COMMON203 + [*range(112, 125), *range(185, 193)]))}  # points that are seen from the front and from both sides
-KINDS105 = "".join("u" if i in INNER_UPPER else "l" if i in INNER_LOWER else "e" if 20 <= k < 52 else "." for k, i in enumerate(MEDIAPIPE))
-KINDS68 = "."*36 + "e"*12 + "."*13 + "uuu" + "." + "lll"
+GROUPS203 = {
+    "front": np.array(sorted(_COMMON203 + [125, 126, 127, *range(185, 197)])),
+    "left": np.array(sorted(_COMMON203 + [*range(128, 140), *range(189, 197)])),
+    "right": np.array(sorted(_COMMON203 + [*range(112, 125), *range(185, 193)])),
+}  # points that are seen from the front and from both sides
+KINDS105 = "".join(
+    "u" if i in INNER_UPPER else "l" if i in INNER_LOWER else "e" if 20 <= k < 52 else "."
+    for k, i in enumerate(MEDIAPIPE)
+)
+KINDS68 = "." * 36 + "e" * 12 + "." * 13 + "uuu" + "." + "lll"
+
 
 def ibug_points() -> np.ndarray:  # (68,3) mm
     "Return the mean iBUG points, made symmetric, with the inner corners of the mouth at its corners."
     p = mean_points()[0]
-    p = .5*(p + p[MIRROR68]*MIRROR)
+    p = 0.5 * (p + p[MIRROR68] * MIRROR)
     p[[60, 64], 0] = -25.3, 25.3
     return p
 
+
 def embeddings(
-    template,                     # `Template`
-    points105=None,               # (105,3) MediaPipe points, mm; None takes the calibrated ones
-) -> dict[str, tuple]:            # name -> triangles and weights
+    template,  # `Template`
+    points105=None,  # (105,3) MediaPipe points, mm; None takes the calibrated ones
+) -> dict[str, tuple]:  # name -> triangles and weights
     "Return every landmark set on the template."
-    p68, p105, p203 = (p + sum(stroke(p, *s) for s in EYE_CORNERS) for p in (ibug_points(), calibrated_points(), mean_points()[2]))
+    p68, p105, p203 = (
+        p + sum(stroke(p, *s) for s in EYE_CORNERS) for p in (ibug_points(), calibrated_points(), mean_points()[2])
+    )
     out = {"full68": place(p68, template, KINDS68)}
     out["static51"] = tuple(a[17:] for a in out["full68"])
     face, weights = place(contour_rows(template, p68[:17]).reshape(-1, 3), template)
     out["dynamic"] = face.reshape(-1, 17), weights.reshape(-1, 17, 3)
     out["mediapipe105"] = place(p105 if points105 is None else points105, template, KINDS105)
-    out["points203"] = place(p203, template, "e"*48 + "."*36 + "u"*13 + "l"*11 + "."*95)
-    for k, side in ((197, 1), (198, 0)):                                    # the irises' middles
+    out["points203"] = place(p203, template, "e" * 48 + "." * 36 + "u" * 13 + "l" * 11 + "." * 95)
+    for k, side in ((197, 1), (198, 0)):  # the irises' middles
         pupil = template.balls[side, 0]
         out["points203"][0][k] = np.flatnonzero((template.faces == pupil).any(1))[0]
         out["points203"][1][k] = template.faces[out["points203"][0][k]] == pupil
-    out["bp4d83"] = place(bp4d_points(p68), template, "."*20 + "e"*16 + "."*25 + "uuu" + "." + "lll" + "."*15)
+    out["bp4d83"] = place(bp4d_points(p68), template, "." * 20 + "e" * 16 + "." * 25 + "uuu" + "." + "lll" + "." * 15)
     return out

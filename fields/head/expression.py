@@ -12,151 +12,251 @@ from .template import EYE, MIRROR, smooth_step
 
 # %% ../../nbs/16_head.expression.ipynb #cda3273e
 SIDED = {
-    "au1_inner_brow_raise": [("B", (13, 46, 54), (11, 11, 14), (0, 6.0, -.6)), ("B", (14, 60, 55), (12, 9, 14), (0, 2.5, .5))],
-    "au2_outer_brow_raise": [("B", (44, 48, 44), (16, 11, 18), (0, 5.5, -.8)), ("B", (42, 62, 46), (16, 9, 18), (0, 2.2, .4))],
-    "au4_brow_lower": [("B", (15, 45, 54), (13, 10, 14), (-2.8, -4.6, 1.2)), ("B", (36, 47, 47), (16, 9, 16), (-1.4, -2.8, .3)), ("B", (5, 48, 57), (2.2, 8, 9), (0, 0, -.9))],
-    "au6_cheek_raise": [("B", (42, 6, 42), (15, 11, 16), (-.4, 4.6, 2.4)), ("B", (50, 18, 33), (9, 8, 10), (-1.2, 2.0, .3)), ("B", (34, 14, 45), (11, 4, 9), (0, 1.4, .8))],
-    "au9_nose_wrinkle": [("B", (13, 2, 56), (7, 10, 10), (-.4, 3.8, 1.0)), ("B", (12, -13, 60), (7, 6, 10), (.8, 3.2, -.2)), ("U", (9, -32, 64), (8, 6, 10), (0, 2.4, .2)), ("B", (12, 36, 54), (9, 8, 11), (-1, -2.4, .8))],
-    "au10_upper_lip_raise": [("U", (12, -36, 63), (9, 7, 12), (.4, 5.0, .6)), ("B", (24, -16, 51), (8, 10, 11), (.4, 2.8, 1.6)), ("B", (31, -24, 47), (3.5, 9, 9), (0, .4, -1.0))],
-    "au11_nasolabial_deepen": [("B", (25, -18, 49), (7, 10, 10), (1.0, 2.2, 1.5)), ("B", (31, -24, 47), (3.5, 10, 9), (0, .2, -1.5)), ("U", (17, -36, 60), (8, 6, 10), (.5, 2.0, 0))],
-    "au12_smile": [("B", (26, -44, 50), (11.5, 9, 15), (7.6, 7.2, -4.6)), ("B", (42, -12, 43), (14, 13, 17), (1.8, 4.6, 3.6)), ("B", (33, -27, 46), (4, 11, 10), (1.0, .6, -2.2)), ("U", (11, -37, 63), (8, 5, 10), (1.9, 1.4, -1.6)), ("L", (11, -49, 61), (8, 5, 10), (2.0, 1.2, -1.6))],
-    "au13_sharp_lip_pull": [("B", (25, -44, 51), (8, 7, 12), (1.8, 6.5, -1.0)), ("B", (38, -18, 44), (11, 12, 15), (.5, 2.8, 2.4))],
-    "au14_dimple": [("B", (26, -44, 50), (8, 7, 11), (4.2, -.3, -3.2)), ("B", (34, -44, 42), (6, 6, 9), (-.6, 0, -2.2))],
-    "au15_corner_depress": [("B", (25, -46, 50), (9.5, 9, 13), (1.4, -6.2, -.8)), ("B", (30, -60, 43), (11, 9, 13), (.4, -2.4, 1.0)), ("B", (33, -52, 43), (3.5, 8, 9), (0, 0, -.9))],
-    "au16_lower_lip_depress": [("L", (10, -50, 61), (11, 7, 12), (.6, -4.4, .3)), ("L", (14, -62, 55), (12, 8, 12), (.3, -1.4, .2))],
-    "au20_lip_stretch": [("B", (26, -45, 50), (11, 9, 14), (6.8, -1.6, -3.4)), ("B", (38, -46, 38), (10, 12, 14), (2.0, -.4, .6)), ("L", (30, -84, 30), (14, 14, 18), (1.2, -1.6, .3))],
-    "sneer": [("B", (14, -8, 58), (7, 9, 10), (.6, 2.8, .6)), ("U", (18, -37, 59), (7, 6, 10), (.8, 3.6, .5))],
-    "cheek_puff": [("B", (43, -34, 38), (15, 16, 20), (4.2, 0, 4.6)), ("B", (24, -40, 53), (9, 10, 11), (.6, 0, 2.4))],
+    "au1_inner_brow_raise": [
+        ("B", (13, 46, 54), (11, 11, 14), (0, 6.0, -0.6)),
+        ("B", (14, 60, 55), (12, 9, 14), (0, 2.5, 0.5)),
+    ],
+    "au2_outer_brow_raise": [
+        ("B", (44, 48, 44), (16, 11, 18), (0, 5.5, -0.8)),
+        ("B", (42, 62, 46), (16, 9, 18), (0, 2.2, 0.4)),
+    ],
+    "au4_brow_lower": [
+        ("B", (15, 45, 54), (13, 10, 14), (-2.8, -4.6, 1.2)),
+        ("B", (36, 47, 47), (16, 9, 16), (-1.4, -2.8, 0.3)),
+        ("B", (5, 48, 57), (2.2, 8, 9), (0, 0, -0.9)),
+    ],
+    "au6_cheek_raise": [
+        ("B", (42, 6, 42), (15, 11, 16), (-0.4, 4.6, 2.4)),
+        ("B", (50, 18, 33), (9, 8, 10), (-1.2, 2.0, 0.3)),
+        ("B", (34, 14, 45), (11, 4, 9), (0, 1.4, 0.8)),
+    ],
+    "au9_nose_wrinkle": [
+        ("B", (13, 2, 56), (7, 10, 10), (-0.4, 3.8, 1.0)),
+        ("B", (12, -13, 60), (7, 6, 10), (0.8, 3.2, -0.2)),
+        ("U", (9, -32, 64), (8, 6, 10), (0, 2.4, 0.2)),
+        ("B", (12, 36, 54), (9, 8, 11), (-1, -2.4, 0.8)),
+    ],
+    "au10_upper_lip_raise": [
+        ("U", (12, -36, 63), (9, 7, 12), (0.4, 5.0, 0.6)),
+        ("B", (24, -16, 51), (8, 10, 11), (0.4, 2.8, 1.6)),
+        ("B", (31, -24, 47), (3.5, 9, 9), (0, 0.4, -1.0)),
+    ],
+    "au11_nasolabial_deepen": [
+        ("B", (25, -18, 49), (7, 10, 10), (1.0, 2.2, 1.5)),
+        ("B", (31, -24, 47), (3.5, 10, 9), (0, 0.2, -1.5)),
+        ("U", (17, -36, 60), (8, 6, 10), (0.5, 2.0, 0)),
+    ],
+    "au12_smile": [
+        ("B", (26, -44, 50), (11.5, 9, 15), (7.6, 7.2, -4.6)),
+        ("B", (42, -12, 43), (14, 13, 17), (1.8, 4.6, 3.6)),
+        ("B", (33, -27, 46), (4, 11, 10), (1.0, 0.6, -2.2)),
+        ("U", (11, -37, 63), (8, 5, 10), (1.9, 1.4, -1.6)),
+        ("L", (11, -49, 61), (8, 5, 10), (2.0, 1.2, -1.6)),
+    ],
+    "au13_sharp_lip_pull": [
+        ("B", (25, -44, 51), (8, 7, 12), (1.8, 6.5, -1.0)),
+        ("B", (38, -18, 44), (11, 12, 15), (0.5, 2.8, 2.4)),
+    ],
+    "au14_dimple": [
+        ("B", (26, -44, 50), (8, 7, 11), (4.2, -0.3, -3.2)),
+        ("B", (34, -44, 42), (6, 6, 9), (-0.6, 0, -2.2)),
+    ],
+    "au15_corner_depress": [
+        ("B", (25, -46, 50), (9.5, 9, 13), (1.4, -6.2, -0.8)),
+        ("B", (30, -60, 43), (11, 9, 13), (0.4, -2.4, 1.0)),
+        ("B", (33, -52, 43), (3.5, 8, 9), (0, 0, -0.9)),
+    ],
+    "au16_lower_lip_depress": [
+        ("L", (10, -50, 61), (11, 7, 12), (0.6, -4.4, 0.3)),
+        ("L", (14, -62, 55), (12, 8, 12), (0.3, -1.4, 0.2)),
+    ],
+    "au20_lip_stretch": [
+        ("B", (26, -45, 50), (11, 9, 14), (6.8, -1.6, -3.4)),
+        ("B", (38, -46, 38), (10, 12, 14), (2.0, -0.4, 0.6)),
+        ("L", (30, -84, 30), (14, 14, 18), (1.2, -1.6, 0.3)),
+    ],
+    "sneer": [("B", (14, -8, 58), (7, 9, 10), (0.6, 2.8, 0.6)), ("U", (18, -37, 59), (7, 6, 10), (0.8, 3.6, 0.5))],
+    "cheek_puff": [("B", (43, -34, 38), (15, 16, 20), (4.2, 0, 4.6)), ("B", (24, -40, 53), (9, 10, 11), (0.6, 0, 2.4))],
     "cheek_suck": [("B", (42, -32, 36), (13, 15, 18), (-3.4, 0, -3.6))],
-    "nostril_flare": [("B", (16, -14, 57), (5, 6, 8), (2.4, .5, -.2))],
-    "nostril_compress": [("B", (15, -12, 58), (5, 6, 8), (-1.9, -.4, .2))],
-    "au23_corner_tighten": [("B", (24, -44, 52), (8, 6, 11), (-2.4, 0, .8))],
-    "lip_seg_upper": [("U", (13, -38, 62), (5, 4, 9), (0, 2.6, .6))],
-    "lip_seg_lower": [("L", (13, -48, 61), (5, 4.5, 9), (0, -2.8, .5))],
-    "brow_mid_raise": [("B", (30, 48, 50), (9, 9, 13), (0, 4.0, -.3))],
-    "brow_tail_drop": [("B", (49, 45, 39), (10, 9, 14), (.4, -3.8, .4))],
-    "forehead_outer": [("B", (44, 70, 46), (15, 12, 20), (0, 3.2, .3))]}
+    "nostril_flare": [("B", (16, -14, 57), (5, 6, 8), (2.4, 0.5, -0.2))],
+    "nostril_compress": [("B", (15, -12, 58), (5, 6, 8), (-1.9, -0.4, 0.2))],
+    "au23_corner_tighten": [("B", (24, -44, 52), (8, 6, 11), (-2.4, 0, 0.8))],
+    "lip_seg_upper": [("U", (13, -38, 62), (5, 4, 9), (0, 2.6, 0.6))],
+    "lip_seg_lower": [("L", (13, -48, 61), (5, 4.5, 9), (0, -2.8, 0.5))],
+    "brow_mid_raise": [("B", (30, 48, 50), (9, 9, 13), (0, 4.0, -0.3))],
+    "brow_tail_drop": [("B", (49, 45, 39), (10, 9, 14), (0.4, -3.8, 0.4))],
+    "forehead_outer": [("B", (44, 70, 46), (15, 12, 20), (0, 3.2, 0.3))],
+}
 
 # %% ../../nbs/16_head.expression.ipynb #66ba5516
 SIDED |= {
-    "cheek_low_puff": [("B", (36, -56, 34), (12, 10, 15), (2.4, -.4, 2.8))],
-    "cheek_mid_raise": [("B", (31, -2, 47), (9, 10, 12), (.3, 3.4, 1.8))],
-    "cheek_side_pull": [("B", (56, -18, 18), (14, 18, 20), (.6, 2.8, -2.2))],
+    "cheek_low_puff": [("B", (36, -56, 34), (12, 10, 15), (2.4, -0.4, 2.8))],
+    "cheek_mid_raise": [("B", (31, -2, 47), (9, 10, 12), (0.3, 3.4, 1.8))],
+    "cheek_side_pull": [("B", (56, -18, 18), (14, 18, 20), (0.6, 2.8, -2.2))],
     "eye_bag": [("B", (32, 12, 45), (12, 4.5, 9), (0, 1.4, 1.6))],
     "temple_pull": [("B", (56, 30, 24), (11, 14, 16), (1.2, 1.6, -1.2))],
-    "ear_back": [("B", (78, 6, -40), (14, 34, 22), (.8, 1.8, -2.4))],
-    "jaw_clench": [("B", (58, -42, -2), (12, 17, 18), (2.6, 0, .4))],
-    "mouth_corner_up_out": [("B", (27, -42, 49), (6, 6, 10), (2.4, 3.0, -.8))],
-    "mouth_corner_in": [("B", (25, -44, 51), (6, 6, 10), (-3.2, 0, .8))],
-    "mouth_corner_forward": [("B", (25, -44, 51), (8, 8, 11), (-.4, 0, 3.2))],
+    "ear_back": [("B", (78, 6, -40), (14, 34, 22), (0.8, 1.8, -2.4))],
+    "jaw_clench": [("B", (58, -42, -2), (12, 17, 18), (2.6, 0, 0.4))],
+    "mouth_corner_up_out": [("B", (27, -42, 49), (6, 6, 10), (2.4, 3.0, -0.8))],
+    "mouth_corner_in": [("B", (25, -44, 51), (6, 6, 10), (-3.2, 0, 0.8))],
+    "mouth_corner_forward": [("B", (25, -44, 51), (8, 8, 11), (-0.4, 0, 3.2))],
     "lid_crease_drop": [("B", (33, 36, 46), (13, 4, 9), (0, -2.4, 1.0))],
-    "lid_outer_drop": [("B", (44, 30, 39), (7, 6, 9), (0, -2.2, .5))],
+    "lid_outer_drop": [("B", (44, 30, 39), (7, 6, 9), (0, -2.2, 0.5))],
     "lid_inner_lift": [("B", (21, 30, 44), (6, 6, 9), (0, 1.8, 0))],
-    "mentalis_side": [("L", (9, -70, 59), (7, 9, 11), (-.4, 3.0, 1.4))],
+    "mentalis_side": [("L", (9, -70, 59), (7, 9, 11), (-0.4, 3.0, 1.4))],
     "jowl_pull": [("L", (42, -66, 18), (13, 13, 18), (1.0, 2.6, -1.2))],
     "neck_band": [("L", (26, -104, 8), (10, 16, 16), (1.0, -2.0, 2.2))],
-    "nasolabial_low": [("B", (32, -36, 46), (5.5, 9, 10), (.6, .8, 2.2))],
-    "upper_lip_outer_raise": [("U", (20, -38, 58), (6, 5, 10), (.3, 3.4, .2))],
-    "lower_lip_outer_drop": [("L", (20, -48, 57), (6, 5.5, 10), (.3, -3.4, 0))],
-    "lip_corner_open_smile": [("U", (16, -40, 60), (8, 4, 10), (1.4, 2.4, -.6)), ("L", (15, -46, 60), (8, 4, 10), (1.4, -2., -.6))]}
+    "nasolabial_low": [("B", (32, -36, 46), (5.5, 9, 10), (0.6, 0.8, 2.2))],
+    "upper_lip_outer_raise": [("U", (20, -38, 58), (6, 5, 10), (0.3, 3.4, 0.2))],
+    "lower_lip_outer_drop": [("L", (20, -48, 57), (6, 5.5, 10), (0.3, -3.4, 0))],
+    "lip_corner_open_smile": [
+        ("U", (16, -40, 60), (8, 4, 10), (1.4, 2.4, -0.6)),
+        ("L", (15, -46, 60), (8, 4, 10), (1.4, -2.0, -0.6)),
+    ],
+}
 
 # %% ../../nbs/16_head.expression.ipynb #0343af00
 CENTRAL = {
-    "au17_chin_raise": [("L", (0, -72, 60), (14, 9, 13), (0, 4.6, 1.6)), ("L", (0, -49, 63), (18, 6, 12), (0, 2.6, 2.0)), ("U", (0, -38, 65), (16, 4, 11), (0, 1.6, 1.0)), ("L", (0, -61, 59), (14, 3.5, 10), (0, 0, -1.4))],
-    "au18_pucker": [("B", (24, -44, 52), (11, 10, 15), (-7.4, .2, 4.8)), ("U", (0, -38, 66), (13, 6, 12), (0, -.2, 4.2)), ("L", (0, -49, 64), (13, 6, 12), (0, .2, 4.0))],
-    "au22_funnel": [("U", (0, -37, 66), (15, 6, 13), (0, 2.6, 4.6)), ("L", (0, -50, 64), (15, 7, 13), (0, -2.6, 4.2)), ("B", (24, -44, 52), (9, 9, 13), (-3.4, 0, 2.6))],
-    "au24_press": [("U", (0, -39, 65), (19, 4.5, 11), (0, -1.8, -1.4)), ("L", (0, -47, 64), (19, 5, 11), (0, 1.8, -1.4)), ("B", (25, -44, 51), (8, 7, 11), (.4, 0, -.8))],
-    "au25_upper_part": [("U", (0, -39, 65), (17, 5, 12), (0, 3.2, .4))],
-    "au25_lower_part": [("L", (0, -47, 64), (17, 6, 12), (0, -4.4, .2)), ("L", (0, -58, 60), (17, 7, 12), (0, -1.6, 0))],
+    "au17_chin_raise": [
+        ("L", (0, -72, 60), (14, 9, 13), (0, 4.6, 1.6)),
+        ("L", (0, -49, 63), (18, 6, 12), (0, 2.6, 2.0)),
+        ("U", (0, -38, 65), (16, 4, 11), (0, 1.6, 1.0)),
+        ("L", (0, -61, 59), (14, 3.5, 10), (0, 0, -1.4)),
+    ],
+    "au18_pucker": [
+        ("B", (24, -44, 52), (11, 10, 15), (-7.4, 0.2, 4.8)),
+        ("U", (0, -38, 66), (13, 6, 12), (0, -0.2, 4.2)),
+        ("L", (0, -49, 64), (13, 6, 12), (0, 0.2, 4.0)),
+    ],
+    "au22_funnel": [
+        ("U", (0, -37, 66), (15, 6, 13), (0, 2.6, 4.6)),
+        ("L", (0, -50, 64), (15, 7, 13), (0, -2.6, 4.2)),
+        ("B", (24, -44, 52), (9, 9, 13), (-3.4, 0, 2.6)),
+    ],
+    "au24_press": [
+        ("U", (0, -39, 65), (19, 4.5, 11), (0, -1.8, -1.4)),
+        ("L", (0, -47, 64), (19, 5, 11), (0, 1.8, -1.4)),
+        ("B", (25, -44, 51), (8, 7, 11), (0.4, 0, -0.8)),
+    ],
+    "au25_upper_part": [("U", (0, -39, 65), (17, 5, 12), (0, 3.2, 0.4))],
+    "au25_lower_part": [
+        ("L", (0, -47, 64), (17, 6, 12), (0, -4.4, 0.2)),
+        ("L", (0, -58, 60), (17, 7, 12), (0, -1.6, 0)),
+    ],
     "au28_lip_suck_upper": [("U", (0, -37, 66), (18, 5, 11), (0, -2.6, -4.6))],
     "au28_lip_suck_lower": [("L", (0, -49, 64), (18, 6, 11), (0, 2.8, -4.6))],
     "lip_roll_upper_out": [("U", (0, -39, 65), (16, 3.5, 10), (0, 1.6, 2.2))],
     "lip_roll_lower_out": [("L", (0, -47, 64), (16, 3.8, 10), (0, -1.6, 2.4))],
-    "au34_puff_upper": [("U", (0, -28, 66), (19, 8, 12), (0, .6, 3.6))],
-    "au34_puff_lower": [("L", (0, -60, 60), (20, 8, 12), (0, -.6, 3.4))],
-    "mouth_left": [("B", (0, -44, 60), (30, 13, 22), (6.0, 0, -.3))],
+    "au34_puff_upper": [("U", (0, -28, 66), (19, 8, 12), (0, 0.6, 3.6))],
+    "au34_puff_lower": [("L", (0, -60, 60), (20, 8, 12), (0, -0.6, 3.4))],
+    "mouth_left": [("B", (0, -44, 60), (30, 13, 22), (6.0, 0, -0.3))],
     "mouth_forward": [("B", (0, -44, 62), (26, 14, 20), (0, 0, 3.2))],
-    "mouth_up": [("B", (0, -44, 62), (27, 12, 20), (0, 3.2, .3))],
-    "mouth_down": [("B", (0, -44, 62), (27, 12, 20), (0, -2.8, .3))],
-    "upper_lip_m": [("U", (0, -40, 65), (15, 4, 11), (0, -1.8, .6))],
+    "mouth_up": [("B", (0, -44, 62), (27, 12, 20), (0, 3.2, 0.3))],
+    "mouth_down": [("B", (0, -44, 62), (27, 12, 20), (0, -2.8, 0.3))],
+    "upper_lip_m": [("U", (0, -40, 65), (15, 4, 11), (0, -1.8, 0.6))],
     "lower_lip_f": [("L", (0, -47, 64), (15, 5, 11), (0, 2.4, -2.8))],
-    "lips_o": [("B", (22, -44, 53), (9, 9, 13), (-4.6, 0, 2.2)), ("U", (0, -38, 66), (10, 5, 11), (0, 2.8, 1.6)), ("L", (0, -49, 64), (10, 6, 11), (0, -3.0, 1.6))],
-    "lips_e": [("B", (25, -44, 51), (9, 9, 12), (4.0, .6, -1.8)), ("U", (0, -38, 65), (16, 4, 11), (0, 1.6, -.5)), ("L", (0, -48, 64), (16, 5, 11), (0, -2.4, -.4))],
-    "philtrum_long": [("U", (0, -33, 66), (12, 8, 11), (0, -2.8, -.4))],
-    "brow_knit": [("B", (9, 49, 56), (8, 8, 11), (-2.6, -.4, 1.6)), ("B", (0, 49, 58), (2.4, 8, 9), (0, 0, -1.2))],
-    "forehead_raise": [("B", (0, 66, 56), (46, 16, 26), (0, 3.2, .3)), ("B", (0, 50, 55), (50, 9, 26), (0, 3.4, 0))],
+    "lips_o": [
+        ("B", (22, -44, 53), (9, 9, 13), (-4.6, 0, 2.2)),
+        ("U", (0, -38, 66), (10, 5, 11), (0, 2.8, 1.6)),
+        ("L", (0, -49, 64), (10, 6, 11), (0, -3.0, 1.6)),
+    ],
+    "lips_e": [
+        ("B", (25, -44, 51), (9, 9, 12), (4.0, 0.6, -1.8)),
+        ("U", (0, -38, 65), (16, 4, 11), (0, 1.6, -0.5)),
+        ("L", (0, -48, 64), (16, 5, 11), (0, -2.4, -0.4)),
+    ],
+    "philtrum_long": [("U", (0, -33, 66), (12, 8, 11), (0, -2.8, -0.4))],
+    "brow_knit": [("B", (9, 49, 56), (8, 8, 11), (-2.6, -0.4, 1.6)), ("B", (0, 49, 58), (2.4, 8, 9), (0, 0, -1.2))],
+    "forehead_raise": [("B", (0, 66, 56), (46, 16, 26), (0, 3.2, 0.3)), ("B", (0, 50, 55), (50, 9, 26), (0, 3.4, 0))],
     "scalp_back": [("B", (0, 96, 30), (60, 24, 40), (0, 2.6, -1.6))],
-    "nose_down": [("B", (0, -8, 76), (12, 10, 14), (0, -1.8, 0)), ("U", (0, -28, 66), (10, 8, 11), (0, -1., 0))],
+    "nose_down": [("B", (0, -8, 76), (12, 10, 14), (0, -1.8, 0)), ("U", (0, -28, 66), (10, 8, 11), (0, -1.0, 0))],
     "nose_side": [("B", (0, -8, 74), (14, 12, 16), (1.8, 0, 0))],
     "chin_bunch": [("L", (0, -70, 60), (11, 8, 12), (0, 1.2, 2.4))],
     "chin_side": [("L", (0, -72, 58), (22, 14, 18), (2.4, 0, 0))],
-    "lower_lip_side": [("L", (0, -48, 64), (16, 7, 12), (3., 0, 0))],
+    "lower_lip_side": [("L", (0, -48, 64), (16, 7, 12), (3.0, 0, 0))],
     "upper_lip_side": [("U", (0, -37, 65), (16, 7, 12), (2.4, 0, 0))],
-    "tongue_push_lip": [("L", (0, -53, 63), (14, 7, 11), (0, .8, 2.6))],
+    "tongue_push_lip": [("L", (0, -53, 63), (14, 7, 11), (0, 0.8, 2.6))],
     "lip_seg_upper_mid": [("U", (0, -38, 66), (5, 4, 9), (0, 1.8, 1.2))],
     "lip_seg_lower_mid": [("L", (0, -48, 65), (5, 4, 9), (0, -1.8, 1.2))],
     "larynx_up": [("L", (0, -116, 14), (14, 15, 16), (0, 3.0, 1.2))],
     "throat_full": [("L", (0, -98, 18), (22, 10, 18), (0, -2.6, 1.2))],
-    "neck_tense": [("L", (34, -100, 5), (20, 20, 24), (1.2, -3.0, 1.4)), ("L", (0, -100, 12), (18, 14, 20), (0, -.8, 1.4))]}
+    "neck_tense": [
+        ("L", (34, -100, 5), (20, 20, 24), (1.2, -3.0, 1.4)),
+        ("L", (0, -100, 12), (18, 14, 20), (0, -0.8, 1.4)),
+    ],
+}
 
 # %% ../../nbs/16_head.expression.ipynb #b9f86a40
 def push_field(
-    pushes:list,                  # part, centre, extent, displacement
-    vertices:np.ndarray,          # (V,3) mm
-    low:np.ndarray,               # (V,) 0 above the lips, 1 below
-    side:int=0,                   # 1 the subject's left, -1 the right, 0 both
-) -> np.ndarray:                  # (V,3) mm
+    pushes: list,  # part, centre, extent, displacement
+    vertices: np.ndarray,  # (V,3) mm
+    low: np.ndarray,  # (V,) 0 above the lips, 1 below
+    side: int = 0,  # 1 the subject's left, -1 the right, 0 both
+) -> np.ndarray:  # (V,3) mm
     "Add up the pushes of an action."
     gate, total = {"U": 1 - low, "L": low, "B": np.ones(len(low))}, np.zeros_like(vertices)
     for part, centre, extent, push in pushes:
         signs = (side,) if side else (1, -1) if centre[0] > 1 else (1,)
         for sign in signs:
             flip = np.array([sign, 1, 1])
-            weight = gate[part]*np.exp(-.5*(((vertices - np.array(centre)*flip)/np.array(extent, float))**2).sum(1))
-            if 1 < centre[0] < 12: weight = weight*smooth_step(sign*vertices[:, 0], -7, 5)
-            total += weight[:, None]*(np.array(push)*flip)
+            weight = gate[part] * np.exp(
+                -0.5 * (((vertices - np.array(centre) * flip) / np.array(extent, float)) ** 2).sum(1)
+            )
+            if 1 < centre[0] < 12:
+                weight = weight * smooth_step(sign * vertices[:, 0], -7, 5)
+            total += weight[:, None] * (np.array(push) * flip)
     return total
 
+
 def lid_actions(
-    template,                     # `Template`
-    lids:np.ndarray,              # (2,V,3) closing of the lids, mm
-) -> tuple[np.ndarray, np.ndarray]: # (2,V,3) raising of the upper lid, (2,V,3) tightening of the lower lid; left and right
+    template,  # `Template`
+    lids: np.ndarray,  # (2,V,3) closing of the lids, mm
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (2,V,3) raising of the upper lid, (2,V,3) tightening of the lower lid; left and right
     "Return the actions of lids beyond closing."
     v, n = template.vertices, template.eye.shape[1]
     column = np.arange(n)
-    upper = (column > 0) & (column < n//2)
-    lift = np.where(column > n//2, np.sin(np.pi*(column - n//2)/(n//2)), 0)[:, None]*np.array([0, 2.6, .3])
+    upper = (column > 0) & (column < n // 2)
+    lift = np.where(column > n // 2, np.sin(np.pi * (column - n // 2) / (n // 2)), 0)[:, None] * np.array([0, 2.6, 0.3])
     out = np.zeros((2, 2, *v.shape))
-    for rings, shares in ((template.eye, (1, .95, .85, .7, .5, .3)), (template.lid, (1, .7, .2))):
-        out[0, 0, rings[:, upper]] = -.28*lids[0, rings[:, upper]]
+    for rings, shares in ((template.eye, (1, 0.95, 0.85, 0.7, 0.5, 0.3)), (template.lid, (1, 0.7, 0.2))):
+        out[0, 0, rings[:, upper]] = -0.28 * lids[0, rings[:, upper]]
         for ring, share in zip(rings, shares):
-            p = v[ring] + share*lift - EYE
-            out[1, 0, ring] = p/np.linalg.norm(p, axis=1, keepdims=True)*np.linalg.norm(v[ring] - EYE, axis=1, keepdims=True) + EYE - v[ring]
+            p = v[ring] + share * lift - EYE
+            out[1, 0, ring] = (
+                p / np.linalg.norm(p, axis=1, keepdims=True) * np.linalg.norm(v[ring] - EYE, axis=1, keepdims=True)
+                + EYE
+                - v[ring]
+            )
     H = len(template.mirror)
-    for field in out: field[1, template.mirror] = field[0, :H]*MIRROR
+    for field in out:
+        field[1, template.mirror] = field[0, :H] * MIRROR
     return out[0], out[1]
 
 # %% ../../nbs/16_head.expression.ipynb #d424af29
 def settle(
-    fields:np.ndarray,            # (E,V,3) mm; changed in place
-    template,                     # `Template`
-) -> np.ndarray:                  # (E,V,3) mm
+    fields: np.ndarray,  # (E,V,3) mm; changed in place
+    template,  # `Template`
+) -> np.ndarray:  # (E,V,3) mm
     "Hold the eyeballs, let lids slide on them, let the lips' backs follow, and keep the teeth still."
     for (name, sign), ball in zip(template.sides(), template.balls):
         fields[:, ball] = 0
         for ring, share in zip(template.eye, EYE_SHARES):
-            away = template.vertices[name(ring)] - EYE*sign
+            away = template.vertices[name(ring)] - EYE * sign
             away /= np.linalg.norm(away, axis=1, keepdims=True)
-            fields[:, name(ring)] -= share*away*(fields[:, name(ring)]*away).sum(-1, keepdims=True)
+            fields[:, name(ring)] -= share * away * (fields[:, name(ring)] * away).sum(-1, keepdims=True)
         line = fields[:, name(template.lips[0])].copy()
-        for ring, share in zip(template.mouth, (1, .5, 0, 0)): fields[:, name(ring)] = line*share
+        for ring, share in zip(template.mouth, (1, 0.5, 0, 0)):
+            fields[:, name(ring)] = line * share
     return fields
 
+
 def expression_fields(
-    template,                     # `Template`
-    low:np.ndarray,               # (V,) 0 above the lips, 1 below
-    lids:np.ndarray,              # (2,V,3) closing of the lids, mm
-) -> tuple[np.ndarray, list[str]]: # (E,V,3) mm at full activation, names
+    template,  # `Template`
+    low: np.ndarray,  # (V,) 0 above the lips, 1 below
+    lids: np.ndarray,  # (2,V,3) closing of the lids, mm
+) -> tuple[np.ndarray, list[str]]:  # (E,V,3) mm at full activation, names
     "Return all actions; sided ones end in _l and _r."
     v, fields, names = template.vertices, [], []
     for action, pushes in SIDED.items():
@@ -173,22 +273,23 @@ def expression_fields(
 
 # %% ../../nbs/16_head.expression.ipynb #383b8795
 def gradient_operator(
-    template,                     # `Template`
-    moved:np.ndarray,             # (M,) vertices whose map is wanted
-    neighbours:int=24,            # vertices of a neighbourhood
-    width:float=6.,               # of the weights, mm
-):                                # (3M,V) sparse: applied to displacements it gives three rows for each moved vertex, one for each derivative
+    template,  # `Template`
+    moved: np.ndarray,  # (M,) vertices whose map is wanted
+    neighbours: int = 24,  # vertices of a neighbourhood
+    width: float = 6.0,  # of the weights, mm
+):  # (3M,V) sparse: applied to displacements it gives three rows for each moved vertex, one for each derivative
     "Return the matrix of local derivatives of a displacement of the template."
     from scipy.sparse import csr_matrix
     from scipy.spatial import cKDTree
+
     v, skin = template.vertices, template.skin
     _, near = cKDTree(v[:skin]).query(v[moved], neighbours)
     d = v[near] - v[moved][:, None]
-    w = np.exp(-.5*(d**2).sum(-1)/width**2)[..., None]
-    normal = np.einsum("mka,mkb->mab", d*w, d)
-    normal += .02*np.trace(normal, axis1=1, axis2=2)[:, None, None]*np.eye(3)
-    g = np.linalg.solve(normal, (d*w).transpose(0, 2, 1))                   # (M,3,neighbours)
+    w = np.exp(-0.5 * (d**2).sum(-1) / width**2)[..., None]
+    normal = np.einsum("mka,mkb->mab", d * w, d)
+    normal += 0.02 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(3)
+    g = np.linalg.solve(normal, (d * w).transpose(0, 2, 1))  # (M,3,neighbours)
     values = np.concatenate([g, -g.sum(2, keepdims=True)], 2)
     columns = np.broadcast_to(np.c_[near, moved][:, None], values.shape)
     starts = np.arange(0, values.size + 1, values.shape[2])
-    return csr_matrix((values.ravel(), columns.ravel(), starts), (3*len(moved), len(v)))
+    return csr_matrix((values.ravel(), columns.ravel(), starts), (3 * len(moved), len(v)))

@@ -18,139 +18,276 @@ from .pickles import HeadFileError, _brief, parse_arrays, read_arrays, read_byte
 @dataclass
 class Embedding:
     "Landmarks on a surface: (L,) triangles, or (79,17) for the contour, which depends on yaw."
-    face_index:np.ndarray         # (...,) int64
-    barycentric:np.ndarray        # (...,3) float64, rows sum to one
-    indices:np.ndarray|None = None # (L,) numbers of the points in the detector's own set
-    groups:dict = field(default_factory=dict) # named lists of landmarks
+
+    face_index: np.ndarray  # (...,) int64
+    barycentric: np.ndarray  # (...,3) float64, rows sum to one
+    indices: np.ndarray | None = None  # (L,) numbers of the points in the detector's own set
+    groups: dict = field(default_factory=dict)  # named lists of landmarks
+
 
 def check_embedding(
-    embedding:Embedding,
-    shape:tuple,                  # expected shape of face_index
-    faces:int,                    # number of triangles of the head
-    what:str,                     # name used in messages
+    embedding: Embedding,
+    shape: tuple,  # expected shape of face_index
+    faces: int,  # number of triangles of the head
+    what: str,  # name used in messages
 ) -> Embedding:
     "Return an embedding with plain dtypes; raise `HeadFileError` unless it fits."
     f, b = embedding.face_index, embedding.barycentric
-    if not isinstance(f, np.ndarray) or not isinstance(b, np.ndarray): raise HeadFileError(f"{what} lacks the triangles or the weights of its landmarks")
-    if f.shape == (1, *shape) and b.shape == (1, *shape, 3): f, b = f[0], b[0]
-    if f.shape != shape or b.shape != shape + (3,): raise HeadFileError(f"{what} has landmarks of shape {f.shape} and {b.shape} where {shape} and {shape + (3,)} belong")
-    if f.dtype.kind not in "iu" or b.dtype.kind != "f": raise HeadFileError(f"{what} has landmarks of the wrong number type ({f.dtype}, {b.dtype})")
-    if f.min() < 0 or f.max() >= faces: raise HeadFileError(f"{what} names triangle {int(f.max())} of a head that has {faces}; it belongs to another head")
-    if not np.isfinite(b).all() or np.abs(b.sum(-1) - 1).max() > 1e-3 or np.abs(b).max() > 1.5: raise HeadFileError(f"{what} has landmark weights that do not sum to one")
+    if not isinstance(f, np.ndarray) or not isinstance(b, np.ndarray):
+        raise HeadFileError(f"{what} lacks the triangles or the weights of its landmarks")
+    if f.shape == (1, *shape) and b.shape == (1, *shape, 3):
+        f, b = f[0], b[0]
+    if f.shape != shape or b.shape != shape + (3,):
+        raise HeadFileError(
+            f"{what} has landmarks of shape {f.shape} and {b.shape} where {shape} and {shape + (3,)} belong"
+        )
+    if f.dtype.kind not in "iu" or b.dtype.kind != "f":
+        raise HeadFileError(f"{what} has landmarks of the wrong number type ({f.dtype}, {b.dtype})")
+    if f.min() < 0 or f.max() >= faces:
+        raise HeadFileError(
+            f"{what} names triangle {int(f.max())} of a head that has {faces}; it belongs to another head"
+        )
+    if not np.isfinite(b).all() or np.abs(b.sum(-1) - 1).max() > 1e-3 or np.abs(b).max() > 1.5:
+        raise HeadFileError(f"{what} has landmark weights that do not sum to one")
     for n, rows in embedding.groups.items():
-        if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu" or rows.ndim != 1 or rows.min() < 0 or rows.max() >= shape[-1]: raise HeadFileError(f"{what} has a damaged group {n}")
+        if (
+            not isinstance(rows, np.ndarray)
+            or rows.dtype.kind not in "iu"
+            or rows.ndim != 1
+            or rows.min() < 0
+            or rows.max() >= shape[-1]
+        ):
+            raise HeadFileError(f"{what} has a damaged group {n}")
     i = embedding.indices
-    if i is not None and (not isinstance(i, np.ndarray) or i.shape != shape or i.dtype.kind not in "iu"): raise HeadFileError(f"{what} has damaged landmark numbers")
-    return Embedding(f.astype(np.int64), b.astype(np.float64), None if i is None else i.astype(np.int64), {n: r.astype(np.int64) for n, r in embedding.groups.items()})
+    if i is not None and (not isinstance(i, np.ndarray) or i.shape != shape or i.dtype.kind not in "iu"):
+        raise HeadFileError(f"{what} has damaged landmark numbers")
+    return Embedding(
+        f.astype(np.int64),
+        b.astype(np.float64),
+        None if i is None else i.astype(np.int64),
+        {n: r.astype(np.int64) for n, r in embedding.groups.items()},
+    )
 
-SETS = {"static51": (51,), "contour17": (79, 17), "full68": (68,), "mediapipe105": (105,), "points203": (203,), "bp4d83": (83,)}
+
+SETS = {
+    "static51": (51,),
+    "contour17": (79, 17),
+    "full68": (68,),
+    "mediapipe105": (105,),
+    "points203": (203,),
+    "bp4d83": (83,),
+}
 
 # %% ../../nbs/11_head.files.ipynb #bb91d357
 def read_embeddings(
-    path,                         # an embedding file of DECA, SMIRK, TEASER or flame-fitting
-    faces:int,                    # number of triangles of the head
-) -> dict[str, Embedding]:        # embeddings by the name of their set
+    path,  # an embedding file of DECA, SMIRK, TEASER or flame-fitting
+    faces: int,  # number of triangles of the head
+) -> dict[str, Embedding]:  # embeddings by the name of their set
     "Read an official landmark file, recognised by its keys and its length; raise `HeadFileError` for any other."
     arrays, what, found = read_arrays(path), str(path), {}
     for name, key in (("static51", "static"), ("contour17", "dynamic"), ("full68", "full")):
-        if f"{key}_lmk_faces_idx" in arrays: found[name] = Embedding(arrays[f"{key}_lmk_faces_idx"], arrays.get(f"{key}_lmk_bary_coords"))
+        if f"{key}_lmk_faces_idx" in arrays:
+            found[name] = Embedding(arrays[f"{key}_lmk_faces_idx"], arrays.get(f"{key}_lmk_bary_coords"))
     if isinstance(arrays.get("lmk_face_idx"), np.ndarray):
         e = Embedding(arrays["lmk_face_idx"], arrays.get("lmk_b_coords"), arrays.get("landmark_indices"))
-        e.groups = {g: arrays[f"landmark_{g}_indices"] for g in ("front", "left", "right") if f"landmark_{g}_indices" in arrays}
+        e.groups = {
+            g: arrays[f"landmark_{g}_indices"] for g in ("front", "left", "right") if f"landmark_{g}_indices" in arrays
+        }
         name = next((n for n, s in SETS.items() if s == e.face_index.shape), None)
-        if name is None: raise HeadFileError(f"{what} holds {e.face_index.size} landmarks, which is none of the known sets")
+        if name is None:
+            raise HeadFileError(f"{what} holds {e.face_index.size} landmarks, which is none of the known sets")
         found[name] = e
-    if not found: raise HeadFileError(f"{what} holds no landmark embedding; its keys begin with {_brief(', '.join(arrays))}")
+    if not found:
+        raise HeadFileError(f"{what} holds no landmark embedding; its keys begin with {_brief(', '.join(arrays))}")
     return {n: check_embedding(e, SETS[n], faces, what) for n, e in found.items()}
 
 # %% ../../nbs/11_head.files.ipynb #3cd72dba
 @dataclass
 class HeadData:
     "A checked head in numpy."
-    template:np.ndarray           # (V,3) metres
-    faces:np.ndarray              # (F,3) int64
-    shapedirs:np.ndarray          # (V,3,400) identity 0-299, expression 300-399, metres per standard deviation
-    posedirs:np.ndarray           # (V,3,36)
-    joint_regressor:np.ndarray    # (5,V)
-    weights:np.ndarray            # (V,5)
-    parents:tuple                 # -1 first
-    name:str = "head"
-    version:str = "unknown"
-    sha256:str = ""
-    path:str = ""
-    real:tuple|None = None        # identity and expression components that carry shape, where the file says so
-    eyelids:np.ndarray|None = None # (2,V,3) left, right; metres at closing 1
-    uv:np.ndarray|None = None     # (V,2) texture coordinates
-    paint:np.ndarray|None = None  # (V,P) attributes from which albedo is painted
-    masks:dict = field(default_factory=dict)      # vertex lists by region
-    embeddings:dict = field(default_factory=dict) # Embedding by set
+
+    template: np.ndarray  # (V,3) metres
+    faces: np.ndarray  # (F,3) int64
+    shapedirs: np.ndarray  # (V,3,400) identity 0-299, expression 300-399, metres per standard deviation
+    posedirs: np.ndarray  # (V,3,36)
+    joint_regressor: np.ndarray  # (5,V)
+    weights: np.ndarray  # (V,5)
+    parents: tuple  # -1 first
+    name: str = "head"
+    version: str = "unknown"
+    sha256: str = ""
+    path: str = ""
+    real: tuple | None = None  # identity and expression components that carry shape, where the file says so
+    eyelids: np.ndarray | None = None  # (2,V,3) left, right; metres at closing 1
+    uv: np.ndarray | None = None  # (V,2) texture coordinates
+    paint: np.ndarray | None = None  # (V,P) attributes from which albedo is painted
+    masks: dict = field(default_factory=dict)  # vertex lists by region
+    embeddings: dict = field(default_factory=dict)  # Embedding by set
+
 
 def _require(ok, what, problem):
-    if not ok: raise HeadFileError(f"{what}: {problem}; this is not a usable FLAME head")
+    if not ok:
+        raise HeadFileError(f"{what}: {problem}; this is not a usable FLAME head")
+
 
 def check_head(
-    head:HeadData,
-    what:str,                     # name used in messages
-) -> HeadData:                    # the same head
+    head: HeadData,
+    what: str,  # name used in messages
+) -> HeadData:  # the same head
     "Raise `HeadFileError` unless the arrays make a FLAME head."
-    shapes = {"template": ("V", 3), "faces": ("F", 3), "shapedirs": ("V", 3, 400), "posedirs": ("V", 3, 36), "joint_regressor": (5, "V"), "weights": ("V", 5)}
+    shapes = {
+        "template": ("V", 3),
+        "faces": ("F", 3),
+        "shapedirs": ("V", 3, 400),
+        "posedirs": ("V", 3, 36),
+        "joint_regressor": (5, "V"),
+        "weights": ("V", 5),
+    }
     V = len(head.template) if isinstance(head.template, np.ndarray) and head.template.ndim else 0
     for name, shape in shapes.items():
         a, expected = getattr(head, name), tuple(V if n == "V" else n for n in shape)
         _require(isinstance(a, np.ndarray), what, f"{name} is missing or no array")
-        _require(len(a.shape) == len(shape) and all(e in ("F", n) for e, n in zip(expected, a.shape)) and a.size, what, f"{name} has shape {a.shape} where {shape} belongs")
+        _require(
+            len(a.shape) == len(shape) and all(e in ("F", n) for e, n in zip(expected, a.shape)) and a.size,
+            what,
+            f"{name} has shape {a.shape} where {shape} belongs",
+        )
         _require(a.dtype.kind in ("iu" if name == "faces" else "f"), what, f"{name} has {a.dtype} values")
-    for name, largest in (("template", 10), ("shapedirs", 1), ("posedirs", 1), ("joint_regressor", 10), ("weights", 1 + 1e-4)):
+    for name, largest in (
+        ("template", 10),
+        ("shapedirs", 1),
+        ("posedirs", 1),
+        ("joint_regressor", 10),
+        ("weights", 1 + 1e-4),
+    ):
         a = getattr(head, name)
         _require(np.isfinite(a).all(), what, f"{name} has values that are not finite")
-        _require(np.abs(a).max() <= largest, what, f"{name} has the value {float(np.abs(a).max()):.3g}, more than a head in metres can have")
-    _require(head.weights.min() >= -1e-5 and np.abs(head.weights.sum(1) - 1).max() < 1e-3, what, "skinning weights do not sum to one")
-    _require(np.abs(head.joint_regressor.sum(1) - 1).max() < 1e-2, what, "rows of the joint regressor do not sum to one")
-    _require(0 <= head.faces.min() and head.faces.max() < V, what, f"a triangle names a vertex beyond the {V} there are")
-    _require(V != 5023 or len(head.faces) == 9976, what, f"{len(head.faces)} triangles on FLAME's 5023 vertices, where 9976 belong, and landmarks count on them")
-    _require(len(head.parents) == 5 and head.parents[0] == -1 and all(0 <= p < j for j, p in enumerate(head.parents) if j), what, f"the joints' parents {head.parents} are no chain from the root")
+        _require(
+            np.abs(a).max() <= largest,
+            what,
+            f"{name} has the value {float(np.abs(a).max()):.3g}, more than a head in metres can have",
+        )
+    _require(
+        head.weights.min() >= -1e-5 and np.abs(head.weights.sum(1) - 1).max() < 1e-3,
+        what,
+        "skinning weights do not sum to one",
+    )
+    _require(
+        np.abs(head.joint_regressor.sum(1) - 1).max() < 1e-2, what, "rows of the joint regressor do not sum to one"
+    )
+    _require(
+        0 <= head.faces.min() and head.faces.max() < V, what, f"a triangle names a vertex beyond the {V} there are"
+    )
+    _require(
+        V != 5023 or len(head.faces) == 9976,
+        what,
+        f"{len(head.faces)} triangles on FLAME's 5023 vertices, where 9976 belong, and landmarks count on them",
+    )
+    _require(
+        len(head.parents) == 5 and head.parents[0] == -1 and all(0 <= p < j for j, p in enumerate(head.parents) if j),
+        what,
+        f"the joints' parents {head.parents} are no chain from the root",
+    )
     _require(not (np.ptp(head.template, 0) < 1e-3).any(), what, "the template has no extent")
     for name, shape in (("eyelids", (2, V, 3)), ("uv", (V, 2)), ("paint", (V, -1))):
         a = getattr(head, name)
-        if name == "paint" and isinstance(a, np.ndarray) and a.ndim == 2: shape = a.shape if len(a) == V else shape
-        _require(a is None or (isinstance(a, np.ndarray) and a.shape == shape and a.dtype.kind == "f" and np.isfinite(a).all() and np.abs(a).max() < 10), what, f"{name} is damaged")
+        if name == "paint" and isinstance(a, np.ndarray) and a.ndim == 2:
+            shape = a.shape if len(a) == V else shape
+        _require(
+            a is None
+            or (
+                isinstance(a, np.ndarray)
+                and a.shape == shape
+                and a.dtype.kind == "f"
+                and np.isfinite(a).all()
+                and np.abs(a).max() < 10
+            ),
+            what,
+            f"{name} is damaged",
+        )
     return head
 
 # %% ../../nbs/11_head.files.ipynb #f859f929
 def toy_arrays(
-    generator,                    # numpy Generator
-    splits:int=2,                 # size of the sphere
-) -> dict:                        # arrays by the official names
+    generator,  # numpy Generator
+    splits: int = 2,  # size of the sphere
+) -> dict:  # arrays by the official names
     "Return a random FLAME-format head made of a sphere, for tests and examples."
     vertices, faces = sphere(splits, 0.1)
-    V, smooth = len(vertices), lambda k, size: np.einsum("vc,ck->vk", vertices, generator.normal(size=(3, 3 * k))).reshape(V, 3, k) * size
+    V, smooth = (
+        len(vertices),
+        lambda k, size: np.einsum("vc,ck->vk", vertices, generator.normal(size=(3, 3 * k))).reshape(V, 3, k) * size,
+    )
     weights = generator.random((V, 5)) ** 8
     regressor = generator.random((5, V)) ** 8
-    return {"v_template": vertices, "f": faces.astype(np.uint32), "shapedirs": smooth(400, 0.02), "posedirs": smooth(36, 0.02),
-            "J_regressor": regressor / regressor.sum(1, keepdims=True), "weights": weights / weights.sum(1, keepdims=True),
-            "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.uint32), "bs_style": "lbs", "bs_type": "lrotmin"}
+    return {
+        "v_template": vertices,
+        "f": faces.astype(np.uint32),
+        "shapedirs": smooth(400, 0.02),
+        "posedirs": smooth(36, 0.02),
+        "J_regressor": regressor / regressor.sum(1, keepdims=True),
+        "weights": weights / weights.sum(1, keepdims=True),
+        "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.uint32),
+        "bs_style": "lbs",
+        "bs_type": "lrotmin",
+    }
 
 # %% ../../nbs/11_head.files.ipynb #e7efc21d
-KNOWN = {"efcd14cc": ("flame2020", "FLAME 2020"), "8fb1af0d": ("flame2023", "FLAME 2023"), "e75a0990": ("flame2023_open", "FLAME 2023 Open")}
+KNOWN = {
+    "efcd14cc": ("flame2020", "FLAME 2020"),
+    "8fb1af0d": ("flame2023", "FLAME 2023"),
+    "e75a0990": ("flame2023_open", "FLAME 2023 Open"),
+}
 OFFICIAL = {"v_template": "template", "f": "faces", "J_regressor": "joint_regressor"}
+
 
 def _parents(table):
     "Read the chain from a kintree table or a plain list; the root's parent is -1."
-    if not isinstance(table, np.ndarray) or table.dtype.kind not in "iu" or table.shape not in ((5,), (2, 5)): return ()
+    if not isinstance(table, np.ndarray) or table.dtype.kind not in "iu" or table.shape not in ((5,), (2, 5)):
+        return ()
     return (-1, *(int(p) for p in table.reshape(-1, 5)[0][1:]))
 
+
 def parse_official(
-    arrays:dict,                  # arrays by the official names
-    sha256:str,
+    arrays: dict,  # arrays by the official names
+    sha256: str,
     path,
 ) -> HeadData:
     "Turn the content of an official pickle into a checked head."
-    what, missing = str(path), [k for k in ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table") if arrays.get(k) is None]
+    what, missing = (
+        str(path),
+        [
+            k
+            for k in ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table")
+            if arrays.get(k) is None
+        ],
+    )
     _require(not missing, what, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    name, version = KNOWN.get(sha256[:8], (Path(path).stem, "FLAME 2023 Open (unpublished sha256)" if "supr_expression_metadata" in arrays else "FLAME format (unpublished sha256)"))
+    name, version = KNOWN.get(
+        sha256[:8],
+        (
+            Path(path).stem,
+            "FLAME 2023 Open (unpublished sha256)"
+            if "supr_expression_metadata" in arrays
+            else "FLAME format (unpublished sha256)",
+        ),
+    )
     get = {OFFICIAL.get(k, k): v for k, v in arrays.items()}
-    head = HeadData(*(get[k] for k in ("template", "faces", "shapedirs", "posedirs", "joint_regressor", "weights")), _parents(get["kintree_table"]), name, version, sha256, what)
-    if isinstance(head.posedirs, np.ndarray) and head.posedirs.ndim == 2 and head.posedirs.size % 108 == 0 and head.posedirs.shape[1] == 36: head.posedirs = head.posedirs.reshape(-1, 3, 36)
+    head = HeadData(
+        *(get[k] for k in ("template", "faces", "shapedirs", "posedirs", "joint_regressor", "weights")),
+        _parents(get["kintree_table"]),
+        name,
+        version,
+        sha256,
+        what,
+    )
+    if (
+        isinstance(head.posedirs, np.ndarray)
+        and head.posedirs.ndim == 2
+        and head.posedirs.size % 108 == 0
+        and head.posedirs.shape[1] == 36
+    ):
+        head.posedirs = head.posedirs.reshape(-1, 3, 36)
     check_head(head, what)
     head.faces = head.faces.astype(np.int64)
     return head
@@ -158,82 +295,155 @@ def parse_official(
 # %% ../../nbs/11_head.files.ipynb #bc8f290e
 _OWN_SETS = {"contour17": "dynamic"}
 
+
 def _restored(arrays, name):
     "Return an array of directions, multiplied by its scale if it was stored as integers."
     a, scale = arrays.get(name), arrays.get(name + "_scale")
-    if scale is None or not isinstance(a, np.ndarray): return a
-    return a.astype(np.float32) * scale.astype(np.float32) if a.ndim == 3 and scale.shape in ((), a.shape[-1:]) else None
+    if scale is None or not isinstance(a, np.ndarray):
+        return a
+    return (
+        a.astype(np.float32) * scale.astype(np.float32) if a.ndim == 3 and scale.shape in ((), a.shape[-1:]) else None
+    )
+
 
 def parse_own(
-    arrays:dict,                  # arrays by our names
-    sha256:str,
+    arrays: dict,  # arrays by our names
+    sha256: str,
     path,
 ) -> HeadData:
     "Turn the content of our `.npz` into a checked head."
-    what, text = str(path), lambda k, default: str(arrays[k]) if k in arrays and arrays[k].dtype.kind == "U" and arrays[k].ndim == 0 else default
-    missing = [k for k in ("template", "faces", "shapedirs", "posedirs", "joint_regressor", "weights", "parents") if k not in arrays]
+    what, text = (
+        str(path),
+        lambda k, default: (
+            str(arrays[k]) if k in arrays and arrays[k].dtype.kind == "U" and arrays[k].ndim == 0 else default
+        ),
+    )
+    missing = [
+        k
+        for k in ("template", "faces", "shapedirs", "posedirs", "joint_regressor", "weights", "parents")
+        if k not in arrays
+    ]
     _require(not missing, what, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    head = HeadData(arrays["template"], arrays["faces"], _restored(arrays, "shapedirs"), _restored(arrays, "posedirs"), arrays["joint_regressor"], arrays["weights"], _parents(arrays["parents"]),
-                    text("name", Path(path).stem), text("version", "unknown"), sha256, what, eyelids=arrays.get("eyelids"), uv=arrays.get("uv"), paint=arrays.get("paint_attributes"))
+    head = HeadData(
+        arrays["template"],
+        arrays["faces"],
+        _restored(arrays, "shapedirs"),
+        _restored(arrays, "posedirs"),
+        arrays["joint_regressor"],
+        arrays["weights"],
+        _parents(arrays["parents"]),
+        text("name", Path(path).stem),
+        text("version", "unknown"),
+        sha256,
+        what,
+        eyelids=arrays.get("eyelids"),
+        uv=arrays.get("uv"),
+        paint=arrays.get("paint_attributes"),
+    )
     check_head(head, what)
     head.faces = head.faces.astype(np.int64)
     counts = [arrays.get(k) for k in ("shape_components", "expression_components")]
-    if all(isinstance(c, np.ndarray) and c.size == 1 and c.dtype.kind in "iu" for c in counts): head.real = tuple(int(c) for c in counts)
-    head.masks = check_masks({k.removeprefix("mask_"): v for k, v in arrays.items() if k.startswith("mask_")}, len(head.template), what)
+    if all(isinstance(c, np.ndarray) and c.size == 1 and c.dtype.kind in "iu" for c in counts):
+        head.real = tuple(int(c) for c in counts)
+    head.masks = check_masks(
+        {k.removeprefix("mask_"): v for k, v in arrays.items() if k.startswith("mask_")}, len(head.template), what
+    )
     for name, shape in SETS.items():
         key = _OWN_SETS.get(name, name)
-        if f"{key}_faces" not in arrays: continue
-        e = Embedding(arrays[f"{key}_faces"], arrays.get(f"{key}_bary"), arrays.get(f"{key}_indices"), {g: arrays[f"{key}_{g}"] for g in ("front", "left", "right") if f"{key}_{g}" in arrays})
+        if f"{key}_faces" not in arrays:
+            continue
+        e = Embedding(
+            arrays[f"{key}_faces"],
+            arrays.get(f"{key}_bary"),
+            arrays.get(f"{key}_indices"),
+            {g: arrays[f"{key}_{g}"] for g in ("front", "left", "right") if f"{key}_{g}" in arrays},
+        )
         head.embeddings[name] = check_embedding(e, shape, len(head.faces), f"{name} in {what}")
     return head
 
+
 def check_masks(
-    masks:dict,                   # vertex lists by region
-    vertices:int,                 # number of vertices of the head
-    what:str,                     # name used in messages
-) -> dict:                        # the same, int64
+    masks: dict,  # vertex lists by region
+    vertices: int,  # number of vertices of the head
+    what: str,  # name used in messages
+) -> dict:  # the same, int64
     "Raise `HeadFileError` unless every mask lists vertices that exist."
     for name, m in masks.items():
-        if not isinstance(m, np.ndarray) or m.ndim != 1 or m.dtype.kind not in "iu" or (m.size and (m.min() < 0 or m.max() >= vertices)): raise HeadFileError(f"{what} has a damaged mask {_brief(name)}: it must list vertices below {vertices}")
+        if (
+            not isinstance(m, np.ndarray)
+            or m.ndim != 1
+            or m.dtype.kind not in "iu"
+            or (m.size and (m.min() < 0 or m.max() >= vertices))
+        ):
+            raise HeadFileError(f"{what} has a damaged mask {_brief(name)}: it must list vertices below {vertices}")
     return {name: m.astype(np.int64) for name, m in masks.items()}
 
 # %% ../../nbs/11_head.files.ipynb #b07d6e8d
-SIDE_FILES = {"embedding": ("landmark_embedding.npy", "landmark_embedding.npz", "landmark_embedding_orig_torch.npy", "flame_static_embedding.pkl"),
-              "mediapipe": ("mediapipe_landmark_embedding.npz", "mediapipe_landmark_embedding/mediapipe_landmark_embedding.npz"),
-              "points203": ("203_landmark_embedding.npz", "203_landmark_embeding_new.npz", "203_landmark_embedding_new.npz"),
-              "bp4d83": ("bp4d83_landmark_embedding.npz",),
-              "masks": ("FLAME_masks.npz", "FLAME_masks.pkl", "FLAME_masks/FLAME_masks.pkl"),
-              "left": ("l_eyelid.npy", "eyelids/l_eyelid.npy"), "right": ("r_eyelid.npy", "eyelids/r_eyelid.npy")}
+SIDE_FILES = {
+    "embedding": (
+        "landmark_embedding.npy",
+        "landmark_embedding.npz",
+        "landmark_embedding_orig_torch.npy",
+        "flame_static_embedding.pkl",
+    ),
+    "mediapipe": ("mediapipe_landmark_embedding.npz", "mediapipe_landmark_embedding/mediapipe_landmark_embedding.npz"),
+    "points203": ("203_landmark_embedding.npz", "203_landmark_embeding_new.npz", "203_landmark_embedding_new.npz"),
+    "bp4d83": ("bp4d83_landmark_embedding.npz",),
+    "masks": ("FLAME_masks.npz", "FLAME_masks.pkl", "FLAME_masks/FLAME_masks.pkl"),
+    "left": ("l_eyelid.npy", "eyelids/l_eyelid.npy"),
+    "right": ("r_eyelid.npy", "eyelids/r_eyelid.npy"),
+}
+
 
 def add_side_files(
-    head:HeadData,
-    folder,                       # where to look
-) -> HeadData:                    # the same head, completed
+    head: HeadData,
+    folder,  # where to look
+) -> HeadData:  # the same head, completed
     "Add the landmarks, lids and masks found in a folder."
-    found = {k: next((Path(folder) / n for n in names if (Path(folder) / n).is_file()), None) for k, names in SIDE_FILES.items()}
+    found = {
+        k: next((Path(folder) / n for n in names if (Path(folder) / n).is_file()), None)
+        for k, names in SIDE_FILES.items()
+    }
     for kind in ("embedding", "mediapipe", "points203", "bp4d83"):
-        if found[kind]: head.embeddings |= read_embeddings(found[kind], len(head.faces))
-    if found["masks"]: head.masks |= check_masks(read_arrays(found["masks"]), len(head.template), str(found["masks"]))
+        if found[kind]:
+            head.embeddings |= read_embeddings(found[kind], len(head.faces))
+    if found["masks"]:
+        head.masks |= check_masks(read_arrays(found["masks"]), len(head.template), str(found["masks"]))
     if found["left"] and found["right"]:
         head.eyelids = np.stack([_lid(found[side], head.template.shape) for side in ("left", "right")])
     return head
 
+
 def _lid(path, shape):
     "Read one lid's displacement."
     lid = read_arrays(path).get("array")
-    _require(isinstance(lid, np.ndarray) and lid.shape == shape and lid.dtype.kind == "f" and np.isfinite(lid).all() and np.abs(lid).max() < 0.1, path, f"a lid must be {shape} metres")
+    _require(
+        isinstance(lid, np.ndarray)
+        and lid.shape == shape
+        and lid.dtype.kind == "f"
+        and np.isfinite(lid).all()
+        and np.abs(lid).max() < 0.1,
+        path,
+        f"a lid must be {shape} metres",
+    )
     return lid.astype(np.float64)
 
+
 def read_head(
-    path,                         # official pickle, or our .npz
-    side_files_dir=None,          # where landmarks, lids and masks lie; default: beside the head
-) -> HeadData:                    # a checked head
+    path,  # official pickle, or our .npz
+    side_files_dir=None,  # where landmarks, lids and masks lie; default: beside the head
+) -> HeadData:  # a checked head
     "Read a head and its side files; raise `HeadFileError` with one clear sentence where that cannot be done."
     data = read_bytes(path)
     sha256, arrays = hashlib.sha256(data).hexdigest(), parse_arrays(data, path)
     own = data[:2] == b"PK" and "template" in arrays
-    try: head = (parse_own if own else parse_official)(arrays, sha256, path)
-    except HeadFileError: raise
-    except Exception as error: raise HeadFileError(f"{path} is no FLAME head: its arrays do not fit together ({type(error).__name__}: {_brief(error)})") from None
+    try:
+        head = (parse_own if own else parse_official)(arrays, sha256, path)
+    except HeadFileError:
+        raise
+    except Exception as error:
+        raise HeadFileError(
+            f"{path} is no FLAME head: its arrays do not fit together ({type(error).__name__}: {_brief(error)})"
+        ) from None
     folder = side_files_dir or (None if own else Path(path).parent)
     return add_side_files(head, folder) if folder else head

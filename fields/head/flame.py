@@ -16,13 +16,15 @@ from .pickles import HeadFileError
 
 # %% ../../nbs/12_head.flame.ipynb #30689fcf
 LIDS, JAW, SHAPE, EXPRESSION, REST = slice(0, 2), slice(2, 11), slice(11, 311), slice(311, 411), slice(411, 438)
-_ORDER = list(range(9, 18)), list(range(9)) + list(range(18, 36))           # columns of the pose feature: jaw; neck and eyes
+_ORDER = list(range(9, 18)), list(range(9)) + list(range(18, 36))  # columns of the pose feature: jaw; neck and eyes
+
 
 def _tables(data):
     "Return the rows of all directions (438,3V), and the joints' template (5,3) and directions (400,15), in float64."
     V = len(data.template)
     rows = np.zeros((438, V * 3))
-    if data.eyelids is not None: rows[LIDS] = data.eyelids.reshape(2, -1)
+    if data.eyelids is not None:
+        rows[LIDS] = data.eyelids.reshape(2, -1)
     pose = data.posedirs.reshape(V * 3, 36).T
     rows[JAW], rows[REST] = pose[_ORDER[0]], pose[_ORDER[1]]
     rows[11:411] = data.shapedirs.reshape(V * 3, 400).T
@@ -33,72 +35,121 @@ def _tables(data):
 # %% ../../nbs/12_head.flame.ipynb #e5ffd15b
 class Head(nn.Module):
     "A FLAME-format head as a layer; make one with `Head.load`."
-    def __init__(self,
-        data:HeadData,            # checked arrays
+
+    def __init__(
+        self,
+        data: HeadData,  # checked arrays
         dtype=torch.float32,
     ):
         super().__init__()
         rows, joints, joint_rows = _tables(data)
-        arrays = {"template": data.template, "basis": rows, "joint_template": joints, "joint_basis": joint_rows,
-                  "joint_regressor": data.joint_regressor, "weights": data.weights}
-        for name, a in arrays.items(): self.register_buffer(name, torch.as_tensor(np.ascontiguousarray(a)).to(dtype), persistent=False)
+        arrays = {
+            "template": data.template,
+            "basis": rows,
+            "joint_template": joints,
+            "joint_basis": joint_rows,
+            "joint_regressor": data.joint_regressor,
+            "weights": data.weights,
+        }
+        for name, a in arrays.items():
+            self.register_buffer(name, torch.as_tensor(np.ascontiguousarray(a)).to(dtype), persistent=False)
         self.register_buffer("faces", torch.from_numpy(data.faces), persistent=False)
         for name, e in data.embeddings.items():
             self.register_buffer(f"_faces_{name}", torch.from_numpy(e.face_index), persistent=False)
             self.register_buffer(f"_bary_{name}", torch.from_numpy(e.barycentric).to(dtype), persistent=False)
-        for name, m in data.masks.items(): self.register_buffer(f"_mask_{name}", torch.from_numpy(m), persistent=False)
-        for name in ("uv", "paint"): self.register_buffer(name, None if getattr(data, name) is None else torch.as_tensor(getattr(data, name)).to(dtype), persistent=False)
-        self.name, self.version, self.sha256, self.path, self.parents = data.name, data.version, data.sha256, data.path, data.parents
-        self.has_eyelids, self.embeddings, self._mask_names = data.eyelids is not None, data.embeddings, list(data.masks)
+        for name, m in data.masks.items():
+            self.register_buffer(f"_mask_{name}", torch.from_numpy(m), persistent=False)
+        for name in ("uv", "paint"):
+            self.register_buffer(
+                name,
+                None if getattr(data, name) is None else torch.as_tensor(getattr(data, name)).to(dtype),
+                persistent=False,
+            )
+        self.name, self.version, self.sha256, self.path, self.parents = (
+            data.name,
+            data.version,
+            data.sha256,
+            data.path,
+            data.parents,
+        )
+        self.has_eyelids, self.embeddings, self._mask_names = (
+            data.eyelids is not None,
+            data.embeddings,
+            list(data.masks),
+        )
         rms = np.sqrt((rows[11:411] ** 2).sum(1) / len(data.template)) >= 0.05e-3
         self.real_components = data.real or (int(rms[:300].sum()), int(rms[300:].sum()))
 
     @classmethod
-    def load(cls,
-        source="open",            # "open" for the packaged head, the name of an asset (flame2020), or the path of a FLAME pickle or .npz
-        side_files_dir=None,      # where landmarks, lids and masks of a licensed head lie; default: beside it
+    def load(
+        cls,
+        source="open",  # "open" for the packaged head, the name of an asset (flame2020), or the path of a FLAME pickle or .npz
+        side_files_dir=None,  # where landmarks, lids and masks of a licensed head lie; default: beside it
         dtype=torch.float32,
     ) -> "Head":
         "Load a head; raise `HeadFileError` with one clear sentence where that cannot be done."
-        if str(source) == "open": source = package_file("head/open_head.npz")
-        elif str(source) in {a.name for a in ASSETS}: source = require_asset(str(source))
+        if str(source) == "open":
+            source = package_file("head/open_head.npz")
+        elif str(source) in {a.name for a in ASSETS}:
+            source = require_asset(str(source))
         return cls(read_head(source, side_files_dir), dtype)
 
-    def extra_repr(self): return f"{self.name}, {self.version}, {len(self.template)} vertices, {len(self.faces)} triangles, sha256 {self.sha256[:12]}"
+    def extra_repr(self):
+        return f"{self.name}, {self.version}, {len(self.template)} vertices, {len(self.faces)} triangles, sha256 {self.sha256[:12]}"
 
-    def _view(self, rows): return self.basis[rows].unflatten(1, (-1, 3))
+    def _view(self, rows):
+        return self.basis[rows].unflatten(1, (-1, 3))
+
     @property
-    def shapedirs(self): return self._view(SHAPE).permute(1, 2, 0)           # (V,3,300) views of the one table
+    def shapedirs(self):
+        return self._view(SHAPE).permute(1, 2, 0)  # (V,3,300) views of the one table
+
     @property
-    def exprdirs(self): return self._view(EXPRESSION).permute(1, 2, 0)       # (V,3,100)
+    def exprdirs(self):
+        return self._view(EXPRESSION).permute(1, 2, 0)  # (V,3,100)
+
     @property
-    def eyelids(self): return self._view(LIDS) if self.has_eyelids else None # (2,V,3) or None
+    def eyelids(self):
+        return self._view(LIDS) if self.has_eyelids else None  # (2,V,3) or None
+
     @property
-    def posedirs(self):                                                      # (V,3,36) in the order of the pose feature
+    def posedirs(self):  # (V,3,36) in the order of the pose feature
         out = self.template.new_empty(36, *self.template.shape)
         out[_ORDER[0]], out[_ORDER[1]] = self._view(JAW), self._view(REST)
         return out.permute(1, 2, 0)
+
     @property
-    def masks(self): return {n: getattr(self, f"_mask_{n}") for n in self._mask_names} # vertex lists by region
+    def masks(self):
+        return {n: getattr(self, f"_mask_{n}") for n in self._mask_names}  # vertex lists by region
 
 # %% ../../nbs/12_head.flame.ipynb #90a83042
 def _columns(head, params, pose, lids=True):
     "Put the coefficients of a head side by side, in the order of the table."
-    if lids and not head.has_eyelids and bool((params.eyelids != 0).any()): raise HeadFileError(f"head {head.name} has no eyelids: put l_eyelid.npy and r_eyelid.npy beside {head.path}, or transfer them from the open head")
+    if lids and not head.has_eyelids and bool((params.eyelids != 0).any()):
+        raise HeadFileError(
+            f"head {head.name} has no eyelids: put l_eyelid.npy and r_eyelid.npy beside {head.path}, or transfer them from the open head"
+        )
     shape, expression = params.shape.to(head.basis.dtype), params.expression.to(head.basis.dtype)
     for name, c, most in (("identity", shape, 300), ("expression", expression, 100)):
-        if c.dim() != 2 or c.shape[1] > most: raise ValueError(f"{name} coefficients must be (B,n) with n up to {most}, not {tuple(c.shape)}")
-    if shape.shape[1] < 300: shape = nn.functional.pad(shape, (0, 300 - shape.shape[1]))
+        if c.dim() != 2 or c.shape[1] > most:
+            raise ValueError(f"{name} coefficients must be (B,n) with n up to {most}, not {tuple(c.shape)}")
+    if shape.shape[1] < 300:
+        shape = nn.functional.pad(shape, (0, 300 - shape.shape[1]))
     first = params.eyelids.to(head.basis.dtype) if lids else shape.new_zeros(len(shape), 2)
     return torch.cat([first, pose if pose is not None else shape.new_zeros(len(shape), 9), shape, expression], 1)
 
+
 def _blend(head, columns):
     "Multiply coefficients with the top of the table and add the template: (B,V,3)."
-    return torch.addmm(head.template.view(1, -1), columns, head.basis[:columns.shape[1]]).unflatten(1, (-1, 3))
+    return torch.addmm(head.template.view(1, -1), columns, head.basis[: columns.shape[1]]).unflatten(1, (-1, 3))
+
 
 def _joints(head, columns):
     "Return unposed joints (B,5,3); they follow identity and expression, not the lids."
-    return torch.addmm(head.joint_template.view(1, -1), columns[:, 11:], head.joint_basis[:columns.shape[1] - 11]).unflatten(1, (-1, 3))
+    return torch.addmm(
+        head.joint_template.view(1, -1), columns[:, 11:], head.joint_basis[: columns.shape[1] - 11]
+    ).unflatten(1, (-1, 3))
+
 
 def _rotations(rotation, jaw, neck, eyes):
     "Return the rotation of each joint against its parent (B,5,3,3)."
@@ -106,23 +157,29 @@ def _rotations(rotation, jaw, neck, eyes):
     eyes = (zero, zero) if eyes is None else eyes.unflatten(-1, (2, 3)).unbind(-2)
     return rodrigues(torch.stack([rotation, zero if neck is None else neck, jaw, *eyes], 1))
 
-def _rest(feature): return torch.cat([feature[:, :9], feature[:, 18:]], 1)   # neck and eyes of the pose feature
+
+def _rest(feature):
+    return torch.cat([feature[:, :9], feature[:, 18:]], 1)  # neck and eyes of the pose feature
+
 
 def _pose(head, unposed, joints, rotations, rest):
     "Add what is left of the pose correctives, and skin."
-    if rest is not None: unposed = unposed + (rest @ head.basis[REST]).unflatten(1, (-1, 3))
+    if rest is not None:
+        unposed = unposed + (rest @ head.basis[REST]).unflatten(1, (-1, 3))
     maps, posed = chain_transforms(rotations, joints, head.parents)
     return HeadOutput(apply_maps(unposed, head.weights, maps), posed, rotations[:, 0] @ rotations[:, 1])
 
 # %% ../../nbs/12_head.flame.ipynb #d1b90f9c
-def _forward(self,
-    params:HeadParams,            # shape (B,<=300), expression (B,<=100), eyelids (B,2), jaw, rotation
-    neck:Tensor|None=None,        # (B,3) axis-angle, radians
-    eyes:Tensor|None=None,        # (B,6) left and right eye, axis-angle
-    eyelids:str="before",         # or "posed": added after skinning
+def _forward(
+    self,
+    params: HeadParams,  # shape (B,<=300), expression (B,<=100), eyelids (B,2), jaw, rotation
+    neck: Tensor | None = None,  # (B,3) axis-angle, radians
+    eyes: Tensor | None = None,  # (B,6) left and right eye, axis-angle
+    eyelids: str = "before",  # or "posed": added after skinning
 ) -> HeadOutput:
     "Pose heads; raise `ValueError` for too many coefficients."
-    if eyelids not in ("before", "posed"): raise ValueError(f"eyelids must be 'before' or 'posed', not {eyelids!r}")
+    if eyelids not in ("before", "posed"):
+        raise ValueError(f"eyelids must be 'before' or 'posed', not {eyelids!r}")
     with torch.autocast(self.template.device.type, enabled=False):
         like = lambda t: None if t is None else t.to(self.basis.dtype)
         rotations = _rotations(like(params.rotation), like(params.jaw), like(neck), like(eyes))
@@ -130,76 +187,100 @@ def _forward(self,
         columns = _columns(self, params, feature[:, 9:18], eyelids == "before")
         rest = None if neck is None and eyes is None else _rest(feature)
         output = _pose(self, _blend(self, columns), _joints(self, columns), rotations, rest)
-        if eyelids == "posed" and self.has_eyelids: output.vertices = output.vertices + (like(params.eyelids) @ self.basis[LIDS]).unflatten(1, (-1, 3))
+        if eyelids == "posed" and self.has_eyelids:
+            output.vertices = output.vertices + (like(params.eyelids) @ self.basis[LIDS]).unflatten(1, (-1, 3))
     return output
 
-def _unposed(self,
-    params:HeadParams,
-) -> Tensor:                      # (B,V,3) metres
-    "Return the surface before any joint moves: template, identity, expression and lids."
-    with torch.autocast(self.template.device.type, enabled=False): return _blend(self, _columns(self, params, None))
 
-def _pose_vertices(self,
-    unposed:Tensor,               # (B,V,3) any surface with this head's vertices, metres
-    rotation:Tensor,              # (B,3)
-    jaw:Tensor,                   # (B,3)
-    neck:Tensor|None=None,        # (B,3)
-    eyes:Tensor|None=None,        # (B,6)
-    joints:Tensor|None=None,      # (B,5,3) unposed joints; regressed from the surface if None
+def _unposed(
+    self,
+    params: HeadParams,
+) -> Tensor:  # (B,V,3) metres
+    "Return the surface before any joint moves: template, identity, expression and lids."
+    with torch.autocast(self.template.device.type, enabled=False):
+        return _blend(self, _columns(self, params, None))
+
+
+def _pose_vertices(
+    self,
+    unposed: Tensor,  # (B,V,3) any surface with this head's vertices, metres
+    rotation: Tensor,  # (B,3)
+    jaw: Tensor,  # (B,3)
+    neck: Tensor | None = None,  # (B,3)
+    eyes: Tensor | None = None,  # (B,6)
+    joints: Tensor | None = None,  # (B,5,3) unposed joints; regressed from the surface if None
 ) -> HeadOutput:
     "Pose a given surface, for instance a sculpted one that no coefficients describe."
-    if joints is None: joints = self.joint_regressor @ unposed
+    if joints is None:
+        joints = self.joint_regressor @ unposed
     rotations = _rotations(rotation, jaw, neck, eyes)
     feature = pose_feature(rotations)
     unposed = unposed + (feature[:, 9:18] @ self.basis[JAW]).unflatten(1, (-1, 3))
     return _pose(self, unposed, joints, rotations, None if neck is None and eyes is None else _rest(feature))
 
+
 Head.forward, Head.unposed, Head.pose_vertices = _forward, _unposed, _pose_vertices
 
 # %% ../../nbs/12_head.flame.ipynb #d8352ab8
 def contour_rows(
-    rotation:Tensor,              # (B,3,3) rotation of head and neck together
-) -> Tensor:                      # (B,) row of the contour table, 0-78
+    rotation: Tensor,  # (B,3,3) rotation of head and neck together
+) -> Tensor:  # (B,) row of the contour table, 0-78
     "Choose the row of the contour table by yaw."
     yaw = torch.atan2(-rotation[:, 2, 0], (rotation[:, 0, 0] ** 2 + rotation[:, 1, 0] ** 2).sqrt())
     degrees = (yaw.detach() * (180 / torch.pi)).round().clamp(-39, 39).long()
     return torch.where(degrees < 0, 39 - degrees, degrees)
 
+
 def yaw_matrix(
-    degrees,                      # (B,) yaw; positive turns the nose towards +x
-) -> Tensor:                      # (B,3,3)
+    degrees,  # (B,) yaw; positive turns the nose towards +x
+) -> Tensor:  # (B,3,3)
     "Return rotations about the vertical axis."
     y = torch.as_tensor(degrees, dtype=torch.float64).deg2rad()
     return rodrigues(torch.stack([torch.zeros_like(y), y, torch.zeros_like(y)], -1))
 
 # %% ../../nbs/12_head.flame.ipynb #ad38d152
 WANTED = {"fan68": ("contour17", "static51"), "static49": ("static51",)}
-HOW = {"mediapipe105": "mediapipe_landmark_embedding.npz", "points203": "203_landmark_embedding.npz", "bp4d83": "bp4d83_landmark_embedding.npz"}
+HOW = {
+    "mediapipe105": "mediapipe_landmark_embedding.npz",
+    "points203": "203_landmark_embedding.npz",
+    "bp4d83": "bp4d83_landmark_embedding.npz",
+}
 
-def _landmarks(self,
-    output:HeadOutput,            # what the head returned
-    which:str,                    # static51, contour17, fan68, static49, full68, mediapipe105, points203 or bp4d83
-) -> Tensor:                      # (B,L,3) metres
+
+def _landmarks(
+    self,
+    output: HeadOutput,  # what the head returned
+    which: str,  # static51, contour17, fan68, static49, full68, mediapipe105, points203 or bp4d83
+) -> Tensor:  # (B,L,3) metres
     "Return landmarks of posed heads; raise `HeadFileError` where the head has no such set."
     if which in WANTED:
         points = torch.cat([self.landmarks(output, part) for part in WANTED[which]], 1)
         return torch.cat([points[:, :43], points[:, 44:47], points[:, 48:]], 1) if which == "static49" else points
-    if which not in self.embeddings: raise HeadFileError(f"head {self.name} has no landmarks {which!r}: put {HOW.get(which, 'landmark_embedding.npy')} beside {self.path or 'it'}, or transfer them from the open head")
+    if which not in self.embeddings:
+        raise HeadFileError(
+            f"head {self.name} has no landmarks {which!r}: put {HOW.get(which, 'landmark_embedding.npy')} beside {self.path or 'it'}, or transfer them from the open head"
+        )
     faces, bary = getattr(self, f"_faces_{which}"), getattr(self, f"_bary_{which}")
     if which == "contour17":
         rows = contour_rows(output.rotation)
         faces, bary = faces[rows], bary[rows]
     return barycentric_points(output.vertices, self.faces, faces, bary)
 
-def _mask_faces(self,
-    name:str="face",              # region
-    any_corner:bool=False,        # count triangles with one corner in the region, not only whole ones
-) -> Tensor:                      # (F',3) triangles as vertex indices
+
+def _mask_faces(
+    self,
+    name: str = "face",  # region
+    any_corner: bool = False,  # count triangles with one corner in the region, not only whole ones
+) -> Tensor:  # (F',3) triangles as vertex indices
     "Return the triangles of a region; raise `HeadFileError` where the head has no such mask."
-    if name not in self._mask_names: raise HeadFileError(f"head {self.name} has no mask {name!r}: put FLAME_masks.pkl beside {self.path or 'it'}, or transfer it from the open head")
+    if name not in self._mask_names:
+        raise HeadFileError(
+            f"head {self.name} has no mask {name!r}: put FLAME_masks.pkl beside {self.path or 'it'}, or transfer it from the open head"
+        )
     inside = torch.zeros(len(self.template), dtype=torch.bool, device=self.faces.device)
     inside[getattr(self, f"_mask_{name}")] = True
     corners = inside[self.faces]
     return self.faces[corners.any(1) if any_corner else corners.all(1)]
+
 
 Head.landmarks, Head.mask_faces = _landmarks, _mask_faces

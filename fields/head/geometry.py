@@ -23,49 +23,70 @@ def _sinc(squared, small=1e-4):
     x = torch.where(near, 1.0, squared).sqrt()
     return torch.where(near, 1 - squared / 6 * (1 - squared / 20 * (1 - squared / 42)), x.sin() / x)
 
+
 def rodrigues(
-    axis_angle:Tensor,            # (...,3) rotation axis times angle, radians
-) -> Tensor:                      # (...,3,3) rotation matrices
+    axis_angle: Tensor,  # (...,3) rotation axis times angle, radians
+) -> Tensor:  # (...,3,3) rotation matrices
     "Turn axis-angle vectors into rotation matrices; exact at zero, with finite gradients."
     x, y, z = axis_angle.unbind(-1)
     squared = x * x + y * y + z * z
     s, half = _sinc(torch.stack([squared, squared / 4])).unbind()
     c = 0.5 * half * half
     xy, xz, yz, sx, sy, sz = c * x * y, c * x * z, c * y * z, s * x, s * y, s * z
-    rows = [1 - c * (y * y + z * z), xy - sz, xz + sy,
-            xy + sz, 1 - c * (x * x + z * z), yz - sx,
-            xz - sy, yz + sx, 1 - c * (x * x + y * y)]
+    rows = [
+        1 - c * (y * y + z * z),
+        xy - sz,
+        xz + sy,
+        xy + sz,
+        1 - c * (x * x + z * z),
+        yz - sx,
+        xz - sy,
+        yz + sx,
+        1 - c * (x * x + y * y),
+    ]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 # %% ../../nbs/10_head.geometry.ipynb #c0b1ad30
 def matrix_to_axis_angle(
-    matrix:Tensor,                # (...,3,3) rotation matrices
-) -> Tensor:                      # (...,3) axis times angle, angle in [0, pi]
+    matrix: Tensor,  # (...,3,3) rotation matrices
+) -> Tensor:  # (...,3) axis times angle, angle in [0, pi]
     "Turn rotation matrices into axis-angle vectors; accurate at small angles and near pi."
     a, b, c, d, e, f, g, h, i = matrix.flatten(-2).unbind(-1)
     squares = torch.stack([1 + a + e + i, 1 + a - e - i, 1 - a + e - i, 1 - a - e + i], -1)
     w, x, y, z = squares.unbind(-1)
-    candidates = torch.stack([torch.stack([w, h - f, c - g, d - b], -1), torch.stack([h - f, x, d + b, c + g], -1),
-                              torch.stack([c - g, d + b, y, h + f], -1), torch.stack([d - b, c + g, h + f, z], -1)], -2)
+    candidates = torch.stack(
+        [
+            torch.stack([w, h - f, c - g, d - b], -1),
+            torch.stack([h - f, x, d + b, c + g], -1),
+            torch.stack([c - g, d + b, y, h + f], -1),
+            torch.stack([d - b, c + g, h + f, z], -1),
+        ],
+        -2,
+    )
     best = squares.detach().argmax(-1)[..., None, None].expand(*squares.shape[:-1], 1, 4)
     q = F.normalize(candidates.gather(-2, best).squeeze(-2), dim=-1)
     q = torch.where(q[..., :1] < 0, -q, q)
     squared = q[..., 1:].square().sum(-1)
     near = squared < 1e-8
     length = torch.where(near, 1.0, squared).sqrt()
-    factor = torch.where(near, 2 / q[..., 0] * (1 - squared / (3 * q[..., 0] ** 2)), 2 * torch.atan2(length, q[..., 0]) / length)
+    factor = torch.where(
+        near, 2 / q[..., 0] * (1 - squared / (3 * q[..., 0] ** 2)), 2 * torch.atan2(length, q[..., 0]) / length
+    )
     return q[..., 1:] * factor[..., None]
 
 # %% ../../nbs/10_head.geometry.ipynb #2d1b6ecb
 def chain_transforms(
-    rotations:Tensor,             # (B,J,3,3) rotation of each joint against its parent
-    joints:Tensor,                # (B,J,3) unposed joints, metres
-    parents,                      # J parent indices; the first is -1
-) -> tuple[Tensor, Tensor]:       # (B,J,3,4) maps of unposed points, (B,J,3) posed joints
+    rotations: Tensor,  # (B,J,3,3) rotation of each joint against its parent
+    joints: Tensor,  # (B,J,3) unposed joints, metres
+    parents,  # J parent indices; the first is -1
+) -> tuple[Tensor, Tensor]:  # (B,J,3,4) maps of unposed points, (B,J,3) posed joints
     "Follow the chain of joints from the root."
     parents = [int(p) for p in parents]
-    if parents[0] != -1 or any(not 0 <= p < j for j, p in enumerate(parents) if j): raise ValueError(f"parents {parents} are no chain from joint 0")
-    starts = [j for j in range(1, len(parents)) if parents[j] != parents[j - 1]]  # neighbours with one parent move together
+    if parents[0] != -1 or any(not 0 <= p < j for j, p in enumerate(parents) if j):
+        raise ValueError(f"parents {parents} are no chain from joint 0")
+    starts = [
+        j for j in range(1, len(parents)) if parents[j] != parents[j - 1]
+    ]  # neighbours with one parent move together
     world, posed = [rotations[:, :1]], [joints[:, :1]]
     for first, last in zip(starts, starts[1:] + [len(parents)]):
         p = slice(parents[first], parents[first] + 1)
@@ -80,9 +101,11 @@ def chain_transforms(
 @cache
 def _kernels():
     "Compile the two skinning loops; return None where numba is missing."
-    try: import numba
-    except ImportError: return None
-    BLOCK = 32                                                              # vertices; blocks that a joint does not move are skipped
+    try:
+        import numba
+    except ImportError:
+        return None
+    BLOCK = 32  # vertices; blocks that a joint does not move are skipped
 
     @numba.njit(fastmath=True, nogil=True, cache=True)
     def forward(points, weights, active, maps, out):
@@ -92,7 +115,20 @@ def _kernels():
             o[:] = 0
             for j in range(weights.shape[0]):
                 w, m = weights[j], maps[b, j]
-                m00, m01, m02, m03, m10, m11, m12, m13, m20, m21, m22, m23 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11]
+                m00, m01, m02, m03, m10, m11, m12, m13, m20, m21, m22, m23 = (
+                    m[0],
+                    m[1],
+                    m[2],
+                    m[3],
+                    m[4],
+                    m[5],
+                    m[6],
+                    m[7],
+                    m[8],
+                    m[9],
+                    m[10],
+                    m[11],
+                )
                 for n in range(active.shape[1]):
                     if active[j, n]:
                         for v in range(n * BLOCK, min(V, n * BLOCK + BLOCK)):
@@ -119,21 +155,50 @@ def _kernels():
                             q[v, 0] += m00 * a + m10 * c + m20 * d
                             q[v, 1] += m01 * a + m11 * c + m21 * d
                             q[v, 2] += m02 * a + m12 * c + m22 * d
-                            s00 += a * x; s01 += a * y; s02 += a * z; s03 += a
-                            s10 += c * x; s11 += c * y; s12 += c * z; s13 += c
-                            s20 += d * x; s21 += d * y; s22 += d * z; s23 += d
-                s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11] = s00, s01, s02, s03, s10, s11, s12, s13, s20, s21, s22, s23
+                            s00 += a * x
+                            s01 += a * y
+                            s02 += a * z
+                            s03 += a
+                            s10 += c * x
+                            s11 += c * y
+                            s12 += c * z
+                            s13 += c
+                            s20 += d * x
+                            s21 += d * y
+                            s22 += d * z
+                            s23 += d
+                s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11] = (
+                    s00,
+                    s01,
+                    s02,
+                    s03,
+                    s10,
+                    s11,
+                    s12,
+                    s13,
+                    s20,
+                    s21,
+                    s22,
+                    s23,
+                )
 
     return forward, backward, BLOCK
 
 # %% ../../nbs/10_head.geometry.ipynb #c87b69ce
-def _run(loop, *tensors): loop(*(t.numpy() for t in tensors))
+def _run(loop, *tensors):
+    loop(*(t.numpy() for t in tensors))
+
 
 class _Skin(torch.autograd.Function):
     "The numba loops as one differentiable step."
+
     @staticmethod
     def forward(ctx, points, weights, maps):
-        points, weights, maps = points.detach().contiguous(), weights.detach().T.contiguous(), maps.detach().flatten(2).contiguous()
+        points, weights, maps = (
+            points.detach().contiguous(),
+            weights.detach().T.contiguous(),
+            maps.detach().flatten(2).contiguous(),
+        )
         V, block = weights.shape[1], _kernels()[2]
         active = F.pad(weights != 0, (0, -V % block)).unflatten(1, (-1, block)).any(2)
         out = torch.empty_like(points)
@@ -153,92 +218,114 @@ class _Skin(torch.autograd.Function):
 def _plain_only(*tensors):
     "Say whether the loops cannot serve these tensors: another device or dtype, `torch.func`, or forward mode."
     wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda t: True)
-    return any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64) or t.dtype != tensors[0].dtype or wrapped(t)
-               or torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) or _kernels() is None
+    return (
+        any(
+            t.device.type != "cpu"
+            or t.dtype not in (torch.float32, torch.float64)
+            or t.dtype != tensors[0].dtype
+            or wrapped(t)
+            or torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+            for t in tensors
+        )
+        or _kernels() is None
+    )
+
 
 def apply_maps(
-    points:Tensor,                # (B,V,3) unposed vertices
-    weights:Tensor,               # (V,J) skinning weights
-    maps:Tensor,                  # (B,J,3,4) map of each joint
-    plain:bool=False,             # never use the numba loops
-) -> Tensor:                      # (B,V,3) posed vertices
+    points: Tensor,  # (B,V,3) unposed vertices
+    weights: Tensor,  # (V,J) skinning weights
+    maps: Tensor,  # (B,J,3,4) map of each joint
+    plain: bool = False,  # never use the numba loops
+) -> Tensor:  # (B,V,3) posed vertices
     "Move every vertex by the weighted mean of the joints' maps; a single head is not worth loading numba for."
-    if not plain and len(points) > 1 and not weights.requires_grad and not _plain_only(points, weights, maps): return _Skin.apply(points, weights, maps)
+    if not plain and len(points) > 1 and not weights.requires_grad and not _plain_only(points, weights, maps):
+        return _Skin.apply(points, weights, maps)
     m = (maps.flatten(2).transpose(1, 2) @ weights.T).unflatten(1, (3, 4))
     x, y, z = points[:, None].unbind(-1)
     return (m[:, :, 0] * x + m[:, :, 1] * y + m[:, :, 2] * z + m[:, :, 3]).transpose(1, 2)
 
 # %% ../../nbs/10_head.geometry.ipynb #0ec259fd
 def pose_feature(
-    rotations:Tensor,             # (B,J,3,3) rotation of each joint against its parent
-) -> Tensor:                      # (B,9(J-1)) entries of R - I, row by row, root left out
+    rotations: Tensor,  # (B,J,3,3) rotation of each joint against its parent
+) -> Tensor:  # (B,9(J-1)) entries of R - I, row by row, root left out
     "Return what the pose correctives multiply."
     return (rotations[:, 1:] - torch.eye(3, device=rotations.device, dtype=rotations.dtype)).flatten(1)
 
+
 def skin(
-    unposed:Tensor,               # (B,V,3) vertices of the unposed head, metres
-    joints:Tensor,                # (B,J,3) unposed joints, metres
-    weights:Tensor,               # (V,J) skinning weights, rows sum to one
-    posedirs:Tensor|None,         # (V,3,9(J-1)) pose correctives, or None
-    rotations:Tensor,             # (B,J,3,3) rotation of each joint against its parent
-    parents,                      # J parent indices; the first is -1
-    plain:bool=False,             # never use the numba loops
-) -> tuple[Tensor, Tensor]:       # (B,V,3) posed vertices, (B,J,3) posed joints
+    unposed: Tensor,  # (B,V,3) vertices of the unposed head, metres
+    joints: Tensor,  # (B,J,3) unposed joints, metres
+    weights: Tensor,  # (V,J) skinning weights, rows sum to one
+    posedirs: Tensor | None,  # (V,3,9(J-1)) pose correctives, or None
+    rotations: Tensor,  # (B,J,3,3) rotation of each joint against its parent
+    parents,  # J parent indices; the first is -1
+    plain: bool = False,  # never use the numba loops
+) -> tuple[Tensor, Tensor]:  # (B,V,3) posed vertices, (B,J,3) posed joints
     "Pose heads by linear blend skinning."
-    if posedirs is not None: unposed = unposed + (pose_feature(rotations) @ posedirs.flatten(0, 1).T).unflatten(1, (-1, 3))
+    if posedirs is not None:
+        unposed = unposed + (pose_feature(rotations) @ posedirs.flatten(0, 1).T).unflatten(1, (-1, 3))
     maps, posed = chain_transforms(rotations, joints, parents)
     return apply_maps(unposed, weights, maps, plain), posed
 
 # %% ../../nbs/10_head.geometry.ipynb #79b6bb4c
 def face_normals(
-    vertices:Tensor,              # (B,V,3) metres
-    faces:Tensor,                 # (F,3) vertex indices, counter-clockwise from outside
-) -> Tensor:                      # (B,F,3) normals whose length is twice the area
+    vertices: Tensor,  # (B,V,3) metres
+    faces: Tensor,  # (F,3) vertex indices, counter-clockwise from outside
+) -> Tensor:  # (B,F,3) normals whose length is twice the area
     "Return the cross product of two edges of every triangle."
     a, b, c = (vertices.index_select(1, faces[:, k]) for k in range(3))
     return torch.linalg.cross(b - a, c - a, dim=-1)
 
+
 def vertex_normals(
-    vertices:Tensor,              # (B,V,3) metres
-    faces:Tensor,                 # (F,3) vertex indices, counter-clockwise from outside
-) -> Tensor:                      # (B,V,3) unit normals; zero where a vertex has no triangle of any area
+    vertices: Tensor,  # (B,V,3) metres
+    faces: Tensor,  # (F,3) vertex indices, counter-clockwise from outside
+) -> Tensor:  # (B,V,3) unit normals; zero where a vertex has no triangle of any area
     "Return normals at the vertices, each triangle counting by its area."
     B, V, _ = vertices.shape
-    flat = vertices.transpose(0, 1).reshape(V, -1)                          # rows of 3B numbers gather and add fastest
+    flat = vertices.transpose(0, 1).reshape(V, -1)  # rows of 3B numbers gather and add fastest
     a, b, c = (flat.index_select(0, faces[:, k]).view(-1, B, 3) for k in range(3))
     normals = torch.linalg.cross(b - a, c - a, dim=-1).flatten(1)
     total = torch.zeros_like(flat)
-    for k in range(3): total = total.index_add(0, faces[:, k], normals)
+    for k in range(3):
+        total = total.index_add(0, faces[:, k], normals)
     return F.normalize(total.view(V, B, 3), dim=-1, eps=1e-30).transpose(0, 1)
 
+
 def barycentric_points(
-    vertices:Tensor,              # (B,V,3) metres
-    faces:Tensor,                 # (F,3) vertex indices
-    face_index:Tensor,            # (L,) or (B,L) triangle of each point
-    barycentric:Tensor,           # (L,3) or (B,L,3) weights of its corners
-) -> Tensor:                      # (B,L,3) points
+    vertices: Tensor,  # (B,V,3) metres
+    faces: Tensor,  # (F,3) vertex indices
+    face_index: Tensor,  # (L,) or (B,L) triangle of each point
+    barycentric: Tensor,  # (L,3) or (B,L,3) weights of its corners
+) -> Tensor:  # (B,L,3) points
     "Return points given by a triangle and the weights of its corners."
     corners = faces[face_index]
-    if corners.dim() == 2: picked = vertices[:, corners]
-    else: picked = vertices.gather(1, corners.flatten(1)[..., None].expand(-1, -1, vertices.shape[-1])).unflatten(1, corners.shape[1:])
+    if corners.dim() == 2:
+        picked = vertices[:, corners]
+    else:
+        picked = vertices.gather(1, corners.flatten(1)[..., None].expand(-1, -1, vertices.shape[-1])).unflatten(
+            1, corners.shape[1:]
+        )
     return (picked * barycentric.to(vertices.dtype).unsqueeze(-1)).sum(-2)
 
 # %% ../../nbs/10_head.geometry.ipynb #f2954408
 def sphere(
-    splits:int=3,                 # each split makes four triangles of one
-    radius:float=1.0,             # metres
-) -> tuple[np.ndarray, np.ndarray]: # (V,3) vertices, (F,3) triangles
+    splits: int = 3,  # each split makes four triangles of one
+    radius: float = 1.0,  # metres
+) -> tuple[np.ndarray, np.ndarray]:  # (V,3) vertices, (F,3) triangles
     "Return a sphere of triangles."
     points = [np.array(p, float) for p in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))]
     faces = [(0, 2, 4), (2, 1, 4), (1, 3, 4), (3, 0, 4), (2, 0, 5), (1, 2, 5), (3, 1, 5), (0, 3, 5)]
     for _ in range(splits):
         middles, split = {}, []
+
         def middle(i, j):
             key = (min(i, j), max(i, j))
             if key not in middles:
                 middles[key] = len(points)
                 points.append((points[i] + points[j]) / np.linalg.norm(points[i] + points[j]))
             return middles[key]
+
         for a, b, c in faces:
             d, e, f = middle(a, b), middle(b, c), middle(c, a)
             split += [(a, d, f), (d, b, e), (f, e, c), (d, e, f)]
@@ -247,14 +334,15 @@ def sphere(
 
 # %% ../../nbs/10_head.geometry.ipynb #cdfb8ef0
 def draw_mesh(
-    axis,                         # matplotlib axis
-    vertices,                     # (V,3) array or tensor
-    faces,                        # (F,3)
-    color=(0.86, 0.8, 0.76),      # red, green, blue in full light, of the whole surface or (V,3) of its vertices
-    yaw:float=0.0,                # degrees the head turns before it is drawn
+    axis,  # matplotlib axis
+    vertices,  # (V,3) array or tensor
+    faces,  # (F,3)
+    color=(0.86, 0.8, 0.76),  # red, green, blue in full light, of the whole surface or (V,3) of its vertices
+    yaw: float = 0.0,  # degrees the head turns before it is drawn
 ):
     "Draw a mesh seen along -z, shaded by its slope."
     from matplotlib.collections import PolyCollection
+
     vertices, faces = (torch.as_tensor(a).detach().cpu() for a in (vertices, faces))
     turn = rodrigues(torch.tensor([0.0, math.radians(yaw), 0.0])).to(vertices.dtype)
     vertices = vertices @ turn.T
@@ -265,16 +353,27 @@ def draw_mesh(
     color = torch.as_tensor(color, dtype=vertices.dtype)
     paint = color[faces[order]].mean(1) if color.dim() == 2 else color
     light = (0.25 + 0.75 * normals[order] @ torch.tensor([0.25, 0.35, 0.9], dtype=vertices.dtype)).clamp(0.1, 1)
-    axis.add_collection(PolyCollection(corners[order, :, :2].numpy(), facecolors=(light[:, None] * paint).clamp(0, 1).numpy(), edgecolors="face", linewidths=0.3))
-    axis.set_aspect("equal"); axis.autoscale_view(); axis.axis("off")
+    axis.add_collection(
+        PolyCollection(
+            corners[order, :, :2].numpy(),
+            facecolors=(light[:, None] * paint).clamp(0, 1).numpy(),
+            edgecolors="face",
+            linewidths=0.3,
+        )
+    )
+    axis.set_aspect("equal")
+    axis.autoscale_view()
+    axis.axis("off")
+
 
 def photo(
-    figure,                       # matplotlib figure in which meshes were drawn
-    dpi:int=72,                   # dots per inch
-    quality:int=75,               # JPEG quality
-):                                # IPython Image
+    figure,  # matplotlib figure in which meshes were drawn
+    dpi: int = 72,  # dots per inch
+    quality: int = 75,  # JPEG quality
+):  # IPython Image
     "Return a figure as a small JPEG for a notebook."
     from IPython.display import Image
+
     figure.set_dpi(dpi)
     figure.canvas.draw()
     return Image(data=jpeg(np.asarray(figure.canvas.buffer_rgba())[..., :3], quality), format="jpeg")
@@ -283,21 +382,33 @@ def photo(
 def _colors(colors, count):
     "Return (V,3) bytes from floats in [0,1] or bytes."
     colors = np.asarray(colors.detach().cpu() if isinstance(colors, Tensor) else colors)
-    if colors.dtype != np.uint8: colors = np.clip(np.round(colors * 255), 0, 255).astype(np.uint8)
-    if colors.shape != (count, 3): raise ValueError(f"colors must be ({count},3), one colour for each vertex, not {colors.shape}")
+    if colors.dtype != np.uint8:
+        colors = np.clip(np.round(colors * 255), 0, 255).astype(np.uint8)
+    if colors.shape != (count, 3):
+        raise ValueError(f"colors must be ({count},3), one colour for each vertex, not {colors.shape}")
     return colors
+
 
 def _write_obj(path, vertices, faces, colors):
     rows = [("v %.9g %.9g %.9g" % tuple(v)) for v in vertices.tolist()]
-    if colors is not None: rows = [r + " %.6f %.6f %.6f" % tuple(c) for r, c in zip(rows, np.ceil(colors / 255 * 1e6) / 1e6)]   # rounded up: some readers truncate
+    if colors is not None:
+        rows = [
+            r + " %.6f %.6f %.6f" % tuple(c) for r, c in zip(rows, np.ceil(colors / 255 * 1e6) / 1e6)
+        ]  # rounded up: some readers truncate
     rows += ["f %d %d %d" % tuple(t) for t in (faces + 1).tolist()]
     path.write_text("\n".join(rows) + "\n")
+
 
 def _write_ply(path, vertices, faces, colors):
     kinds = [("xyz", "<f4", 3)] + ([("rgb", "u1", 3)] if colors is not None else [])
     body = np.zeros(len(vertices), kinds)
     body["xyz"] = vertices
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *(f"property float {a}" for a in "xyz")]
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        f"element vertex {len(vertices)}",
+        *(f"property float {a}" for a in "xyz"),
+    ]
     if colors is not None:
         body["rgb"] = colors
         header += [f"property uchar {c}" for c in ("red", "green", "blue")]
@@ -309,66 +420,99 @@ def _write_ply(path, vertices, faces, colors):
 # %% ../../nbs/10_head.geometry.ipynb #b8698a43
 def _write_glb(path, vertices, faces, colors):
     normals = vertex_normals(torch.from_numpy(vertices)[None], torch.from_numpy(faces))[0].numpy()
-    arrays = [("POSITION", vertices, 5126, "VEC3"), ("NORMAL", normals, 5126, "VEC3"), (None, faces.astype(np.uint32).ravel(), 5125, "SCALAR")]
-    if colors is not None: arrays.append(("COLOR_0", np.c_[colors, np.full(len(colors), 255, np.uint8)], 5121, "VEC4"))
+    arrays = [
+        ("POSITION", vertices, 5126, "VEC3"),
+        ("NORMAL", normals, 5126, "VEC3"),
+        (None, faces.astype(np.uint32).ravel(), 5125, "SCALAR"),
+    ]
+    if colors is not None:
+        arrays.append(("COLOR_0", np.c_[colors, np.full(len(colors), 255, np.uint8)], 5121, "VEC4"))
     views, accessors, blob, attributes = [], [], b"", {}
     for i, (name, a, kind, shape) in enumerate(arrays):
         views.append({"buffer": 0, "byteOffset": len(blob), "byteLength": a.nbytes, "target": 34962 if name else 34963})
         accessor = {"bufferView": i, "componentType": kind, "count": len(a), "type": shape}
-        if name == "POSITION": accessor |= {"min": a.min(0).tolist(), "max": a.max(0).tolist()}
-        if name == "COLOR_0": accessor["normalized"] = True
-        if name: attributes[name] = i
+        if name == "POSITION":
+            accessor |= {"min": a.min(0).tolist(), "max": a.max(0).tolist()}
+        if name == "COLOR_0":
+            accessor["normalized"] = True
+        if name:
+            attributes[name] = i
         accessors.append(accessor)
         blob += a.tobytes() + b"\0" * (-a.nbytes % 4)
-    scene = {"asset": {"version": "2.0", "generator": "FIELDS"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
-             "meshes": [{"primitives": [{"attributes": attributes, "indices": 2}]}],
-             "buffers": [{"byteLength": len(blob)}], "bufferViews": views, "accessors": accessors}
-    if colors is None:                                                      # beside a material trimesh would hide the colours
+    scene = {
+        "asset": {"version": "2.0", "generator": "FIELDS"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [{"attributes": attributes, "indices": 2}]}],
+        "buffers": [{"byteLength": len(blob)}],
+        "bufferViews": views,
+        "accessors": accessors,
+    }
+    if colors is None:  # beside a material trimesh would hide the colours
         scene["meshes"][0]["primitives"][0]["material"] = 0
         scene["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 0.8}}]
     text = json.dumps(scene, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)
-    path.write_bytes(struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + len(blob), len(text), 0x4E4F534A) + text
-                     + struct.pack("<II", len(blob), 0x004E4942) + blob)
+    path.write_bytes(
+        struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + len(blob), len(text), 0x4E4F534A)
+        + text
+        + struct.pack("<II", len(blob), 0x004E4942)
+        + blob
+    )
 
 # %% ../../nbs/10_head.geometry.ipynb #2d87cdd3
 def write_mesh(
-    path,                         # ends in .obj, .ply or .glb
-    vertices,                     # (V,3) array or tensor, metres
-    faces,                        # (F,3) array or tensor
-    colors=None,                  # (V,3) floats in [0,1] or bytes
-) -> Path:                        # the file written
+    path,  # ends in .obj, .ply or .glb
+    vertices,  # (V,3) array or tensor, metres
+    faces,  # (F,3) array or tensor
+    colors=None,  # (V,3) floats in [0,1] or bytes
+) -> Path:  # the file written
     "Write a mesh; raise `ValueError` for another ending or wrong shapes."
     path = Path(path)
     vertices, faces = (np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a) for a in (vertices, faces))
-    if vertices.ndim != 2 or vertices.shape[1] != 3: raise ValueError(f"vertices must be (V,3), not {vertices.shape}; write one head at a time")
-    if faces.ndim != 2 or faces.shape[1] != 3: raise ValueError(f"faces must be (F,3), not {faces.shape}")
-    if not np.isfinite(vertices).all(): raise ValueError(f"{path.name} not written: some vertices are not finite")
+    if vertices.ndim != 2 or vertices.shape[1] != 3:
+        raise ValueError(f"vertices must be (V,3), not {vertices.shape}; write one head at a time")
+    if faces.ndim != 2 or faces.shape[1] != 3:
+        raise ValueError(f"faces must be (F,3), not {faces.shape}")
+    if not np.isfinite(vertices).all():
+        raise ValueError(f"{path.name} not written: some vertices are not finite")
     writers = {".obj": _write_obj, ".ply": _write_ply, ".glb": _write_glb}
-    if path.suffix.lower() not in writers: raise ValueError(f"cannot write {path.name}: the name must end in .obj, .ply or .glb")
+    if path.suffix.lower() not in writers:
+        raise ValueError(f"cannot write {path.name}: the name must end in .obj, .ply or .glb")
     colors = None if colors is None else _colors(colors, len(vertices))
-    writers[path.suffix.lower()](path, np.ascontiguousarray(vertices, np.float32), np.ascontiguousarray(faces, np.int64), colors)
+    writers[path.suffix.lower()](
+        path, np.ascontiguousarray(vertices, np.float32), np.ascontiguousarray(faces, np.int64), colors
+    )
     return path
 
 # %% ../../nbs/10_head.geometry.ipynb #873132a7
 @dataclass
 class Mesh:
     "A mesh as read from a file."
-    vertices:np.ndarray           # (V,3) float64, in the file's unit
-    faces:np.ndarray              # (F,3) int64
-    colors:np.ndarray|None = None # (V,3) bytes
+
+    vertices: np.ndarray  # (V,3) float64, in the file's unit
+    faces: np.ndarray  # (F,3) int64
+    colors: np.ndarray | None = None  # (V,3) bytes
+
 
 def read_mesh(
-    path,                         # .obj, .ply, .glb, .stl, .off
+    path,  # .obj, .ply, .glb, .stl, .off
 ) -> Mesh:
     "Read a mesh, vertices in the file's order; raise `ValueError` where it holds none."
     import trimesh
+
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"{path} does not exist")
-    try: mesh = trimesh.load(path, force="mesh", process=False, maintain_order=True)
-    except Exception as error: raise ValueError(f"{path} cannot be read as a mesh ({type(error).__name__}: {error})") from None
-    if not len(getattr(mesh, "faces", ())): raise ValueError(f"{path} holds no triangles")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        mesh = trimesh.load(path, force="mesh", process=False, maintain_order=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a mesh ({type(error).__name__}: {error})") from None
+    if not len(getattr(mesh, "faces", ())):
+        raise ValueError(f"{path} holds no triangles")
     vertices, faces = np.array(mesh.vertices, np.float64), np.array(mesh.faces, np.int64)
-    if not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices): raise ValueError(f"{path} holds vertices that are not finite or triangles without corners")
+    if not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"{path} holds vertices that are not finite or triangles without corners")
     colored = mesh.visual.kind == "vertex"
     return Mesh(vertices, faces, np.array(mesh.visual.vertex_colors[:, :3], np.uint8) if colored else None)

@@ -14,93 +14,113 @@ from .template import Template
 
 # %% ../../nbs/18_head.health.ipynb #79b6bb4c
 def face_normals(
-    vertices:np.ndarray,          # (...,V,3)
-    faces:np.ndarray,             # (F,3)
-) -> np.ndarray:                  # (...,F,3) as long as twice the area
+    vertices: np.ndarray,  # (...,V,3)
+    faces: np.ndarray,  # (F,3)
+) -> np.ndarray:  # (...,F,3) as long as twice the area
     "Return the normals of triangles."
     a, b, c = (vertices[..., faces[:, k], :] for k in range(3))
     return np.cross(b - a, c - a)
 
+
 def inverted(
-    vertices:np.ndarray,          # (V,3)
-    faces:np.ndarray,             # (F,3)
-) -> np.ndarray:                  # (F,) bool
+    vertices: np.ndarray,  # (V,3)
+    faces: np.ndarray,  # (F,3)
+) -> np.ndarray:  # (F,) bool
     "Return which triangles face against the mean normal around their corners."
     n = face_normals(vertices, faces)
     around = np.stack([np.bincount(faces.ravel(), np.repeat(n[:, k], 3), len(vertices)) for k in range(3)], 1)
     around /= np.linalg.norm(around, axis=1, keepdims=True) + 1e-20
-    return (n*around[faces].mean(1)).sum(1) < 0
+    return (n * around[faces].mean(1)).sum(1) < 0
+
 
 def turned_over(
-    vertices:np.ndarray,          # (B,V,3) unposed
-    neutral:np.ndarray,           # (V,3) the neutral face
-    faces:np.ndarray,             # (F,3)
-) -> np.ndarray:                  # (B,) share of triangles
+    vertices: np.ndarray,  # (B,V,3) unposed
+    neutral: np.ndarray,  # (V,3) the neutral face
+    faces: np.ndarray,  # (F,3)
+) -> np.ndarray:  # (B,) share of triangles
     "Return how many triangles have turned by more than a right angle."
-    return ((face_normals(vertices, faces)*face_normals(neutral, faces)).sum(-1) < 0).mean(-1)
+    return ((face_normals(vertices, faces) * face_normals(neutral, faces)).sum(-1) < 0).mean(-1)
 
 # %% ../../nbs/18_head.health.ipynb #370c1513
 def lip_gap(
-    vertices:np.ndarray,          # (B,V,3) posed, metres
-    template:Template,            # structure
-) -> np.ndarray:                  # (B,29) millimetres between upper and lower lip, from the middle to the left corner and back
+    vertices: np.ndarray,  # (B,V,3) posed, metres
+    template: Template,  # structure
+) -> np.ndarray:  # (B,29) millimetres between upper and lower lip, from the middle to the left corner and back
     "Return the distance between the lips along their line."
     line = vertices[:, template.lips[0]]
-    return np.linalg.norm(line - line[:, ::-1], axis=-1)*1e3
+    return np.linalg.norm(line - line[:, ::-1], axis=-1) * 1e3
+
 
 def lid_gap(
-    vertices:np.ndarray,          # (B,V,3) posed, metres
-    template:Template,            # structure
-) -> np.ndarray:                  # (B,2) widest vertical opening of the left and right lid, millimetres
+    vertices: np.ndarray,  # (B,V,3) posed, metres
+    template: Template,  # structure
+) -> np.ndarray:  # (B,2) widest vertical opening of the left and right lid, millimetres
     "Return how far each lid is open."
-    n = template.eye.shape[1]//2
+    n = template.eye.shape[1] // 2
     edges = [vertices[:, name(template.eye[0])] for name, _ in template.sides()]
-    return np.stack([(e[:, 1:n, 1] - e[:, :n:-1, 1]).max(1) for e in edges], 1)*1e3
+    return np.stack([(e[:, 1:n, 1] - e[:, :n:-1, 1]).max(1) for e in edges], 1) * 1e3
+
 
 def lid_clearance(
-    vertices:np.ndarray,          # (B,V,3) posed, metres
-    template:Template,            # structure
-) -> np.ndarray:                  # (B,2) millimetres between the eyeball and the nearest vertex of the lid's outer skin
+    vertices: np.ndarray,  # (B,V,3) posed, metres
+    template: Template,  # structure
+) -> np.ndarray:  # (B,2) millimetres between the eyeball and the nearest vertex of the lid's outer skin
     "Return how far lids stand off the eyeballs; negative values mean that an eyeball comes through."
     out = []
     for (name, _), ball in zip(template.sides(), template.balls):
         centre = vertices[:, ball[template.equator]].mean(1, keepdims=True)
         radius = np.linalg.norm(vertices[:, ball] - centre, axis=-1).max(1)
         out.append(np.linalg.norm(vertices[:, name(template.eye[:3].ravel())] - centre, axis=-1).min(1) - radius)
-    return np.stack(out, 1)*1e3
+    return np.stack(out, 1) * 1e3
 
 # %% ../../nbs/18_head.health.ipynb #3bf655cd
 def jaw_correlation(
-    components:np.ndarray,        # (V,3,K) expression components
-    opening:np.ndarray,           # (V,3) displacement of an opening jaw
-) -> np.ndarray:                  # (K,) absolute cosines
+    components: np.ndarray,  # (V,3,K) expression components
+    opening: np.ndarray,  # (V,3) displacement of an opening jaw
+) -> np.ndarray:  # (K,) absolute cosines
     "Return how much expression components look like the jaw."
     c, j = components.reshape(-1, components.shape[-1]), opening.ravel()
-    return np.abs(j @ c)/np.linalg.norm(c, axis=0)/np.linalg.norm(j)
+    return np.abs(j @ c) / np.linalg.norm(c, axis=0) / np.linalg.norm(j)
 
 # %% ../../nbs/18_head.health.ipynb #d4fd0a23
 @dataclass
 class Measure:
     "A distance between two landmarks."
-    name:str
-    ends:tuple                    # two landmarks, mm on the template; or one, measured to its mirror image
-    women:float                   # published mean, mm
-    men:float                     # published mean, mm
-    spread:float                  # published standard deviation within a sex, mm
+
+    name: str
+    ends: tuple  # two landmarks, mm on the template; or one, measured to its mirror image
+    women: float  # published mean, mm
+    men: float  # published mean, mm
+    spread: float  # published standard deviation within a sex, mm
+
 
 MEASURES = (
-    Measure("head width eu-eu", ((73.4, 62, -37),), 144, 151, 5.8), Measure("head length g-op", ((0, 49.6, 59), (0, 47.6, -137)), 187, 197, 6.9), Measure("face width zy-zy", ((69.9, 18.5, -6),), 130, 139, 5.0),
-    Measure("jaw width go-go", ((55.3, -59, -12),), 95, 106, 5.5), Measure("face height n-gn", ((0, 26.6, 57), (0, -89, 43)), 111, 125, 5.3), Measure("lower face sn-gn", ((0, -22.4, 64), (0, -89, 43)), 64, 73, 4.3),
-    Measure("nose height n-sn", ((0, 26.6, 57), (0, -22.4, 64)), 51, 55, 3.2), Measure("nose width al-al", ((20.3, -14.6, 54.3),), 31, 35, 2.1), Measure("inner eyes en-en", ((17.6, 22.6, 41.4),), 32, 33, 2.5),
-    Measure("outer eyes ex-ex", ((45.3, 25, 35.9),), 88, 91, 3.1), Measure("eye ex-en", ((17.6, 22.6, 41.4), (45.3, 25, 35.9)), 31, 31, 1.2), Measure("mouth ch-ch", ((25.6, -44.3, 50.2),), 50, 55, 3.3),
-    Measure("ear sa-sba", ((83, 38, -45.5), (73, -23.6, -30)), 59, 63, 3.4))
+    Measure("head width eu-eu", ((73.4, 62, -37),), 144, 151, 5.8),
+    Measure("head length g-op", ((0, 49.6, 59), (0, 47.6, -137)), 187, 197, 6.9),
+    Measure("face width zy-zy", ((69.9, 18.5, -6),), 130, 139, 5.0),
+    Measure("jaw width go-go", ((55.3, -59, -12),), 95, 106, 5.5),
+    Measure("face height n-gn", ((0, 26.6, 57), (0, -89, 43)), 111, 125, 5.3),
+    Measure("lower face sn-gn", ((0, -22.4, 64), (0, -89, 43)), 64, 73, 4.3),
+    Measure("nose height n-sn", ((0, 26.6, 57), (0, -22.4, 64)), 51, 55, 3.2),
+    Measure("nose width al-al", ((20.3, -14.6, 54.3),), 31, 35, 2.1),
+    Measure("inner eyes en-en", ((17.6, 22.6, 41.4),), 32, 33, 2.5),
+    Measure("outer eyes ex-ex", ((45.3, 25, 35.9),), 88, 91, 3.1),
+    Measure("eye ex-en", ((17.6, 22.6, 41.4), (45.3, 25, 35.9)), 31, 31, 1.2),
+    Measure("mouth ch-ch", ((25.6, -44.3, 50.2),), 50, 55, 3.3),
+    Measure("ear sa-sba", ((83, 38, -45.5), (73, -23.6, -30)), 59, 63, 3.4),
+)
+
 
 def measure(
-    vertices:np.ndarray,          # (B,V,3) neutral, unposed, metres
-    sculpt:Sculpt,                # whose vertices
-) -> np.ndarray:                  # (B,13) millimetres
+    vertices: np.ndarray,  # (B,V,3) neutral, unposed, metres
+    sculpt: Sculpt,  # whose vertices
+) -> np.ndarray:  # (B,13) millimetres
     "Measure heads."
     from scipy.spatial import cKDTree
-    near = cKDTree(sculpt.template[:sculpt.structure.skin]*1e3)
-    ends = [[near.query(p)[1] for p in (m.ends if len(m.ends) == 2 else (m.ends[0], np.array(m.ends[0])*[-1, 1, 1]))] for m in MEASURES]
-    return np.stack([np.linalg.norm(vertices[:, a] - vertices[:, b], axis=-1) for a, b in ends], 1)*1e3
+
+    near = cKDTree(sculpt.template[: sculpt.structure.skin] * 1e3)
+    ends = [
+        [near.query(p)[1] for p in (m.ends if len(m.ends) == 2 else (m.ends[0], np.array(m.ends[0]) * [-1, 1, 1]))]
+        for m in MEASURES
+    ]
+    return np.stack([np.linalg.norm(vertices[:, a] - vertices[:, b], axis=-1) for a, b in ends], 1) * 1e3

@@ -13,118 +13,196 @@ from .template import EYE, MIRROR, smooth_step, stroke
 
 # %% ../../nbs/15_head.identity.ipynb #ea118158
 def spread(
-    points:np.ndarray,            # (K,3) landmarks, mm
-    moves:np.ndarray,             # (M,K,3) their movements, mm
-    vertices:np.ndarray,          # (V,3) mm
-    far:np.ndarray,               # (A,3) places without landmarks, mm
-    shrink:float=.75,             # how much of the affine map far places follow
-    calm:float=6.,                # larger values smooth out rounding and disagreement
-) -> np.ndarray:                  # (M,V,3) mm
+    points: np.ndarray,  # (K,3) landmarks, mm
+    moves: np.ndarray,  # (M,K,3) their movements, mm
+    vertices: np.ndarray,  # (V,3) mm
+    far: np.ndarray,  # (A,3) places without landmarks, mm
+    shrink: float = 0.75,  # how much of the affine map far places follow
+    calm: float = 6.0,  # larger values smooth out rounding and disagreement
+) -> np.ndarray:  # (M,V,3) mm
     "Carry movements of landmarks to all vertices."
-    plus = lambda p: np.c_[np.ones(len(p)), p/100]
+    plus = lambda p: np.c_[np.ones(len(p)), p / 100]
     A, K, M = plus(points), len(points), len(moves)
     by_point = moves.transpose(1, 0, 2).reshape(K, -1)
-    affine = np.linalg.solve(A.T @ A + np.diag([1e-6, .3, .3, .3]), A.T @ by_point)
+    affine = np.linalg.solve(A.T @ A + np.diag([1e-6, 0.3, 0.3, 0.3]), A.T @ by_point)
     p = np.concatenate([points, far])
-    target = np.concatenate([by_point, shrink*plus(far) @ affine])
+    target = np.concatenate([by_point, shrink * plus(far) @ affine])
     distance = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=2)
     n = len(p)
     system = np.zeros((n + 4, n + 4))
-    system[:n, :n], system[:n, n:], system[n:, :n] = distance(p, p) - calm*np.eye(n), plus(p), plus(p).T
-    w = np.linalg.solve(system, np.r_[target, np.zeros((4, 3*M))])
+    system[:n, :n], system[:n, n:], system[n:, :n] = distance(p, p) - calm * np.eye(n), plus(p), plus(p).T
+    w = np.linalg.solve(system, np.r_[target, np.zeros((4, 3 * M))])
     return (distance(vertices, p) @ w[:n] + plus(vertices) @ w[n:]).reshape(len(vertices), M, 3).transpose(1, 0, 2)
 
 # %% ../../nbs/15_head.identity.ipynb #ba154cef
 LOCAL = [
-    ("nose_length", (0, -8, 70), (13, 10, 16), (0, -2.0, .2)), ("nose_tip_out", (0, -5, 80), (10, 9, 14), (0, 0, 2.0)), ("nose_tip_up", (0, -6, 78), (9, 8, 12), (0, 1.6, 0)), ("nose_ridge", (0, 12, 67), (7, 9, 12), (0, 0, 1.5)),
-    ("nose_root", (0, 26, 57), (9, 7, 12), (0, 0, 1.5)), ("nose_hump", (0, 14, 68), (5, 5, 10), (0, 0, .9)), ("nose_ala_width", (16, -14, 56), (6, 8, 10), (1.5, 0, 0)), ("nose_ala_height", (16, -13, 57), (6, 6, 10), (0, 1.1, 0)),
-    ("nose_bridge_width", (8, 12, 58), (5, 12, 9), (1.2, 0, .3)), ("nose_tip_width", (7, -6, 73), (6, 7, 10), (1.2, 0, 0)), ("columella", (0, -17, 68), (6, 5, 9), (0, -1.2, .4)),
-    ("brow_depth", (28, 46, 51), (24, 9, 14), (0, 0, 1.7)), ("brow_height", (30, 47, 50), (26, 8, 16), (0, 1.6, 0)), ("brow_tail", (50, 46, 38), (12, 9, 14), (0, 1.7, 0)), ("brow_inner", (14, 46, 54), (10, 8, 12), (0, 1.4, .4)),
-    ("glabella", (0, 50, 58), (10, 9, 12), (0, 0, 1.3)), ("forehead_slope", (0, 85, 50), (45, 24, 30), (0, 0, 3.0)), ("forehead_width", (55, 72, 28), (24, 26, 30), (2.2, 0, 0)), ("forehead_boss", (24, 75, 50), (14, 12, 20), (0, 0, 1.3)),
-    ("temple", (64, 38, 10), (16, 22, 20), (2.0, 0, 0)), ("skull_height", (0, 125, -30), (70, 45, 75), (0, 4.0, 0)), ("skull_length", (0, 40, -130), (70, 70, 50), (0, 0, -4.0)), ("skull_width", (75, 60, -40), (30, 55, 60), (2.6, 0, 0)),
-    ("occiput", (0, 10, -125), (50, 30, 35), (0, 0, -4.0)), ("crown", (0, 110, -80), (50, 35, 40), (0, 3., -2.5)), ("cheekbone_width", (60, 10, 20), (16, 14, 26), (2.2, 0, .4)), ("cheekbone_out", (46, 5, 39), (14, 11, 18), (.8, 0, 1.6)),
-    ("cheekbone_height", (48, 6, 37), (16, 10, 18), (0, 1.8, 0)), ("cheek_fat", (46, -26, 34), (16, 17, 24), (1.6, 0, 1.6)), ("cheek_hollow", (44, -24, 30), (11, 12, 18), (-1.2, 0, -1.2)), ("cheek_medial", (26, -6, 47), (9, 10, 12), (0, 0, 1.2)),
-    ("under_eye", (30, 13, 45), (13, 4, 9), (0, 0, .9)), ("jaw_width", (58, -48, -8), (20, 22, 32), (2.7, 0, 0)), ("jaw_angle_height", (60, -48, -15), (18, 20, 26), (0, 2.6, 0)), ("jaw_angle_back", (60, -46, -20), (18, 22, 24), (0, 0, -2.2)),
-    ("jowl", (40, -68, 20), (15, 12, 20), (1.4, -1.4, .3)), ("chin_height", (0, -82, 52), (24, 15, 28), (0, -2.4, 0)), ("chin_out", (0, -76, 58), (22, 13, 22), (0, 0, 2.6)), ("chin_width", (16, -77, 52), (12, 12, 18), (1.9, 0, 0)),
-    ("chin_point", (0, -78, 58), (9, 8, 12), (0, -.5, 1.2)), ("chin_crease", (0, -62, 59), (16, 5, 12), (0, 0, -1.2)), ("double_chin", (0, -95, 25), (34, 14, 24), (0, -2.4, .4))]
+    ("nose_length", (0, -8, 70), (13, 10, 16), (0, -2.0, 0.2)),
+    ("nose_tip_out", (0, -5, 80), (10, 9, 14), (0, 0, 2.0)),
+    ("nose_tip_up", (0, -6, 78), (9, 8, 12), (0, 1.6, 0)),
+    ("nose_ridge", (0, 12, 67), (7, 9, 12), (0, 0, 1.5)),
+    ("nose_root", (0, 26, 57), (9, 7, 12), (0, 0, 1.5)),
+    ("nose_hump", (0, 14, 68), (5, 5, 10), (0, 0, 0.9)),
+    ("nose_ala_width", (16, -14, 56), (6, 8, 10), (1.5, 0, 0)),
+    ("nose_ala_height", (16, -13, 57), (6, 6, 10), (0, 1.1, 0)),
+    ("nose_bridge_width", (8, 12, 58), (5, 12, 9), (1.2, 0, 0.3)),
+    ("nose_tip_width", (7, -6, 73), (6, 7, 10), (1.2, 0, 0)),
+    ("columella", (0, -17, 68), (6, 5, 9), (0, -1.2, 0.4)),
+    ("brow_depth", (28, 46, 51), (24, 9, 14), (0, 0, 1.7)),
+    ("brow_height", (30, 47, 50), (26, 8, 16), (0, 1.6, 0)),
+    ("brow_tail", (50, 46, 38), (12, 9, 14), (0, 1.7, 0)),
+    ("brow_inner", (14, 46, 54), (10, 8, 12), (0, 1.4, 0.4)),
+    ("glabella", (0, 50, 58), (10, 9, 12), (0, 0, 1.3)),
+    ("forehead_slope", (0, 85, 50), (45, 24, 30), (0, 0, 3.0)),
+    ("forehead_width", (55, 72, 28), (24, 26, 30), (2.2, 0, 0)),
+    ("forehead_boss", (24, 75, 50), (14, 12, 20), (0, 0, 1.3)),
+    ("temple", (64, 38, 10), (16, 22, 20), (2.0, 0, 0)),
+    ("skull_height", (0, 125, -30), (70, 45, 75), (0, 4.0, 0)),
+    ("skull_length", (0, 40, -130), (70, 70, 50), (0, 0, -4.0)),
+    ("skull_width", (75, 60, -40), (30, 55, 60), (2.6, 0, 0)),
+    ("occiput", (0, 10, -125), (50, 30, 35), (0, 0, -4.0)),
+    ("crown", (0, 110, -80), (50, 35, 40), (0, 3.0, -2.5)),
+    ("cheekbone_width", (60, 10, 20), (16, 14, 26), (2.2, 0, 0.4)),
+    ("cheekbone_out", (46, 5, 39), (14, 11, 18), (0.8, 0, 1.6)),
+    ("cheekbone_height", (48, 6, 37), (16, 10, 18), (0, 1.8, 0)),
+    ("cheek_fat", (46, -26, 34), (16, 17, 24), (1.6, 0, 1.6)),
+    ("cheek_hollow", (44, -24, 30), (11, 12, 18), (-1.2, 0, -1.2)),
+    ("cheek_medial", (26, -6, 47), (9, 10, 12), (0, 0, 1.2)),
+    ("under_eye", (30, 13, 45), (13, 4, 9), (0, 0, 0.9)),
+    ("jaw_width", (58, -48, -8), (20, 22, 32), (2.7, 0, 0)),
+    ("jaw_angle_height", (60, -48, -15), (18, 20, 26), (0, 2.6, 0)),
+    ("jaw_angle_back", (60, -46, -20), (18, 22, 24), (0, 0, -2.2)),
+    ("jowl", (40, -68, 20), (15, 12, 20), (1.4, -1.4, 0.3)),
+    ("chin_height", (0, -82, 52), (24, 15, 28), (0, -2.4, 0)),
+    ("chin_out", (0, -76, 58), (22, 13, 22), (0, 0, 2.6)),
+    ("chin_width", (16, -77, 52), (12, 12, 18), (1.9, 0, 0)),
+    ("chin_point", (0, -78, 58), (9, 8, 12), (0, -0.5, 1.2)),
+    ("chin_crease", (0, -62, 59), (16, 5, 12), (0, 0, -1.2)),
+    ("double_chin", (0, -95, 25), (34, 14, 24), (0, -2.4, 0.4)),
+]
 LOCAL += [
-    ("lip_upper_full", (0, -37., 66), (17, 3.2, 10), (0, .7, 1.1)), ("lip_lower_full", (0, -48.5, 64), (17, 3.6, 10), (0, -.7, 1.2)), ("lip_upper_height", (0, -34, 66), (18, 3.2, 10), (0, 1.0, .1)), ("lip_lower_height", (0, -53, 63), (18, 3.4, 10), (0, -1.0, 0)),
-    ("mouth_width", (24, -44, 52), (10, 9, 12), (1.7, 0, -.3)), ("mouth_height", (0, -43, 62), (30, 15, 20), (0, 1.5, 0)), ("mouth_out", (0, -43, 64), (27, 15, 18), (0, 0, 1.5)), ("mouth_corner", (25, -44, 51), (8, 6, 10), (0, 1.0, 0)),
-    ("cupid_bow", (4, -33, 66), (3, 3, 8), (0, .6, .25)), ("philtrum", (0, -27, 66), (4, 6, 8), (0, 0, -.6)), ("nasolabial", (29, -26, 48), (4, 13, 9), (0, 0, -.9)), ("eye_fold", (32, 35, 46), (15, 3.5, 8), (0, -1.0, .8)),
-    ("eye_socket", (32, 36, 46), (20, 8, 12), (0, 0, -1.2)), ("eye_depth", (32, 25, 42), (22, 15, 18), (0, 0, -1.4)), ("eye_spacing", (32, 25, 42), (22, 15, 22), (1.2, 0, 0)), ("eye_tilt", (46, 25, 36), (8, 7, 10), (0, .9, 0)),
-    ("eye_width", (46, 25, 36), (7, 7, 9), (2.0, 0, -.4)), ("eye_inner", (18, 22.5, 41), (5, 5, 8), (-.8, -.2, 0)), ("lid_upper", (32, 30, 45), (10, 2.4, 6), (0, .65, 0)), ("lid_lower", (32, 20.5, 44), (10, 2.4, 6), (0, -.5, 0)),
-    ("ear_out", (82, 5, -42), (14, 34, 18), (2.4, 0, 0)), ("ear_height", (76, 30, -40), (16, 22, 22), (0, 2.6, 0)), ("ear_lobe", (76, -22, -34), (14, 14, 16), (0, -2.2, 0)), ("ear_depth", (80, 6, -52), (14, 30, 14), (0, 0, -2.0)),
-    ("ear_position", (76, 4, -38), (18, 38, 26), (0, 2.2, 0)), ("neck_width", (54, -130, -35), (30, 45, 50), (3.2, 0, 0)), ("neck_depth", (0, -130, -85), (50, 45, 40), (0, 0, -3.)), ("throat", (0, -118, 8), (30, 26, 26), (0, 0, 2.6)),
-    ("adam", (0, -118, 14), (9, 10, 12), (0, 0, 1.1)), ("nape", (0, -70, -95), (45, 35, 30), (0, 0, -3.))]
-MOVEMENT_SHARE, LOCAL_SHARE, PROPORTION_SHARE = .85, .6, .5   # of measured movements, pushes and proportions, so that heads spread as published
+    ("lip_upper_full", (0, -37.0, 66), (17, 3.2, 10), (0, 0.7, 1.1)),
+    ("lip_lower_full", (0, -48.5, 64), (17, 3.6, 10), (0, -0.7, 1.2)),
+    ("lip_upper_height", (0, -34, 66), (18, 3.2, 10), (0, 1.0, 0.1)),
+    ("lip_lower_height", (0, -53, 63), (18, 3.4, 10), (0, -1.0, 0)),
+    ("mouth_width", (24, -44, 52), (10, 9, 12), (1.7, 0, -0.3)),
+    ("mouth_height", (0, -43, 62), (30, 15, 20), (0, 1.5, 0)),
+    ("mouth_out", (0, -43, 64), (27, 15, 18), (0, 0, 1.5)),
+    ("mouth_corner", (25, -44, 51), (8, 6, 10), (0, 1.0, 0)),
+    ("cupid_bow", (4, -33, 66), (3, 3, 8), (0, 0.6, 0.25)),
+    ("philtrum", (0, -27, 66), (4, 6, 8), (0, 0, -0.6)),
+    ("nasolabial", (29, -26, 48), (4, 13, 9), (0, 0, -0.9)),
+    ("eye_fold", (32, 35, 46), (15, 3.5, 8), (0, -1.0, 0.8)),
+    ("eye_socket", (32, 36, 46), (20, 8, 12), (0, 0, -1.2)),
+    ("eye_depth", (32, 25, 42), (22, 15, 18), (0, 0, -1.4)),
+    ("eye_spacing", (32, 25, 42), (22, 15, 22), (1.2, 0, 0)),
+    ("eye_tilt", (46, 25, 36), (8, 7, 10), (0, 0.9, 0)),
+    ("eye_width", (46, 25, 36), (7, 7, 9), (2.0, 0, -0.4)),
+    ("eye_inner", (18, 22.5, 41), (5, 5, 8), (-0.8, -0.2, 0)),
+    ("lid_upper", (32, 30, 45), (10, 2.4, 6), (0, 0.65, 0)),
+    ("lid_lower", (32, 20.5, 44), (10, 2.4, 6), (0, -0.5, 0)),
+    ("ear_out", (82, 5, -42), (14, 34, 18), (2.4, 0, 0)),
+    ("ear_height", (76, 30, -40), (16, 22, 22), (0, 2.6, 0)),
+    ("ear_lobe", (76, -22, -34), (14, 14, 16), (0, -2.2, 0)),
+    ("ear_depth", (80, 6, -52), (14, 30, 14), (0, 0, -2.0)),
+    ("ear_position", (76, 4, -38), (18, 38, 26), (0, 2.2, 0)),
+    ("neck_width", (54, -130, -35), (30, 45, 50), (3.2, 0, 0)),
+    ("neck_depth", (0, -130, -85), (50, 45, 40), (0, 0, -3.0)),
+    ("throat", (0, -118, 8), (30, 26, 26), (0, 0, 2.6)),
+    ("adam", (0, -118, 14), (9, 10, 12), (0, 0, 1.1)),
+    ("nape", (0, -70, -95), (45, 35, 30), (0, 0, -3.0)),
+]
+MOVEMENT_SHARE, LOCAL_SHARE, PROPORTION_SHARE = (
+    0.85,
+    0.6,
+    0.5,
+)  # of measured movements, pushes and proportions, so that heads spread as published
 
 # %% ../../nbs/15_head.identity.ipynb #357409d4
 PROPORTIONS = ("face_width", "face_height", "face_depth", "size", "lower_face", "mid_face", "taper", "convexity")
 
+
 def proportion_fields(
-    vertices:np.ndarray,          # (V,3) mm
-) -> np.ndarray:                  # (8,V,3) mm at one standard deviation
+    vertices: np.ndarray,  # (V,3) mm
+) -> np.ndarray:  # (8,V,3) mm at one standard deviation
     "Return controls that stretch whole parts of the head."
     x, y, z = vertices.T
     o, calm = np.zeros_like(x), smooth_step(y, -150, -60)
-    front = smooth_step(z, -60, 30)*calm
-    return np.stack([np.stack(p, 1) for p in (
-        (x*.035*calm, o, o), (o, y*.035*calm, o), (o, o, (z + 20)*.035*calm), (x*.025, y*.025, z*.025), (o, np.minimum(0, y + 10)*.04*front, o),
-        (o, -front*2.2*smooth_step(-y, -25, 10), o), (x*.0006*y*front, o, o), (o, o, front*3.*np.exp(-(y/45)**2)))])
+    front = smooth_step(z, -60, 30) * calm
+    return np.stack(
+        [
+            np.stack(p, 1)
+            for p in (
+                (x * 0.035 * calm, o, o),
+                (o, y * 0.035 * calm, o),
+                (o, o, (z + 20) * 0.035 * calm),
+                (x * 0.025, y * 0.025, z * 0.025),
+                (o, np.minimum(0, y + 10) * 0.04 * front, o),
+                (o, -front * 2.2 * smooth_step(-y, -25, 10), o),
+                (x * 0.0006 * y * front, o, o),
+                (o, o, front * 3.0 * np.exp(-((y / 45) ** 2))),
+            )
+        ]
+    )
 
 # %% ../../nbs/15_head.identity.ipynb #2cd36090
-EYE_SHARES = (1, .95, .7, .4, .2, .05)                 # how much rings around the eye are held to the ball
-APERTURE = .55                                         # how much of a change of the lids' opening is kept: one blink must close every eye
+EYE_SHARES = (1, 0.95, 0.7, 0.4, 0.2, 0.05)  # how much rings around the eye are held to the ball
+APERTURE = 0.55  # how much of a change of the lids' opening is kept: one blink must close every eye
+
 
 def settle_eyes(
-    fields:np.ndarray,            # (I,V,3) mm; changed in place
-    template,                     # `Template`
-) -> np.ndarray:                  # (I,V,3) mm
+    fields: np.ndarray,  # (I,V,3) mm; changed in place
+    template,  # `Template`
+) -> np.ndarray:  # (I,V,3) mm
     "Make eyeballs move rigidly with their lids, and lids slide on them."
     v = template.vertices
     for (name, sign), ball in zip(template.sides(), template.balls):
-        away = lambda ids: (v[ids] - EYE*sign)/np.linalg.norm(v[ids] - EYE*sign, axis=1, keepdims=True)
+        away = lambda ids: (v[ids] - EYE * sign) / np.linalg.norm(v[ids] - EYE * sign, axis=1, keepdims=True)
         move = fields[:, name(template.eye[0])].mean(1)[:, None]
         fields[:, ball] = move
         for ring, share in zip(template.eye, EYE_SHARES):
             u, along = away(name(ring)), fields[:, name(ring)] - move
-            fields[:, name(ring)] -= share*u*(along*u).sum(-1, keepdims=True)
+            fields[:, name(ring)] -= share * u * (along * u).sum(-1, keepdims=True)
         n = template.eye.shape[1]
         across = (n - np.arange(n)) % n
-        for ring, share in zip(template.eye, (1, 1, .9, .6, .3, .1)):
+        for ring, share in zip(template.eye, (1, 1, 0.9, 0.6, 0.3, 0.1)):
             f = fields[:, name(ring)]
-            fields[:, name(ring)] = f - share*(1 - APERTURE)/2*(f - f[:, across])*np.array([0, 1, 0])
+            fields[:, name(ring)] = f - share * (1 - APERTURE) / 2 * (f - f[:, across]) * np.array([0, 1, 0])
         edge = fields[:, name(template.eye[0])] - move
-        for ring, share in zip(template.lid, (1, .8, .2)):
+        for ring, share in zip(template.lid, (1, 0.8, 0.2)):
             u = away(name(ring))
-            fields[:, name(ring)] = move + share*(edge - u*(edge*u).sum(-1, keepdims=True))
+            fields[:, name(ring)] = move + share * (edge - u * (edge * u).sum(-1, keepdims=True))
     return fields
 
+
 def settle_mouth(
-    fields:np.ndarray,            # (I,V,3) mm; changed in place
-    template,                     # `Template`
-) -> np.ndarray:                  # (I,V,3) mm
+    fields: np.ndarray,  # (I,V,3) mm; changed in place
+    template,  # `Template`
+) -> np.ndarray:  # (I,V,3) mm
     "Keep closed lips closed, and let the inside of the mouth follow."
     lines = {}
     for sign, (name, _) in enumerate(template.sides()):
         line = fields[:, name(template.lips[0])]
-        lines[sign] = .5*(line + line[:, ::-1])
+        lines[sign] = 0.5 * (line + line[:, ::-1])
         fields[:, name(template.lips[0])] = lines[sign]
-    mean = .5*(lines[0] + lines[1]).mean(1, keepdims=True)
+    mean = 0.5 * (lines[0] + lines[1]).mean(1, keepdims=True)
     for sign, (name, _) in enumerate(template.sides()):
-        for ring, share in zip(template.mouth, (1, .95, .8, .6)): fields[:, name(ring)] = share*lines[sign] + (1 - share)*mean
+        for ring, share in zip(template.mouth, (1, 0.95, 0.8, 0.6)):
+            fields[:, name(ring)] = share * lines[sign] + (1 - share) * mean
     return fields
 
+
 def identity_fields(
-    template,                     # `Template`
-) -> tuple[np.ndarray, list[str]]: # (I,V,3) mm at one standard deviation, names
+    template,  # `Template`
+) -> tuple[np.ndarray, list[str]]:  # (I,V,3) mm at one standard deviation, names
     "Return all identity controls."
     v = template.vertices
     points, moves = landmark_movements()
-    x, y, z = v[:template.skin].T
-    far = v[:template.skin][(y > 105) | (z < -60) | (y < -115)][::9]
-    far = np.concatenate([far, far*MIRROR])
-    local = [LOCAL_SHARE*stroke(v, *where) for _, *where in LOCAL]
-    fields = np.concatenate([MOVEMENT_SHARE*spread(points, moves, v, far), local, PROPORTION_SHARE*proportion_fields(v)])
+    x, y, z = v[: template.skin].T
+    far = v[: template.skin][(y > 105) | (z < -60) | (y < -115)][::9]
+    far = np.concatenate([far, far * MIRROR])
+    local = [LOCAL_SHARE * stroke(v, *where) for _, *where in LOCAL]
+    fields = np.concatenate(
+        [MOVEMENT_SHARE * spread(points, moves, v, far), local, PROPORTION_SHARE * proportion_fields(v)]
+    )
     names = [f"landmark_movement_{k}" for k in range(len(moves))] + [name for name, *_ in LOCAL] + list(PROPORTIONS)
     return settle_mouth(settle_eyes(fields, template), template), names

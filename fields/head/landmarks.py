@@ -14,26 +14,58 @@ from ..assets import package_file
 from .files import SETS, Embedding, HeadData, check_embedding, check_head, read_head
 
 # %% ../../nbs/13_head.landmarks.ipynb #56b41558
-def _parts(**bounds): return {name: tuple(range(*b)) for name, b in bounds.items()}
+def _parts(**bounds):
+    return {name: tuple(range(*b)) for name, b in bounds.items()}
 
-_STATIC = dict(right_brow=(0, 5), left_brow=(5, 10), bridge=(10, 14), nostrils=(14, 19), right_eye=(19, 25), left_eye=(25, 31), outer_lips=(31, 43), inner_lips=(43, 51))
+
+_STATIC = dict(
+    right_brow=(0, 5),
+    left_brow=(5, 10),
+    bridge=(10, 14),
+    nostrils=(14, 19),
+    right_eye=(19, 25),
+    left_eye=(25, 31),
+    outer_lips=(31, 43),
+    inner_lips=(43, 51),
+)
 PARTS = {
     "static51": _parts(**_STATIC),
     "fan68": _parts(contour=(0, 17), **{n: (a + 17, b + 17) for n, (a, b) in _STATIC.items()}),
     "contour17": _parts(contour=(0, 17)),
-    "mediapipe105": _parts(left_brow=(0, 10), right_brow=(10, 20), left_eye=(20, 36), right_eye=(36, 52), nose=(52, 65), lips=(65, 105)),
-    "points203": _parts(right_eye=(0, 24), left_eye=(24, 48), outer_lips=(48, 84), inner_lips=(84, 108), contour=(108, 145), right_brow=(145, 165),
-                        left_brow=(165, 185), nose=(185, 197), pupils=(197, 199), bridge=(199, 203)),
-    "bp4d83": _parts(right_brow=(0, 10), left_brow=(10, 20), right_eye=(20, 28), left_eye=(28, 36), nose=(36, 48), outer_lips=(48, 60), inner_lips=(60, 68), contour=(68, 83)),
+    "mediapipe105": _parts(
+        left_brow=(0, 10), right_brow=(10, 20), left_eye=(20, 36), right_eye=(36, 52), nose=(52, 65), lips=(65, 105)
+    ),
+    "points203": _parts(
+        right_eye=(0, 24),
+        left_eye=(24, 48),
+        outer_lips=(48, 84),
+        inner_lips=(84, 108),
+        contour=(108, 145),
+        right_brow=(145, 165),
+        left_brow=(165, 185),
+        nose=(185, 197),
+        pupils=(197, 199),
+        bridge=(199, 203),
+    ),
+    "bp4d83": _parts(
+        right_brow=(0, 10),
+        left_brow=(10, 20),
+        right_eye=(20, 28),
+        left_eye=(28, 36),
+        nose=(36, 48),
+        outer_lips=(48, 60),
+        inner_lips=(60, 68),
+        contour=(68, 83),
+    ),
 }
-STATIC49 = tuple(i for i in range(51) if i not in (43, 47))                 # rows of static51
+STATIC49 = tuple(i for i in range(51) if i not in (43, 47))  # rows of static51
 
 # %% ../../nbs/13_head.landmarks.ipynb #5d639c95
 def surface_samples(
-    vertices:np.ndarray,          # (V,3)
-    faces:np.ndarray,             # (F,3)
-    steps:int=8,                  # points along an edge, minus one
-) -> tuple:                       # (N,3) points, (N,) triangle, (N,3) weights, (N,3) unit normals
+    vertices: np.ndarray,  # (V,3)
+    faces: np.ndarray,  # (F,3)
+    steps: int = 8,  # points along an edge, minus one
+) -> tuple:  # (N,3) points, (N,) triangle, (N,3) weights, (N,3) unit normals
     "Spread a regular grid of points over every triangle."
     i, j = np.meshgrid(np.arange(steps + 1), np.arange(steps + 1), indexing="ij")
     grid = np.stack([i, j, steps - i - j], -1)[i + j <= steps] / steps
@@ -41,25 +73,31 @@ def surface_samples(
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
     repeat = lambda a: np.repeat(a, len(grid), 0)
-    return np.einsum("gk,fkc->fgc", grid, corners).reshape(-1, 3), repeat(np.arange(len(faces))), np.tile(grid, (len(faces), 1)), repeat(normals)
+    return (
+        np.einsum("gk,fkc->fgc", grid, corners).reshape(-1, 3),
+        repeat(np.arange(len(faces))),
+        np.tile(grid, (len(faces), 1)),
+        repeat(normals),
+    )
+
 
 def similarity(
-    source:np.ndarray,            # (N,3) points
-    target:np.ndarray,            # (N,3) where they should go
-) -> tuple:                       # scale, (3,3) rotation, (3,) translation: target = scale * rotation @ source + translation
+    source: np.ndarray,  # (N,3) points
+    target: np.ndarray,  # (N,3) where they should go
+) -> tuple:  # scale, (3,3) rotation, (3,) translation: target = scale * rotation @ source + translation
     "Find the scale, rotation and translation with the least squared distance."
     a, b = source - source.mean(0), target - target.mean(0)
     u, s, vt = np.linalg.svd(b.T @ a)
     flip = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
-    rotation, scale = u @ (flip[:, None] * vt), (s * flip).sum() / (a ** 2).sum()
+    rotation, scale = u @ (flip[:, None] * vt), (s * flip).sum() / (a**2).sum()
     return scale, rotation, target.mean(0) - scale * rotation @ source.mean(0)
 
 # %% ../../nbs/13_head.landmarks.ipynb #5334d0bf
 def drape(
-    source:HeadData,              # a head with identity components, landmarks and masks
-    target:HeadData,              # another head
-    rounds:int=12,
-) -> np.ndarray:                  # (V,3) vertices of the source, lying on the target
+    source: HeadData,  # a head with identity components, landmarks and masks
+    target: HeadData,  # another head
+    rounds: int = 12,
+) -> np.ndarray:  # (V,3) vertices of the source, lying on the target
     "Deform a head by its identity components until its face lies on another."
     joints = lambda h: (h.joint_regressor @ h.template)[[2, 3, 4]]
     scale, rotation, move = similarity(joints(source), joints(target))
@@ -79,22 +117,31 @@ def drape(
         use = agree.any(1) & (distance < max(2.5 * np.median(distance), 0.002))
         p, q, n = placed[face][use], points[near[use]], normals[near[use]]
         turned = np.einsum("vck,dc->vdk", directions[face][use], scale * rotation)
-        system = np.c_[np.cross(p - move, n), n, np.einsum("vc,vc->v", p - move, n), np.einsum("vdk,vd->vk", turned, n)] / 0.0005
-        prior = np.zeros((count, 7 + count)); prior[:, 7:] = np.eye(count) * np.sqrt(use.sum() / 50)
-        x = np.linalg.lstsq(np.r_[system, prior], np.r_[np.einsum("vc,vc->v", q - p, n) / 0.0005, -c * prior[0, 7]], rcond=None)[0]
+        system = (
+            np.c_[np.cross(p - move, n), n, np.einsum("vc,vc->v", p - move, n), np.einsum("vdk,vd->vk", turned, n)]
+            / 0.0005
+        )
+        prior = np.zeros((count, 7 + count))
+        prior[:, 7:] = np.eye(count) * np.sqrt(use.sum() / 50)
+        x = np.linalg.lstsq(
+            np.r_[system, prior], np.r_[np.einsum("vc,vc->v", q - p, n) / 0.0005, -c * prior[0, 7]], rcond=None
+        )[0]
         rotation, move, scale, c = _turn(x[:3]) @ rotation, move + x[3:6], scale * (1 + x[6]), c + x[7:]
     return scale * (source.template + directions @ c) @ rotation.T + move
+
 
 def _turn(w):
     "Return the rotation matrix of a small axis-angle vector."
     u, _, vt = np.linalg.svd(np.eye(3) + np.array([[0, -w[2], w[1]], [w[2], 0, -w[0]], [-w[1], w[0], 0]]))
     return u @ vt
 
+
 def _normals(vertices, faces):
     "Return unit normals at the vertices."
     corners, total = vertices[faces], np.zeros_like(vertices)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    for k in range(3): np.add.at(total, faces[:, k], normals)
+    for k in range(3):
+        np.add.at(total, faces[:, k], normals)
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-30)
 
 # %% ../../nbs/13_head.landmarks.ipynb #b91b2d6c
@@ -106,10 +153,11 @@ def _nearest(points, normals, tree, sample_normals, agree=0.2):
     rows = np.arange(len(points))
     return distance[rows, first], near[rows, first]
 
+
 def transfer(
-    target:HeadData,              # a head that lacks landmarks, lids or masks
-    source:HeadData|None=None,    # a head that has them; default: the open head
-) -> HeadData:                    # the target, with what it lacked
+    target: HeadData,  # a head that lacks landmarks, lids or masks
+    source: HeadData | None = None,  # a head that has them; default: the open head
+) -> HeadData:  # the target, with what it lacked
     "Give a head the landmarks, lids and masks of another; what it has already stays."
     source = read_head(package_file("head/open_head.npz")) if source is None else source
     lying = drape(source, target)
@@ -120,7 +168,9 @@ def transfer(
         corners = source.faces[e.face_index.ravel()]
         b = e.barycentric.reshape(-1, 3, 1)
         _, near = _nearest((lying[corners] * b).sum(1), (around[corners] * b).sum(1), tree, normals)
-        embeddings[name] = Embedding(triangle[near].reshape(e.face_index.shape), weights[near].reshape(e.barycentric.shape), e.indices, e.groups)
+        embeddings[name] = Embedding(
+            triangle[near].reshape(e.face_index.shape), weights[near].reshape(e.barycentric.shape), e.indices, e.groups
+        )
     draped, triangle, weights, normals = surface_samples(lying, source.faces, 4)
     distance, near = _nearest(target.template, _normals(target.template, target.faces), cKDTree(draped), normals)
     corners, b = source.faces[triangle[near]], weights[near]
@@ -134,23 +184,47 @@ def transfer(
         scale, rotation, _ = similarity(source.template, lying)
         weight = surface * np.clip(2 - distance / 0.003, 0, 1)
         lids = scale * (source.eyelids[:, corners] * b[..., None]).sum(2) @ rotation.T * weight[:, None]
-    return dataclasses.replace(target, embeddings=embeddings | target.embeddings, masks=masks | target.masks, eyelids=lids if target.eyelids is None else target.eyelids)
+    return dataclasses.replace(
+        target,
+        embeddings=embeddings | target.embeddings,
+        masks=masks | target.masks,
+        eyelids=lids if target.eyelids is None else target.eyelids,
+    )
 
 # %% ../../nbs/13_head.landmarks.ipynb #6631627e
 def write_side_files(
-    head:HeadData,                # a completed head
-    folder,                       # usually the folder of the head's own file
-) -> list[Path]:                  # files written; existing ones are left alone
+    head: HeadData,  # a completed head
+    folder,  # usually the folder of the head's own file
+) -> list[Path]:  # files written; existing ones are left alone
     "Store landmarks, lids and masks as the side files that `Head.load` looks for."
     files, e = {}, head.embeddings
     keys = {"static51": "static", "contour17": "dynamic", "full68": "full"}
-    files["landmark_embedding.npz"] = {k: v for n, key in keys.items() if n in e for k, v in ((f"{key}_lmk_faces_idx", e[n].face_index), (f"{key}_lmk_bary_coords", e[n].barycentric))}
-    for name, file in (("mediapipe105", "mediapipe_landmark_embedding.npz"), ("points203", "203_landmark_embedding.npz"), ("bp4d83", "bp4d83_landmark_embedding.npz")):
-        if name in e: files[file] = {"lmk_face_idx": e[name].face_index, "lmk_b_coords": e[name].barycentric, **({"landmark_indices": e[name].indices} if e[name].indices is not None else {}), **{f"landmark_{g}_indices": v for g, v in e[name].groups.items()}}
+    files["landmark_embedding.npz"] = {
+        k: v
+        for n, key in keys.items()
+        if n in e
+        for k, v in ((f"{key}_lmk_faces_idx", e[n].face_index), (f"{key}_lmk_bary_coords", e[n].barycentric))
+    }
+    for name, file in (
+        ("mediapipe105", "mediapipe_landmark_embedding.npz"),
+        ("points203", "203_landmark_embedding.npz"),
+        ("bp4d83", "bp4d83_landmark_embedding.npz"),
+    ):
+        if name in e:
+            files[file] = {
+                "lmk_face_idx": e[name].face_index,
+                "lmk_b_coords": e[name].barycentric,
+                **({"landmark_indices": e[name].indices} if e[name].indices is not None else {}),
+                **{f"landmark_{g}_indices": v for g, v in e[name].groups.items()},
+            }
     files["FLAME_masks.npz"] = head.masks
     written = []
     for file, arrays in files.items():
-        if arrays and not (Path(folder) / file).exists(): np.savez(Path(folder) / file, **arrays); written.append(Path(folder) / file)
+        if arrays and not (Path(folder) / file).exists():
+            np.savez(Path(folder) / file, **arrays)
+            written.append(Path(folder) / file)
     for file, lid in zip(("l_eyelid.npy", "r_eyelid.npy"), () if head.eyelids is None else head.eyelids):
-        if not (Path(folder) / file).exists(): np.save(Path(folder) / file, lid); written.append(Path(folder) / file)
+        if not (Path(folder) / file).exists():
+            np.save(Path(folder) / file, lid)
+            written.append(Path(folder) / file)
     return written

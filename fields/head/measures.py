@@ -9,10 +9,15 @@ __all__ = ['MEDIAPIPE', 'MOVED', 'mean_points', 'landmark_movements']
 import numpy as np
 
 # %% ../../nbs/13_head.measures.ipynb #94ed1652
-MEDIAPIPE = np.array([int(k) for k in """
+MEDIAPIPE = np.array(
+    [
+        int(k)
+        for k in """
 276 282 283 285 293 295 296 300 334 336 46 52 53 55 63 65 66 70 105 107 249 263 362 373 374 380 381 382 384 385 386 387 388 390 398 466 7 33
 133 144 145 153 154 155 157 158 159 160 161 163 173 246 168 6 197 195 5 4 129 98 97 2 326 327 358 0 13 14 17 37 39 40 61 78 80 81 82 84 87
-88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 321 324 375 402 405 409 415""".split()])  # indices of the 105
+88 91 95 146 178 181 185 191 267 269 270 291 308 310 311 312 314 317 318 321 324 375 402 405 409 415""".split()
+    ]
+)  # indices of the 105
 _POINTS = """
 -750 192 -286 -727 -9 -294 -686 -235 -315 -642 -407 -263 -587 -562 -129 -486 -692 73 -344 -794 231 -180 -863 399 12 -892 423 180 -863 399 344 -794 231
 486 -692 73 587 -562 -129 642 -407 -263 686 -235 -315 727 -9 -294 750 192 -286 -582 416 276 -494 503 386 -379 528 470 -242 520 535 -115 490 560 115
@@ -50,14 +55,19 @@ _POINTS = """
 """
 
 # %% ../../nbs/13_head.measures.ipynb #68595d20
-def mean_points() -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (68,3), (105,3), (203,3) millimetres
+def mean_points() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (68,3), (105,3), (203,3) millimetres
     "Return the mean positions of the three sets."
-    return tuple(np.split(np.array(_POINTS.split(), float).reshape(-1, 3)/10, (68, 173)))
+    return tuple(np.split(np.array(_POINTS.split(), float).reshape(-1, 3) / 10, (68, 173)))
 
 # %% ../../nbs/13_head.measures.ipynb #68014d82
-MOVED = np.array([int(k) for k in """
+MOVED = np.array(
+    [
+        int(k)
+        for k in """
 8 9 10 11 12 13 14 15 16 22 23 24 25 26 27 28 29 30 33 34 35 42 43 44 45 46 47 51 52 53 54 55 56 57 68 69 70 71 73 74 75 77 88 92 94 96 98 100 121 122
-124 125 131 132 134 135 136 157 158 160 161 162 163 164 166 167 169 170 171""".split()])  # which of the 68 + 105 points move
+124 125 131 132 134 135 136 157 158 160 161 162 163 164 166 167 169 170 171""".split()
+    ]
+)  # which of the 68 + 105 points move
 _MOVEMENTS = """
 0 -58 16 11 -59 15 18 -55 4 25 -46 -8 35 -35 -20 40 -23 -27 36 -12 -31 29 -3 -31 23 5 -30 5 13 13 10 14 11 15 13 7 18 13 3 20 11 -2 0 6 8 0 -1 13 0 -7
 16 0 -13 16 0 -18 14 3 -17 14 10 -17 12 10 5 5 12 4 6 16 5 6 18 6 1 14 5 3 12 5 3 0 -23 19 3 -22 19 8 -25 19 12 -36 15 9 -38 19 6 -39 20 0 -39 21 19
@@ -133,11 +143,14 @@ _MOVEMENTS_CONTINUED = """
 0 -3 0 0 -1 0 0 -2 -1 0 0 0 -1 2 0 0 0 -1 1 -1 -1 1 -3 0 0 -1 -1 0 -1 0 0 0 1 -2 2 0 0 0 0 0 -1 0 -1 1 0
 """
 
-def landmark_movements() -> tuple[np.ndarray, np.ndarray]: # (K,3) points, (M,K,3) movements at one standard deviation, millimetres
+
+def landmark_movements() -> tuple[
+    np.ndarray, np.ndarray
+]:  # (K,3) points, (M,K,3) movements at one standard deviation, millimetres
     "Return points of both halves of the face and their symmetric movements, largest first."
     points = np.concatenate(mean_points()[:2])[MOVED]
-    points[np.abs(points[:, 0]) < .3, 0] = 0
-    modes = np.array((_MOVEMENTS + _MOVEMENTS_CONTINUED).split(), float).reshape(-1, len(MOVED), 3)/10
+    points[np.abs(points[:, 0]) < 0.3, 0] = 0
+    modes = np.array((_MOVEMENTS + _MOVEMENTS_CONTINUED).split(), float).reshape(-1, len(MOVED), 3) / 10
     modes[:, points[:, 0] == 0, 0] = 0
     side, mirror = points[:, 0] > 0, np.array([-1, 1, 1])
-    return np.concatenate([points, points[side]*mirror]), np.concatenate([modes, modes[:, side]*mirror], 1)
+    return np.concatenate([points, points[side] * mirror]), np.concatenate([modes, modes[:, side] * mirror], 1)

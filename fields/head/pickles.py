@@ -14,26 +14,35 @@ import numpy as np
 class HeadFileError(ValueError):
     "A head file that cannot be used: the message says what is wrong, in which file, and what to do."
 
-LARGEST = 1 << 28                 # bytes of a file, and of everything unpacked from it
 
-def _brief(text): return "".join(c if c.isprintable() and c.isascii() else "?" for c in str(text))[:80]
+LARGEST = 1 << 28  # bytes of a file, and of everything unpacked from it
+
+
+def _brief(text):
+    return "".join(c if c.isprintable() and c.isascii() else "?" for c in str(text))[:80]
+
 
 def read_bytes(
-    path,                         # any file
+    path,  # any file
 ) -> bytes:
     "Read a whole file; raise `HeadFileError` if it is missing, empty or larger than any head."
     path = Path(path)
-    if path.is_dir(): raise HeadFileError(f"{path} is a folder; give the file in it")
-    if not path.is_file(): raise HeadFileError(f"{path} does not exist; give the path of a FLAME pickle or of a head in .npz form")
+    if path.is_dir():
+        raise HeadFileError(f"{path} is a folder; give the file in it")
+    if not path.is_file():
+        raise HeadFileError(f"{path} does not exist; give the path of a FLAME pickle or of a head in .npz form")
     size = path.stat().st_size
-    if not 0 < size <= LARGEST: raise HeadFileError(f"{path} has {size} bytes, which no head file has; get it again")
+    if not 0 < size <= LARGEST:
+        raise HeadFileError(f"{path} has {size} bytes, which no head file has; get it again")
     return path.read_bytes()
 
 # %% ../../nbs/10_head.pickles.ipynb #019f8af4
 def _number_dtype(dtype, what):
     "Return a dtype if it is one of plain numbers or texts."
-    if dtype.hasobject or dtype.kind not in "biufUS" or dtype.fields: raise HeadFileError(f"{what} holds {dtype} values where plain numbers belong")
+    if dtype.hasobject or dtype.kind not in "biufUS" or dtype.fields:
+        raise HeadFileError(f"{what} holds {dtype} values where plain numbers belong")
     return dtype
+
 
 def _npy_header(file, what):
     "Read the header of a .npy stream: shape, whether columns come first, dtype."
@@ -41,181 +50,312 @@ def _npy_header(file, what):
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         return read(file)
-    except Exception as error: raise HeadFileError(f"{what} has no valid .npy header ({_brief(error)}); get it again") from None
+    except Exception as error:
+        raise HeadFileError(f"{what} has no valid .npy header ({_brief(error)}); get it again") from None
+
 
 def parse_npy(
-    data:bytes,                   # content of a .npy file
-    what:str,                     # name used in messages
+    data: bytes,  # content of a .npy file
+    what: str,  # name used in messages
 ) -> np.ndarray:
     "Read one array of plain numbers or texts; raise `HeadFileError` for anything else."
     file = io.BytesIO(data)
     shape, columns_first, dtype = _npy_header(file, what)
-    return _shaped(data[file.tell():], shape, _number_dtype(dtype, what), columns_first, what)
+    return _shaped(data[file.tell() :], shape, _number_dtype(dtype, what), columns_first, what)
+
 
 def _shaped(data, shape, dtype, columns_first, what):
     "Build an array from exactly as many bytes as its shape needs."
     count = 1
-    if len(shape) > 8: raise HeadFileError(f"{what} is damaged: an array with {len(shape)} axes")
+    if len(shape) > 8:
+        raise HeadFileError(f"{what} is damaged: an array with {len(shape)} axes")
     for n in shape:
-        if type(n) is not int or n < 0: raise HeadFileError(f"{what} is damaged: an axis of length {n!r}")
+        if type(n) is not int or n < 0:
+            raise HeadFileError(f"{what} is damaged: an axis of length {n!r}")
         count *= n
-    if count * dtype.itemsize != len(data) or dtype.itemsize == 0: raise HeadFileError(f"{what} is damaged: {len(data)} bytes for an array of shape {tuple(shape)}; get it again")
+    if count * dtype.itemsize != len(data) or dtype.itemsize == 0:
+        raise HeadFileError(f"{what} is damaged: {len(data)} bytes for an array of shape {tuple(shape)}; get it again")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if columns_first else "C").copy(order="C")
 
+
 def parse_npz(
-    data:bytes,                   # content of a .npz file
-    what:str,                     # name used in messages
-) -> dict:                        # arrays by name
+    data: bytes,  # content of a .npz file
+    what: str,  # name used in messages
+) -> dict:  # arrays by name
     "Read the arrays of a .npz; raise `HeadFileError` where it is damaged or holds Python objects."
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            if sum(e.file_size for e in entries) > LARGEST or len(entries) > 1000: raise HeadFileError(f"{what} unpacks to more than any head holds")
-            return {e.filename.removesuffix(".npy"): parse_npy(archive.read(e), f"{_brief(e.filename)} in {what}") for e in entries}
-    except HeadFileError: raise
-    except Exception as error: raise HeadFileError(f"{what} is not a valid .npz file ({type(error).__name__}: {_brief(error)}); get it again") from None
+            if sum(e.file_size for e in entries) > LARGEST or len(entries) > 1000:
+                raise HeadFileError(f"{what} unpacks to more than any head holds")
+            return {
+                e.filename.removesuffix(".npy"): parse_npy(archive.read(e), f"{_brief(e.filename)} in {what}")
+                for e in entries
+            }
+    except HeadFileError:
+        raise
+    except Exception as error:
+        raise HeadFileError(
+            f"{what} is not a valid .npz file ({type(error).__name__}: {_brief(error)}); get it again"
+        ) from None
 
 # %% ../../nbs/10_head.pickles.ipynb #57bb8562
 class _Record:
     "Stand-in of an object in a pickle: its name, what it was made from, and its state."
-    def __init__(self, kind, arguments=(), state=None): self.kind, self.arguments, self.state = kind, arguments, state
+
+    def __init__(self, kind, arguments=(), state=None):
+        self.kind, self.arguments, self.state = kind, arguments, state
+
 
 def _kind(module, name):
     "Return what a global name stands for, or None where it is not allowed."
     module = module.replace("numpy._core.", "numpy.core.")
-    fixed = {("numpy.core.multiarray", "_reconstruct"): "array", ("numpy", "ndarray"): "class", ("numpy", "dtype"): "dtype",
-             ("numpy.core.multiarray", "scalar"): "scalar", ("numpy.core.numeric", "_frombuffer"): "buffer", ("_codecs", "encode"): "encode",
-             ("copy_reg", "_reconstructor"): "object", ("copyreg", "_reconstructor"): "object", ("__builtin__", "object"): "class",
-             ("builtins", "object"): "class", ("__builtin__", "bytes"): "bytes", ("builtins", "bytes"): "bytes", ("collections", "OrderedDict"): "dictionary",
-             ("torch._utils", "_rebuild_tensor_v2"): "tensor", ("torch.storage", "_load_from_bytes"): "storage",
-             **{("torch", f"{n}Storage"): d for n, d in (("Float", "f4"), ("Double", "f8"), ("Long", "i8"), ("Int", "i4"), ("Short", "i2"), ("Byte", "u1"))}}
-    if (module, name) in fixed: return fixed[module, name]
-    if module.startswith("scipy.sparse.") and name in ("csc_matrix", "csr_matrix", "csc_array", "csr_array"): return name[:3]
-    if module.split(".")[0] == "chumpy" and module.split(".")[-1].isidentifier(): return "chumpy"
+    fixed = {
+        ("numpy.core.multiarray", "_reconstruct"): "array",
+        ("numpy", "ndarray"): "class",
+        ("numpy", "dtype"): "dtype",
+        ("numpy.core.multiarray", "scalar"): "scalar",
+        ("numpy.core.numeric", "_frombuffer"): "buffer",
+        ("_codecs", "encode"): "encode",
+        ("copy_reg", "_reconstructor"): "object",
+        ("copyreg", "_reconstructor"): "object",
+        ("__builtin__", "object"): "class",
+        ("builtins", "object"): "class",
+        ("__builtin__", "bytes"): "bytes",
+        ("builtins", "bytes"): "bytes",
+        ("collections", "OrderedDict"): "dictionary",
+        ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+        ("torch.storage", "_load_from_bytes"): "storage",
+        **{
+            ("torch", f"{n}Storage"): d
+            for n, d in (
+                ("Float", "f4"),
+                ("Double", "f8"),
+                ("Long", "i8"),
+                ("Int", "i4"),
+                ("Short", "i2"),
+                ("Byte", "u1"),
+            )
+        },
+    }
+    if (module, name) in fixed:
+        return fixed[module, name]
+    if module.startswith("scipy.sparse.") and name in ("csc_matrix", "csr_matrix", "csc_array", "csr_array"):
+        return name[:3]
+    if module.split(".")[0] == "chumpy" and module.split(".")[-1].isidentifier():
+        return "chumpy"
     return None
+
 
 def _call(function, arguments, what):
     "Do what a pickle's REDUCE asks for, if it is one of the few known things."
     kind = function.kind if isinstance(function, _Record) else None
-    if not isinstance(arguments, tuple): raise HeadFileError(f"{what} is damaged: a name without arguments")
-    if kind == "encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] in ("latin1", "latin-1"): return arguments[0].encode("latin1")
-    if kind == "bytes" and not arguments: return b""
-    if kind == "dictionary" and not arguments: return {}
-    if kind == "object" and arguments and isinstance(arguments[0], _Record): return _Record(arguments[0].kind)
-    if kind == "storage" and len(arguments) == 1 and isinstance(arguments[0], bytes): return _torch_storage(arguments[0], what)
-    if kind in ("array", "dtype", "scalar", "buffer", "tensor"): return _Record(kind, arguments)
-    raise HeadFileError(f"{what} asks to run something that describes no array; it was not run, and the file cannot be trusted")
+    if not isinstance(arguments, tuple):
+        raise HeadFileError(f"{what} is damaged: a name without arguments")
+    if (
+        kind == "encode"
+        and len(arguments) == 2
+        and isinstance(arguments[0], str)
+        and arguments[1] in ("latin1", "latin-1")
+    ):
+        return arguments[0].encode("latin1")
+    if kind == "bytes" and not arguments:
+        return b""
+    if kind == "dictionary" and not arguments:
+        return {}
+    if kind == "object" and arguments and isinstance(arguments[0], _Record):
+        return _Record(arguments[0].kind)
+    if kind == "storage" and len(arguments) == 1 and isinstance(arguments[0], bytes):
+        return _torch_storage(arguments[0], what)
+    if kind in ("array", "dtype", "scalar", "buffer", "tensor"):
+        return _Record(kind, arguments)
+    raise HeadFileError(
+        f"{what} asks to run something that describes no array; it was not run, and the file cannot be trusted"
+    )
 
 # %% ../../nbs/10_head.pickles.ipynb #cf8e6d9e
-_VALUES = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
-              "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split())
+_VALUES = set(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
+)
 _MARK = object()
+
 
 def _global(module, name, what):
     kind = _kind(module, name) if isinstance(module, str) and isinstance(name, str) else None
-    if kind is None: raise HeadFileError(f"{what} names {_brief(module)}.{_brief(name)}, which no head file needs; nothing was run, and the file cannot be trusted")
+    if kind is None:
+        raise HeadFileError(
+            f"{what} names {_brief(module)}.{_brief(name)}, which no head file needs; nothing was run, and the file cannot be trusted"
+        )
     return _Record(kind)
+
 
 def _since_mark(stack):
     "Take everything above the last mark off the stack."
     start = len(stack) - 1
-    while stack[start] is not _MARK: start -= 1
-    if start < 0: raise IndexError("no mark")
-    items = stack[start + 1:]
+    while stack[start] is not _MARK:
+        start -= 1
+    if start < 0:
+        raise IndexError("no mark")
+    items = stack[start + 1 :]
     del stack[start:]
     return items
+
 
 def _instructions(file, what):
     "Yield the name and the argument of every instruction up to STOP."
     for count in range(1_000_000):
         code = file.read(1)
-        if not code: raise HeadFileError(f"{what} ends too early; get it again")
+        if not code:
+            raise HeadFileError(f"{what} ends too early; get it again")
         op = pickletools.code2op.get(code.decode("latin1"))
-        if op is None: raise HeadFileError(f"{what} is not a pickle, or is damaged; get it again")
-        if op.name == "STRING": yield op.name, codecs.escape_decode(file.readline().strip()[1:-1])[0].decode("latin1")
-        else: yield op.name, op.arg.reader(file) if op.arg else None
-        if op.name == "STOP": return
+        if op is None:
+            raise HeadFileError(f"{what} is not a pickle, or is damaged; get it again")
+        if op.name == "STRING":
+            yield op.name, codecs.escape_decode(file.readline().strip()[1:-1])[0].decode("latin1")
+        else:
+            yield op.name, op.arg.reader(file) if op.arg else None
+        if op.name == "STOP":
+            return
     raise HeadFileError(f"{what} has more instructions than any head file")
 
 # %% ../../nbs/10_head.pickles.ipynb #c1c780c5
 def parse_pickle(
-    file,                         # binary stream at the start of a pickle
-    what:str,                     # name used in messages
-):                                # numbers, texts, tuples, lists, dictionaries and records of arrays
+    file,  # binary stream at the start of a pickle
+    what: str,  # name used in messages
+):  # numbers, texts, tuples, lists, dictionaries and records of arrays
     "Read one pickle as data; raise `HeadFileError` where it is damaged or names anything but arrays."
-    try: return _follow(file, what)
-    except HeadFileError: raise
-    except Exception as error: raise HeadFileError(f"{what} is not a valid pickle ({type(error).__name__}: {_brief(error)}); get it again") from None
+    try:
+        return _follow(file, what)
+    except HeadFileError:
+        raise
+    except Exception as error:
+        raise HeadFileError(
+            f"{what} is not a valid pickle ({type(error).__name__}: {_brief(error)}); get it again"
+        ) from None
+
 
 def _follow(file, what):
     stack, memo = [], {}
     constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
     for name, value in _instructions(file, what):
-        if name in _VALUES: stack.append(bytes(value) if isinstance(value, bytearray) else value)
-        elif name in constants: stack.append(constants[name])
-        elif name in ("PROTO", "FRAME"): pass
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"): memo[value] = stack[-1]
-        elif name == "MEMOIZE": memo[len(memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"): stack.append(memo[value])
-        elif name in ("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT"): stack.append({"L": list, "T": tuple, "D": dict}[name[6]]())
-        elif name == "TUPLE": stack.append(tuple(_since_mark(stack)))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"): n = int(name[-1]); stack[-n:] = [tuple(stack[-n:])]
-        elif name == "LIST": stack.append(_since_mark(stack))
+        if name in _VALUES:
+            stack.append(bytes(value) if isinstance(value, bytearray) else value)
+        elif name in constants:
+            stack.append(constants[name])
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name in ("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT"):
+            stack.append({"L": list, "T": tuple, "D": dict}[name[6]]())
+        elif name == "TUPLE":
+            stack.append(tuple(_since_mark(stack)))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(name[-1])
+            stack[-n:] = [tuple(stack[-n:])]
+        elif name == "LIST":
+            stack.append(_since_mark(stack))
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else _since_mark(stack)
             list.extend(stack[-1], items)
         elif name in ("DICT", "SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else _since_mark(stack)
-            if name == "DICT": stack.append({})
+            if name == "DICT":
+                stack.append({})
             keys = [k.decode("latin1") if isinstance(k, bytes) else k for k in items[::2]]
-            if not all(isinstance(k, (str, int)) for k in keys) or len(items) % 2: raise HeadFileError(f"{what} is damaged: a dictionary with odd keys")
+            if not all(isinstance(k, (str, int)) for k in keys) or len(items) % 2:
+                raise HeadFileError(f"{what} is damaged: a dictionary with odd keys")
             dict.update(stack[-1], zip(keys, items[1::2]))
-        elif name == "POP": stack.pop()
-        elif name == "POP_MARK": _since_mark(stack)
-        elif name == "GLOBAL": stack.append(_global(*value.split(" ", 1), what))
-        elif name == "STACK_GLOBAL": stack[-2:] = [_global(stack[-2], stack[-1], what)]
-        elif name == "REDUCE": stack[-2:] = [_call(stack[-2], stack[-1], what)]
-        elif name == "NEWOBJ": stack[-2:] = [_Record(stack[-2].kind, stack[-1])]
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            _since_mark(stack)
+        elif name == "GLOBAL":
+            stack.append(_global(*value.split(" ", 1), what))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_global(stack[-2], stack[-1], what)]
+        elif name == "REDUCE":
+            stack[-2:] = [_call(stack[-2], stack[-1], what)]
+        elif name == "NEWOBJ":
+            stack[-2:] = [_Record(stack[-2].kind, stack[-1])]
         elif name == "BUILD":
             state = stack.pop()
-            if not isinstance(stack[-1], _Record) or stack[-1].state is not None: raise HeadFileError(f"{what} is damaged: a state without an object")
+            if not isinstance(stack[-1], _Record) or stack[-1].state is not None:
+                raise HeadFileError(f"{what} is damaged: a state without an object")
             stack[-1].state = state
-        elif name == "BINPERSID": stack[-1] = _Record("persistent", stack[-1])
-        elif name == "STOP": return stack[-1]
-        else: raise HeadFileError(f"{what} uses the pickle instruction {name}, which no head file needs; nothing was run")
+        elif name == "BINPERSID":
+            stack[-1] = _Record("persistent", stack[-1])
+        elif name == "STOP":
+            return stack[-1]
+        else:
+            raise HeadFileError(f"{what} uses the pickle instruction {name}, which no head file needs; nothing was run")
 
 # %% ../../nbs/10_head.pickles.ipynb #50c87635
 def _dtype(record, what):
     "Turn the record of a dtype into a numpy dtype of plain numbers."
-    if not (isinstance(record, _Record) and record.kind == "dtype" and record.arguments and isinstance(record.arguments[0], str) and len(record.arguments[0]) < 8): raise HeadFileError(f"{what} is damaged: an array without a number type")
-    try: dtype = np.dtype(record.arguments[0])
-    except TypeError: raise HeadFileError(f"{what} is damaged: the number type {record.arguments[0]!r} does not exist") from None
+    if not (
+        isinstance(record, _Record)
+        and record.kind == "dtype"
+        and record.arguments
+        and isinstance(record.arguments[0], str)
+        and len(record.arguments[0]) < 8
+    ):
+        raise HeadFileError(f"{what} is damaged: an array without a number type")
+    try:
+        dtype = np.dtype(record.arguments[0])
+    except TypeError:
+        raise HeadFileError(f"{what} is damaged: the number type {record.arguments[0]!r} does not exist") from None
     state = record.state
-    if not isinstance(state, tuple) or len(state) < 8 or state[0] not in (3, 4) or state[1] not in ("<", ">", "|", "=") or state[2:5] != (None,) * 3 or state[7] != 0: raise HeadFileError(f"{what} is damaged: a number type that numpy never wrote")
+    if (
+        not isinstance(state, tuple)
+        or len(state) < 8
+        or state[0] not in (3, 4)
+        or state[1] not in ("<", ">", "|", "=")
+        or state[2:5] != (None,) * 3
+        or state[7] != 0
+    ):
+        raise HeadFileError(f"{what} is damaged: a number type that numpy never wrote")
     return dtype.newbyteorder(state[1]) if state[1] in ("<", ">") else dtype
+
 
 def _array(value, what):
     "Turn a record into an array, a text or a number; None for anything else."
-    if isinstance(value, (str, bool, int, float)): return value
-    if isinstance(value, bytes): return value.decode("latin1")
-    if not isinstance(value, _Record): return None
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("latin1")
+    if not isinstance(value, _Record):
+        return None
     state = value.state
     if value.kind == "chumpy":
         inner = state.get("x") if isinstance(state, dict) else None
         return _array(inner, what) if isinstance(inner, _Record) and inner.kind == "array" else None
     if value.kind == "array" and isinstance(state, tuple) and len(state) == 5:
-        if state[0] != 1: raise HeadFileError(f"{what} is damaged: an array that numpy never wrote")
+        if state[0] != 1:
+            raise HeadFileError(f"{what} is damaged: an array that numpy never wrote")
         shape, dtype, columns_first, data = state[1], _dtype(state[2], what), state[3], state[4]
     elif value.kind == "buffer" and len(value.arguments) == 4:
         (data, dtype, shape, order), columns_first = value.arguments, value.arguments[3] == "F"
         dtype = _dtype(dtype, what)
-    elif value.kind == "scalar" and len(value.arguments) == 2: dtype, data, shape, columns_first = _dtype(value.arguments[0], what), value.arguments[1], (), False
-    elif value.kind in ("csc", "csr") and isinstance(state, dict): return _dense(value.kind, state, what)
-    elif value.kind == "tensor": return _tensor(value.arguments, what)
-    else: return None
-    if dtype.hasobject: return None
-    if isinstance(data, str): data = data.encode("latin1")
-    if not isinstance(data, bytes) or not isinstance(shape, tuple): raise HeadFileError(f"{what} is damaged: an array without its numbers")
+    elif value.kind == "scalar" and len(value.arguments) == 2:
+        dtype, data, shape, columns_first = _dtype(value.arguments[0], what), value.arguments[1], (), False
+    elif value.kind in ("csc", "csr") and isinstance(state, dict):
+        return _dense(value.kind, state, what)
+    elif value.kind == "tensor":
+        return _tensor(value.arguments, what)
+    else:
+        return None
+    if dtype.hasobject:
+        return None
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(data, bytes) or not isinstance(shape, tuple):
+        raise HeadFileError(f"{what} is damaged: an array without its numbers")
     return _shaped(data, shape, _number_dtype(dtype, what), bool(columns_first), what)
 
 # %% ../../nbs/10_head.pickles.ipynb #31cb602d
@@ -223,55 +363,111 @@ def _dense(kind, state, what):
     "Unpack a sparse matrix stored by columns (csc) or rows (csr)."
     shape = state.get("_shape", state.get("shape"))
     data, indices, starts = (_array(state.get(k), what) for k in ("data", "indices", "indptr"))
-    ok = isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 16 for n in shape) and shape[0] * shape[1] < 1 << 24
-    ok = ok and all(isinstance(a, np.ndarray) and a.ndim == 1 for a in (data, indices, starts)) and len(data) == len(indices) and indices.dtype.kind in "iu" and starts.dtype.kind in "iu"
+    ok = (
+        isinstance(shape, tuple)
+        and len(shape) == 2
+        and all(type(n) is int and 0 < n < 1 << 16 for n in shape)
+        and shape[0] * shape[1] < 1 << 24
+    )
+    ok = (
+        ok
+        and all(isinstance(a, np.ndarray) and a.ndim == 1 for a in (data, indices, starts))
+        and len(data) == len(indices)
+        and indices.dtype.kind in "iu"
+        and starts.dtype.kind in "iu"
+    )
     if ok:
         major, minor = shape if kind == "csr" else shape[::-1]
-        ok = len(starts) == major + 1 and starts[0] == 0 and starts[-1] == len(data) and (np.diff(starts.astype(np.int64)) >= 0).all() and (len(indices) == 0 or 0 <= indices.min() <= indices.max() < minor)
-    if not ok: raise HeadFileError(f"{what} is damaged: a sparse matrix does not fit together; get it again")
+        ok = (
+            len(starts) == major + 1
+            and starts[0] == 0
+            and starts[-1] == len(data)
+            and (np.diff(starts.astype(np.int64)) >= 0).all()
+            and (len(indices) == 0 or 0 <= indices.min() <= indices.max() < minor)
+        )
+    if not ok:
+        raise HeadFileError(f"{what} is damaged: a sparse matrix does not fit together; get it again")
     out = np.zeros((major, minor), data.dtype)
     np.add.at(out, (np.repeat(np.arange(major), np.diff(starts.astype(np.int64))), indices), data)
     return out if kind == "csr" else np.ascontiguousarray(out.T)
+
 
 def _torch_storage(data, what):
     "Read a block of numbers as torch wrote it inside pickles."
     file = io.BytesIO(data)
     magic, _, machine, storage, keys = (parse_pickle(file, what) for _ in range(5))
     entry = storage.arguments if isinstance(storage, _Record) and storage.kind == "persistent" else None
-    if magic != 0x1950A86A20F9469CFC6C or not isinstance(machine, dict) or not machine.get("little_endian") or not isinstance(entry, tuple) or len(entry) < 5 or not isinstance(entry[1], _Record) or keys != [entry[2]]: raise HeadFileError(f"{what} is damaged: a tensor inside it cannot be read; get it again")
+    if (
+        magic != 0x1950A86A20F9469CFC6C
+        or not isinstance(machine, dict)
+        or not machine.get("little_endian")
+        or not isinstance(entry, tuple)
+        or len(entry) < 5
+        or not isinstance(entry[1], _Record)
+        or keys != [entry[2]]
+    ):
+        raise HeadFileError(f"{what} is damaged: a tensor inside it cannot be read; get it again")
     count, body = int.from_bytes(file.read(8), "little"), file.read()
-    if count != entry[4] or entry[1].kind not in ("f4", "f8", "i8", "i4", "i2", "u1"): raise HeadFileError(f"{what} is damaged: a tensor inside it has the wrong length")
+    if count != entry[4] or entry[1].kind not in ("f4", "f8", "i8", "i4", "i2", "u1"):
+        raise HeadFileError(f"{what} is damaged: a tensor inside it has the wrong length")
     return _shaped(body, (count,), np.dtype("<" + entry[1].kind), False, what)
+
 
 def _tensor(arguments, what):
     "Cut a tensor out of its block of numbers."
-    if len(arguments) < 4 or not isinstance(arguments[0], np.ndarray): raise HeadFileError(f"{what} is damaged: a tensor without numbers")
+    if len(arguments) < 4 or not isinstance(arguments[0], np.ndarray):
+        raise HeadFileError(f"{what} is damaged: a tensor without numbers")
     storage, offset, size, stride = arguments[:4]
-    ok = type(offset) is int and all(isinstance(t, tuple) and len(t) < 8 and all(type(n) is int and n >= 0 for n in t) for t in (size, stride)) and len(size) == len(stride) and offset >= 0
-    if not ok or offset + sum((n - 1) * s for n, s in zip(size, stride)) >= len(storage) or any(n == 0 for n in size) or np.prod([float(n) for n in size]) > len(storage): raise HeadFileError(f"{what} is damaged: a tensor reaches beyond its numbers")
+    ok = (
+        type(offset) is int
+        and all(
+            isinstance(t, tuple) and len(t) < 8 and all(type(n) is int and n >= 0 for n in t) for t in (size, stride)
+        )
+        and len(size) == len(stride)
+        and offset >= 0
+    )
+    if (
+        not ok
+        or offset + sum((n - 1) * s for n, s in zip(size, stride)) >= len(storage)
+        or any(n == 0 for n in size)
+        or np.prod([float(n) for n in size]) > len(storage)
+    ):
+        raise HeadFileError(f"{what} is damaged: a tensor reaches beyond its numbers")
     return np.lib.stride_tricks.as_strided(storage[offset:], size, [s * storage.itemsize for s in stride]).copy()
 
 # %% ../../nbs/10_head.pickles.ipynb #3cd6b654
 def read_arrays(
-    path,                         # .pkl, .npz or .npy
-) -> dict:                        # arrays, texts and numbers by name
+    path,  # .pkl, .npz or .npy
+) -> dict:  # arrays, texts and numbers by name
     "Read the named arrays of a file of any of the three kinds; raise `HeadFileError` where it is damaged or unsafe."
     return parse_arrays(read_bytes(path), path)
 
+
 def parse_arrays(
-    data:bytes,                   # content of the file
-    path,                         # its name, for messages
-) -> dict:                        # arrays, texts and numbers by name; None for what is none of them
+    data: bytes,  # content of the file
+    path,  # its name, for messages
+) -> dict:  # arrays, texts and numbers by name; None for what is none of them
     "Do `read_arrays` for a file already in memory."
     what = str(path)
-    if data[:2] == b"PK": return parse_npz(data, what)
-    if data[:6] != b"\x93NUMPY": found = parse_pickle(io.BytesIO(data), what)
+    if data[:2] == b"PK":
+        return parse_npz(data, what)
+    if data[:6] != b"\x93NUMPY":
+        found = parse_pickle(io.BytesIO(data), what)
     else:
         file = io.BytesIO(data)
         shape, _, dtype = _npy_header(file, what)
-        if not dtype.hasobject: return {"array": parse_npy(data, what)}
+        if not dtype.hasobject:
+            return {"array": parse_npy(data, what)}
         record = parse_pickle(file, what)
-        inner = record.state[4] if isinstance(record, _Record) and record.kind == "array" and isinstance(record.state, tuple) and len(record.state) == 5 else None
+        inner = (
+            record.state[4]
+            if isinstance(record, _Record)
+            and record.kind == "array"
+            and isinstance(record.state, tuple)
+            and len(record.state) == 5
+            else None
+        )
         found = inner[0] if shape == () and isinstance(inner, list) and len(inner) == 1 else None
-    if not isinstance(found, dict): raise HeadFileError(f"{what} does not hold named arrays; it is not a head file")
+    if not isinstance(found, dict):
+        raise HeadFileError(f"{what} does not hold named arrays; it is not a head file")
     return {str(k): _array(v, what) for k, v in found.items()}

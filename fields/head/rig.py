@@ -14,232 +14,290 @@ from .template import EYE, EYE_RADIUS, MIRROR, smooth_step
 from .topology import LIP_LINE, NECK, NECK_ANGLE, from_chart
 
 # %% ../../nbs/15_head.rig.ipynb #6e73cccd
-JOINTS = np.array([(0, -140, -44), (0, -72, -36), (0, -8, -22.), EYE, EYE*MIRROR])  # root, neck, jaw, left eye, right eye; mm
+JOINTS = np.array(
+    [(0, -140, -44), (0, -72, -36), (0, -8, -22.0), EYE, EYE * MIRROR]
+)  # root, neck, jaw, left eye, right eye; mm
 PARENTS = np.array([-1, 0, 1, 1, 1])
 
+
 def below_lips(
-    template,                     # `Template`
-) -> np.ndarray:                  # (V,) 0 above the lips, 1 below
+    template,  # `Template`
+) -> np.ndarray:  # (V,) 0 above the lips, 1 below
     "Return how much each vertex belongs below the mouth."
     v = template.vertices
     x = np.abs(v[:, 0])
     line = np.interp(x, LIP_LINE[:, 0], LIP_LINE[:, 1])
-    low = .5 + .5*np.tanh((line - v[:, 1])/(1.2 + .42*np.maximum(0, x - 13)))
+    low = 0.5 + 0.5 * np.tanh((line - v[:, 1]) / (1.2 + 0.42 * np.maximum(0, x - 13)))
     rows = np.concatenate([template.mouth[::-1], template.lips])
-    n, half = rows.shape[1], rows.shape[1]//2
+    n, half = rows.shape[1], rows.shape[1] // 2
     column = np.arange(n)
-    along = np.minimum(column, n - 1 - column)/half                         # 0 in the middle, 1 at the corner
-    value = .5 - .5*np.sign(half - column)*np.sqrt(1 - along**2)            # an opening mouth is an ellipse
+    along = np.minimum(column, n - 1 - column) / half  # 0 in the middle, 1 at the corner
+    value = 0.5 - 0.5 * np.sign(half - column) * np.sqrt(1 - along**2)  # an opening mouth is an ellipse
     for k, row in enumerate(rows):
-        strength = 1. if k < 9 else .6
-        for name, _ in template.sides(): low[name(row)] = value*strength + low[name(row)]*(1 - strength)
+        strength = 1.0 if k < 9 else 0.6
+        for name, _ in template.sides():
+            low[name(row)] = value * strength + low[name(row)] * (1 - strength)
     kept = template.both(rows[:7])
     a, b = template.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).T
     count = np.bincount(a, minlength=len(v))
-    for _ in range(6):                                                      # no step between lips and skin
-        mean = np.bincount(a, low[b], len(v))/np.maximum(count, 1)
+    for _ in range(6):  # no step between lips and skin
+        mean = np.bincount(a, low[b], len(v)) / np.maximum(count, 1)
         mean[kept] = low[kept]
-        low = .5*(low + mean)
+        low = 0.5 * (low + mean)
     return low
 
 # %% ../../nbs/15_head.rig.ipynb #85e69294
 def skin_weights(
-    template,                     # `Template`
-    low:np.ndarray,               # (V,) from `below_lips`
-) -> np.ndarray:                  # (V,5) root, neck, jaw, left eye, right eye; rows sum to one
+    template,  # `Template`
+    low: np.ndarray,  # (V,) from `below_lips`
+) -> np.ndarray:  # (V,5) root, neck, jaw, left eye, right eye; rows sum to one
     "Return how much each joint moves each vertex."
     x, y, z = template.vertices.T
     front = np.interp(y, [-130, -102, -88, -45, 0], [50, 14, -8, -40, -45])
     fade = smooth_step(z, front, front + np.interp(y, [-95, -60], [26, 34]))
     neck = smooth_step(y, -150, -82)
-    jaw = low*fade*smooth_step(-y, -6, 34)*neck
-    weights = np.stack([1 - neck, neck - jaw, jaw, 0*x, 0*x], 1)
-    for side, ball in enumerate(template.balls): weights[ball] = np.eye(5)[3 + side]
+    jaw = low * fade * smooth_step(-y, -6, 34) * neck
+    weights = np.stack([1 - neck, neck - jaw, jaw, 0 * x, 0 * x], 1)
+    for side, ball in enumerate(template.balls):
+        weights[ball] = np.eye(5)[3 + side]
     return weights
 
+
 def joint_regressor(
-    template,                     # `Template`
-) -> np.ndarray:                  # (5,V) rows sum to one, nothing negative
+    template,  # `Template`
+) -> np.ndarray:  # (5,V) rows sum to one, nothing negative
     "Return the combinations of vertices that give the joints."
     v, V = template.vertices, len(template.vertices)
     regressor = np.zeros((5, V))
     outside = np.ones(V)
-    outside[template.skin:] = 0
-    for rings in (template.mouth, template.lid): outside[template.both(rings)] = 0
+    outside[template.skin :] = 0
+    for rings in (template.mouth, template.lid):
+        outside[template.both(rings)] = 0
     plus = np.c_[np.ones(V), v]
     for k in range(3):
         d = v - JOINTS[k]
-        near = outside*np.exp(-.5*(d[:, 1]/18)**2 - .5*((np.linalg.norm(d[:, [0, 2]], axis=1) - 60)/25)**2)
-        if k == 2: near *= v[:, 2] < 25
+        near = outside * np.exp(
+            -0.5 * (d[:, 1] / 18) ** 2 - 0.5 * ((np.linalg.norm(d[:, [0, 2]], axis=1) - 60) / 25) ** 2
+        )
+        if k == 2:
+            near *= v[:, 2] < 25
         row, want = np.zeros(V), np.r_[1, JOINTS[k]]
-        for _ in range(200):                                                # towards the wanted joint, keeping what is positive
-            row += near*(plus @ np.linalg.lstsq((plus*near[:, None]).T @ plus, want - plus.T @ row, rcond=None)[0])
-            if row.min() >= 0: break
+        for _ in range(200):  # towards the wanted joint, keeping what is positive
+            row += near * (plus @ np.linalg.lstsq((plus * near[:, None]).T @ plus, want - plus.T @ row, rcond=None)[0])
+            if row.min() >= 0:
+                break
             row = np.maximum(row, 0)
         regressor[k] = row
-    for side in range(2): regressor[3 + side, template.balls[side, template.equator]] = 1/len(template.equator)
+    for side in range(2):
+        regressor[3 + side, template.balls[side, template.equator]] = 1 / len(template.equator)
     return regressor
 
 # %% ../../nbs/15_head.rig.ipynb #5fedca88
-LID_SHARES = (1, .97, .88, .62, .32, .1), (1, .8, .5, .25, .1, 0.)   # of the upper and lower lid's way, ring by ring
-LID_MEETING = .16                                                    # where lids meet, from the lower (0) to the upper edge (1)
-LID_OVERLAP = .5                                                     # mm by which a closed upper lid passes the lower one, for eyes that are wider than the mean
+LID_SHARES = (
+    (1, 0.97, 0.88, 0.62, 0.32, 0.1),
+    (1, 0.8, 0.5, 0.25, 0.1, 0.0),
+)  # of the upper and lower lid's way, ring by ring
+LID_MEETING = 0.16  # where lids meet, from the lower (0) to the upper edge (1)
+LID_OVERLAP = 0.5  # mm by which a closed upper lid passes the lower one, for eyes that are wider than the mean
+
 
 def eyelids(
-    template,                     # `Template`
-) -> np.ndarray:                  # (2,V,3) mm, left and right
+    template,  # `Template`
+) -> np.ndarray:  # (2,V,3) mm, left and right
     "Return the displacements that close the lids."
     v, n = template.vertices, template.eye.shape[1]
     column = np.arange(n)
     edge = v[template.eye[0]]
     across = edge[(n - column) % n]
-    upper = (column > 0) & (column < n//2)
+    upper = (column > 0) & (column < n // 2)
     below, above = np.where(upper[:, None], across, edge), np.where(upper[:, None], edge, across)
     radius = lambda p: np.linalg.norm(p - EYE, axis=-1, keepdims=True)
-    on_sphere = lambda p, r: EYE + (p - EYE)/radius(p)*r
+    on_sphere = lambda p, r: EYE + (p - EYE) / radius(p) * r
     closest = EYE_RADIUS + 1.3
-    meeting = on_sphere(below + LID_MEETING*(above - below), np.clip(.5*(radius(below) + radius(above)), closest, closest + 3))
-    down = np.where(upper, np.sin(2*np.pi*column/n), 0)[:, None]*np.array([0, -LID_OVERLAP, .25])
+    meeting = on_sphere(
+        below + LID_MEETING * (above - below), np.clip(0.5 * (radius(below) + radius(above)), closest, closest + 3)
+    )
+    down = np.where(upper, np.sin(2 * np.pi * column / n), 0)[:, None] * np.array([0, -LID_OVERLAP, 0.25])
     way, out = meeting + down - edge, np.zeros((2, *v.shape))
     for k, ring in enumerate(template.eye):
-        p = v[ring] + np.where(upper, LID_SHARES[0][k], LID_SHARES[1][k])[:, None]*way
-        r = np.maximum(radius(p), np.minimum(radius(v[ring]), closest + .45*k))
+        p = v[ring] + np.where(upper, LID_SHARES[0][k], LID_SHARES[1][k])[:, None] * way
+        r = np.maximum(radius(p), np.minimum(radius(v[ring]), closest + 0.45 * k))
         out[0, ring] = on_sphere(p, r) - v[ring]
-    for ring, share in zip(template.lid, (1, .75, .2)): out[0, ring] = on_sphere(v[ring] + share*way, radius(v[ring])) - v[ring]
+    for ring, share in zip(template.lid, (1, 0.75, 0.2)):
+        out[0, ring] = on_sphere(v[ring] + share * way, radius(v[ring])) - v[ring]
     moved = np.concatenate([template.eye.ravel(), template.lid.ravel()])
-    out[1, template.mirror[moved]] = out[0, moved]*MIRROR
+    out[1, template.mirror[moved]] = out[0, moved] * MIRROR
     return out
 
 # %% ../../nbs/15_head.rig.ipynb #de0ebd7a
 def turn_about_x(
-    points:np.ndarray,            # (...,3)
-    centre:np.ndarray,            # (3,) a point of the axis
-    angle:float,                  # radians
-) -> np.ndarray:                  # (...,3)
+    points: np.ndarray,  # (...,3)
+    centre: np.ndarray,  # (3,) a point of the axis
+    angle: float,  # radians
+) -> np.ndarray:  # (...,3)
     "Rotate points about an axis along x."
     c, s = np.cos(angle), np.sin(angle)
     x, y, z = np.moveaxis(points - centre, -1, 0)
-    return np.stack([x, c*y - s*z, s*y + c*z], -1) + centre
+    return np.stack([x, c * y - s * z, s * y + c * z], -1) + centre
+
 
 def jaw_field(
-    template,                     # `Template`
-    weights:np.ndarray,           # (V,5)
-    angle:float=.3,               # radians
-) -> np.ndarray:                  # (V,3) mm
+    template,  # `Template`
+    weights: np.ndarray,  # (V,5)
+    angle: float = 0.3,  # radians
+) -> np.ndarray:  # (V,3) mm
     "Return the displacement of an opening jaw by skinning alone."
-    return weights[:, 2:3]*(turn_about_x(template.vertices, JOINTS[2], angle) - template.vertices)
+    return weights[:, 2:3] * (turn_about_x(template.vertices, JOINTS[2], angle) - template.vertices)
+
 
 def pose_correctives(
-    template,                     # `Template`
-) -> np.ndarray:                  # (V,3,36) mm, FLAME's order: 9 (joint - 1) + 3 row + column of R - I
+    template,  # `Template`
+) -> np.ndarray:  # (V,3,36) mm, FLAME's order: 9 (joint - 1) + 3 row + column of R - I
     "Return pose correctives: corners of the mouth and cheeks move in when the jaw opens."
     v = template.vertices
-    bump = lambda centre, extent: np.exp(-.5*(((np.abs(v) * [1, 0, 0] + v*[0, 1, 1] - centre)/extent)**2).sum(1))
+    bump = lambda centre, extent: np.exp(
+        -0.5 * (((np.abs(v) * [1, 0, 0] + v * [0, 1, 1] - centre) / extent) ** 2).sum(1)
+    )
     corner, cheek = bump((27, -44, 48), (9, 10, 14)), bump((48, -32, 22), (14, 18, 22))
-    push = np.stack([-np.sign(v[:, 0])*(3.6*corner + 1.8*cheek), -.5*corner, -1.5*corner - .6*cheek], 1)
+    push = np.stack([-np.sign(v[:, 0]) * (3.6 * corner + 1.8 * cheek), -0.5 * corner, -1.5 * corner - 0.6 * cheek], 1)
     out = np.zeros((len(v), 3, 36))
-    out[:, :, 9 + 7] = push/np.sin(.3)                                      # jaw, row 2, column 1: sin of the opening
+    out[:, :, 9 + 7] = push / np.sin(0.3)  # jaw, row 2, column 1: sin of the opening
     return out
 
 # %% ../../nbs/15_head.rig.ipynb #1e0eecbd
 def unfold(
-    uv:np.ndarray,                # (V,2)
-    faces:np.ndarray,             # (F,3) triangles that should all have the same side up
-    least:float=5e-7,             # twice the area that is enough
-    most:int=100,                 # steps
-) -> np.ndarray:                  # (V,2)
+    uv: np.ndarray,  # (V,2)
+    faces: np.ndarray,  # (F,3) triangles that should all have the same side up
+    least: float = 5e-7,  # twice the area that is enough
+    most: int = 100,  # steps
+) -> np.ndarray:  # (V,2)
     "Move corners of turned triangles by as little as turns them back; raise `ValueError` if some stay."
     uv = uv.copy()
     for _ in range(most):
         p, q, r = (uv[faces[:, k]] for k in range(3))
         area = np.cross(q - p, r - p)
         small = np.flatnonzero(area < least)
-        if not len(small): return uv
-        slope = np.stack([q - r, r - p, p - q], 1)[small][..., ::-1]*[1, -1]          # of the area with each corner's place
-        step = .6*(2*least - area[small])/(slope**2).sum((1, 2))
-        np.add.at(uv, faces[small], step[:, None, None]*slope)
+        if not len(small):
+            return uv
+        slope = np.stack([q - r, r - p, p - q], 1)[small][..., ::-1] * [1, -1]  # of the area with each corner's place
+        step = 0.6 * (2 * least - area[small]) / (slope**2).sum((1, 2))
+        np.add.at(uv, faces[small], step[:, None, None] * slope)
     raise ValueError("triangles stay turned in the texture; give the layout more room there")
 
+
 def texture_coordinates(
-    template,                     # `Template`
-    zoom:float=.11,               # smaller values give the face more room
-) -> np.ndarray:                  # (V,2) u right, v up, in [0,1]
+    template,  # `Template`
+    zoom: float = 0.11,  # smaller values give the face more room
+) -> np.ndarray:  # (V,2) u right, v up, in [0,1]
     "Return texture coordinates."
     d = from_chart(template.chart)
     along = d @ NECK
     forward = np.array([0, NECK[2], -NECK[1]])
-    flat = (d[:, 0] - 1j*(d @ forward))/(1 - along)/(1/np.tan(NECK_ANGLE/2))
-    face = -.17j
-    flat = (flat - face)/(1 - np.conj(face)*flat)                            # a Moebius map keeps the circle
-    flat *= (1 + zoom)/(np.abs(flat) + zoom)*.497
+    flat = (d[:, 0] - 1j * (d @ forward)) / (1 - along) / (1 / np.tan(NECK_ANGLE / 2))
+    face = -0.17j
+    flat = (flat - face) / (1 - np.conj(face) * flat)  # a Moebius map keeps the circle
+    flat *= (1 + zoom) / (np.abs(flat) + zoom) * 0.497
     uv = np.zeros((len(template.vertices), 2))
     half = np.stack([flat.real, flat.imag], 1)
-    uv[template.mirror] = half*[-1, 1]
-    uv[:len(half)] = half
-    uv += .5
+    uv[template.mirror] = half * [-1, 1]
+    uv[: len(half)] = half
+    uv += 0.5
     uv = unfold(uv, template.faces[(template.faces < template.skin).all(1)])
-    r = .074*np.sqrt(template.ball_angle/np.pi)
-    circle = np.stack([np.cos(template.ball_turn), np.sin(template.ball_turn)], 1)*r[:, None]
-    uv[template.balls[0]], uv[template.balls[1]] = (.925, .925) + circle, (.075, .925) + circle*[-1, 1]
+    r = 0.074 * np.sqrt(template.ball_angle / np.pi)
+    circle = np.stack([np.cos(template.ball_turn), np.sin(template.ball_turn)], 1) * r[:, None]
+    uv[template.balls[0]], uv[template.balls[1]] = (0.925, 0.925) + circle, (0.075, 0.925) + circle * [-1, 1]
     return uv
 
 # %% ../../nbs/15_head.rig.ipynb #7ff078f2
 def regions(
-    template,                     # `Template`
-    weights:np.ndarray,           # (V,5)
-) -> dict[str, np.ndarray]:       # vertices of each region
+    template,  # `Template`
+    weights: np.ndarray,  # (V,5)
+) -> dict[str, np.ndarray]:  # vertices of each region
     "Return vertex lists under the names of FLAME's masks."
     v = template.vertices
     V, (s, y, z), x = len(v), v.T, np.abs(v[:, 0])
     chosen = lambda ids: np.isin(np.arange(V), ids)
     skin = np.arange(V) < template.skin
     inside = chosen(template.both(template.mouth[1:])) | chosen(template.both(template.lid[1:]))
-    ear, lips = chosen(template.both(template.ear[:-1])), chosen(template.both(template.lips[:5])) | chosen(template.both(template.mouth))
-    face = skin & ~ear & ~(inside & ~lips) & (y > -90) & (y < 84) & (z > np.interp(y, [-95, -60, 0, 60, 90], [30, -2, 0, 14, 34]))
-    eyes = skin & (((x - 32)/26)**2 + ((y - 29)/24)**2 < 1) & (z > 18)
-    out = {"face": face, "lips": lips, "nose": skin & (x < np.interp(y, [-24, -18, 0, 22, 28], [16, 24, 20, 12, 9])) & (y > -24) & (y < 28) & (z > 45),
-           "forehead": skin & (y > 42) & (y < 95) & (x < 64) & (z > 12), "eye_region": eyes | (skin & (x < 20) & (y > 15) & (y < 50) & (z > 40)),
-           "left_eye_region": eyes & (s > 0), "right_eye_region": eyes & (s < 0), "left_ear": ear & (s > 0), "right_ear": ear & (s < 0),
-           "neck": skin & (y < -70) & (weights[:, 2] < .3) & ~face, "scalp": skin & ~ear & (y > -60) & ((y > 88) | (z < -45) | ((y > 60) & ~face)),
-           "boundary": chosen(template.both(template.neck[0]))}
+    ear, lips = (
+        chosen(template.both(template.ear[:-1])),
+        chosen(template.both(template.lips[:5])) | chosen(template.both(template.mouth)),
+    )
+    face = (
+        skin
+        & ~ear
+        & ~(inside & ~lips)
+        & (y > -90)
+        & (y < 84)
+        & (z > np.interp(y, [-95, -60, 0, 60, 90], [30, -2, 0, 14, 34]))
+    )
+    eyes = skin & (((x - 32) / 26) ** 2 + ((y - 29) / 24) ** 2 < 1) & (z > 18)
+    out = {
+        "face": face,
+        "lips": lips,
+        "nose": skin & (x < np.interp(y, [-24, -18, 0, 22, 28], [16, 24, 20, 12, 9])) & (y > -24) & (y < 28) & (z > 45),
+        "forehead": skin & (y > 42) & (y < 95) & (x < 64) & (z > 12),
+        "eye_region": eyes | (skin & (x < 20) & (y > 15) & (y < 50) & (z > 40)),
+        "left_eye_region": eyes & (s > 0),
+        "right_eye_region": eyes & (s < 0),
+        "left_ear": ear & (s > 0),
+        "right_ear": ear & (s < 0),
+        "neck": skin & (y < -70) & (weights[:, 2] < 0.3) & ~face,
+        "scalp": skin & ~ear & (y > -60) & ((y > 88) | (z < -45) | ((y > 60) & ~face)),
+        "boundary": chosen(template.both(template.neck[0])),
+    }
     out = {name: np.flatnonzero(mask) for name, mask in out.items()}
     return out | {"left_eyeball": template.balls[0], "right_eyeball": template.balls[1]}
 
+
 def paint_attributes(
-    template,                     # `Template`
-) -> np.ndarray:                  # (V,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
+    template,  # `Template`
+) -> np.ndarray:  # (V,6) lip, lip line, lid edge, inside of the mouth, ear, teeth
     "Return per-vertex values that say where lips, lid edges, mouth, ears and teeth are."
     out = np.zeros((len(template.vertices), 6))
+
     def mark(column, rings, values):
-        for ring, value in zip(rings, values): out[template.both(ring), column] = value
-    mark(0, template.lips, (1, 1, .9, .6, .12))
+        for ring, value in zip(rings, values):
+            out[template.both(ring), column] = value
+
+    mark(0, template.lips, (1, 1, 0.9, 0.6, 0.12))
     mark(0, template.mouth, (1,))
     mark(1, (template.lips[0], template.mouth[0]), (1, 1))
-    mark(2, template.eye, (1, .5, .15))
-    mark(2, template.lid, (.68, .45, .3))
-    mark(3, template.mouth, (.05, .7, .7, 1))
-    mark(5, template.mouth, (0, .3, 1, 0))
-    mark(4, template.ear, (1,)*8 + (.6, .25, 0))
+    mark(2, template.eye, (1, 0.5, 0.15))
+    mark(2, template.lid, (0.68, 0.45, 0.3))
+    mark(3, template.mouth, (0.05, 0.7, 0.7, 1))
+    mark(5, template.mouth, (0, 0.3, 1, 0))
+    mark(4, template.ear, (1,) * 8 + (0.6, 0.25, 0))
     return out
 
 # %% ../../nbs/15_head.rig.ipynb #45648a73
 @dataclass
 class Rig:
     "What moves, paints and names the parts of a template; millimetres."
-    low:np.ndarray                # (V,) 0 above the lips, 1 below
-    weights:np.ndarray            # (V,5) root, neck, jaw, left eye, right eye
-    regressor:np.ndarray          # (5,V) joints from vertices
-    correctives:np.ndarray        # (V,3,36) pose correctives
-    lids:np.ndarray               # (2,V,3) closing of the left and the right lid
-    uv:np.ndarray                 # (V,2) texture coordinates
-    paint:np.ndarray              # (V,6) where to paint
-    masks:dict[str, np.ndarray]   # vertices of each region
+
+    low: np.ndarray  # (V,) 0 above the lips, 1 below
+    weights: np.ndarray  # (V,5) root, neck, jaw, left eye, right eye
+    regressor: np.ndarray  # (5,V) joints from vertices
+    correctives: np.ndarray  # (V,3,36) pose correctives
+    lids: np.ndarray  # (2,V,3) closing of the left and the right lid
+    uv: np.ndarray  # (V,2) texture coordinates
+    paint: np.ndarray  # (V,6) where to paint
+    masks: dict[str, np.ndarray]  # vertices of each region
+
 
 def make_rig(
-    template,                     # `Template`
-) -> Rig:                         # its rig
+    template,  # `Template`
+) -> Rig:  # its rig
     "Rig a template."
     low = below_lips(template)
     weights = skin_weights(template, low)
-    return Rig(low, weights, joint_regressor(template), pose_correctives(template), eyelids(template), texture_coordinates(template),
-               paint_attributes(template), regions(template, weights))
+    return Rig(
+        low,
+        weights,
+        joint_regressor(template),
+        pose_correctives(template),
+        eyelids(template),
+        texture_coordinates(template),
+        paint_attributes(template),
+        regions(template, weights),
+    )

@@ -16,60 +16,79 @@ from .rig import PARENTS, make_rig
 from .template import Template, make_template
 
 # %% ../../nbs/17_head.sculpt.ipynb #a32f5af9
-DETAIL_BANDS = ((90., 1., 10), (45., .7, 16), (22., .45, 18), (11., .22, 20))  # wavelength mm, relative amplitude, fields
+DETAIL_BANDS = (
+    (90.0, 1.0, 10),
+    (45.0, 0.7, 16),
+    (22.0, 0.45, 18),
+    (11.0, 0.22, 20),
+)  # wavelength mm, relative amplitude, fields
+
 
 def detail_bank(
-    template:Template,            # structure
-    seed:int=20,                  # of the bank
-) -> np.ndarray:                  # (64,V,3) mm
+    template: Template,  # structure
+    seed: int = 20,  # of the bank
+) -> np.ndarray:  # (64,V,3) mm
     "Return smooth random displacements that keep eyes round and lips closed."
     rng, v, bank = np.random.default_rng(seed), template.vertices, []
     for wavelength, amplitude, count in DETAIL_BANDS:
         for _ in range(count):
             k = rng.normal(size=(16, 3))
-            k *= 2*np.pi/wavelength/np.linalg.norm(k, axis=1, keepdims=True)
-            bank.append(amplitude*np.cos(v @ k.T + rng.uniform(0, 2*np.pi, 16)) @ rng.normal(size=(16, 3))/4)
+            k *= 2 * np.pi / wavelength / np.linalg.norm(k, axis=1, keepdims=True)
+            bank.append(amplitude * np.cos(v @ k.T + rng.uniform(0, 2 * np.pi, 16)) @ rng.normal(size=(16, 3)) / 4)
     return settle_mouth(settle_eyes(np.stack(bank), template), template)
 
 # %% ../../nbs/17_head.sculpt.ipynb #b89d79b7
 class Sculpt:
     "A parametric head: `identity`, `expression`, `detail`, and its rig; metres."
-    def __init__(self,
-        structure:Template,       # the template and its rings
-        dtype=np.float32,         # of fields and results; float64 to make the packaged head
+
+    def __init__(
+        self,
+        structure: Template,  # the template and its rings
+        dtype=np.float32,  # of fields and results; float64 to make the packaged head
     ):
         rig = make_rig(structure)
-        V, metres = len(structure.vertices), lambda a: np.ascontiguousarray(a/1e3, dtype)
+        V, metres = len(structure.vertices), lambda a: np.ascontiguousarray(a / 1e3, dtype)
         self.structure, self.rig, self.dtype, self.parents = structure, rig, dtype, PARENTS
-        self.template, self.faces, self.uv, self.masks = metres(structure.vertices), structure.faces.astype(np.int64), rig.uv, rig.masks
+        self.template, self.faces, self.uv, self.masks = (
+            metres(structure.vertices),
+            structure.faces.astype(np.int64),
+            rig.uv,
+            rig.masks,
+        )
         self.weights, self.joint_regressor = rig.weights, rig.regressor
         self.posedirs, self.eyelids = metres(rig.correctives), metres(rig.lids)
         identity, self.identity_names = identity_fields(structure)
         actions, self.expression_names = expression_fields(structure, rig.low, rig.lids)
-        self.moved = np.flatnonzero(np.abs(actions).max((0, 2)) > .002)     # vertices that some action moves
-        self._identity, self._actions = metres(identity).reshape(-1, V*3), metres(actions[:, self.moved]).reshape(len(actions), -1)
-        self._gradient = (gradient_operator(structure, self.moved)*1e3).astype(dtype)
-        self._detail = metres(detail_bank(structure)).reshape(-1, V*3)
+        self.moved = np.flatnonzero(np.abs(actions).max((0, 2)) > 0.002)  # vertices that some action moves
+        self._identity, self._actions = (
+            metres(identity).reshape(-1, V * 3),
+            metres(actions[:, self.moved]).reshape(len(actions), -1),
+        )
+        self._gradient = (gradient_operator(structure, self.moved) * 1e3).astype(dtype)
+        self._detail = metres(detail_bank(structure)).reshape(-1, V * 3)
 
-    def identity(self,
-        controls,                 # (B,I) controls in standard deviations
-    ) -> np.ndarray:              # (B,V,3) neutral, unposed vertices, metres
+    def identity(
+        self,
+        controls,  # (B,I) controls in standard deviations
+    ) -> np.ndarray:  # (B,V,3) neutral, unposed vertices, metres
         "Return neutral heads."
         c = np.atleast_2d(np.asarray(controls, self.dtype))
         return self.template + (c @ self._identity).reshape(len(c), -1, 3)
 
-    def local_maps(self,
-        neutral,                  # (B,V,3) neutral vertices, metres
-    ) -> np.ndarray:              # (B,M,3,3) linear map from the template around each moved vertex
+    def local_maps(
+        self,
+        neutral,  # (B,V,3) neutral vertices, metres
+    ) -> np.ndarray:  # (B,M,3,3) linear map from the template around each moved vertex
         "Return how neutral heads stretch and turn the template."
         change = np.asarray(neutral, self.dtype) - self.template
         maps = np.stack([self._gradient @ c for c in change]).reshape(len(change), -1, 3, 3)
-        return np.eye(3, dtype=self.dtype) + np.clip(maps, -.5, .5).swapaxes(-1, -2)
+        return np.eye(3, dtype=self.dtype) + np.clip(maps, -0.5, 0.5).swapaxes(-1, -2)
 
-    def expression(self,
-        neutral,                  # (B,V,3) neutral vertices, metres
-        controls,                 # (B,E) activations, 1 a full action
-    ) -> np.ndarray:              # (B,V,3) unposed vertices, metres
+    def expression(
+        self,
+        neutral,  # (B,V,3) neutral vertices, metres
+        controls,  # (B,E) activations, 1 a full action
+    ) -> np.ndarray:  # (B,V,3) unposed vertices, metres
         "Add facial actions, adapted to each neutral face."
         c, out = np.atleast_2d(np.asarray(controls, self.dtype)), np.array(neutral, self.dtype)
         active = np.flatnonzero(c.any(0))
@@ -77,34 +96,44 @@ class Sculpt:
         out[:, self.moved] += np.einsum("bmij,bmj->bmi", self.local_maps(out), move)
         return out
 
-    def detail(self,
-        seed:int,                 # which face
-        amplitude_mm:float=.45,   # root mean square over the skin, mm
-    ) -> np.ndarray:              # (V,3) displacement, metres
+    def detail(
+        self,
+        seed: int,  # which face
+        amplitude_mm: float = 0.45,  # root mean square over the skin, mm
+    ) -> np.ndarray:  # (V,3) displacement, metres
         "Return asymmetry and fine shape that no control has."
         weights = np.random.default_rng(seed).normal(size=len(self._detail)).astype(self.dtype)
         d = (weights @ self._detail).reshape(-1, 3)
         skin = self.structure.skin
-        return d*(amplitude_mm/1e3/np.sqrt((d[:skin]**2).sum()/skin)).astype(self.dtype)
+        return d * (amplitude_mm / 1e3 / np.sqrt((d[:skin] ** 2).sum() / skin)).astype(self.dtype)
 
 # %% ../../nbs/17_head.sculpt.ipynb #345d1b16
 def structure_arrays(
-    structure:Template,           # to be stored
-) -> dict[str, np.ndarray]:       # arrays for the packaged head
+    structure: Template,  # to be stored
+) -> dict[str, np.ndarray]:  # arrays for the packaged head
     "Return what `load_sculpt` needs beside vertices and triangles."
-    return {"sculpt_" + f.name: np.asarray(getattr(structure, f.name)).astype(np.float32 if f.name in ("chart", "ball_angle", "ball_turn") else np.int32)
-            for f in dataclass_fields(Template) if f.name not in ("vertices", "faces")}
+    return {
+        "sculpt_" + f.name: np.asarray(getattr(structure, f.name)).astype(
+            np.float32 if f.name in ("chart", "ball_angle", "ball_turn") else np.int32
+        )
+        for f in dataclass_fields(Template)
+        if f.name not in ("vertices", "faces")
+    }
+
 
 def make_sculpt(
-    dtype=np.float64,             # of fields and results
-) -> Sculpt:                      # from nothing but the notebooks
+    dtype=np.float64,  # of fields and results
+) -> Sculpt:  # from nothing but the notebooks
     "Sculpt the template anew; takes a few seconds."
     return Sculpt(make_template(), dtype)
 
+
 @lru_cache(1)
-def load_sculpt() -> Sculpt:      # one for the process
+def load_sculpt() -> Sculpt:  # one for the process
     "Return the packaged sculpt."
     with np.load(package_file("head/open_head.npz"), allow_pickle=False) as z:
-        arrays = {f.name: z["sculpt_" + f.name] for f in dataclass_fields(Template) if f.name not in ("vertices", "faces")}
+        arrays = {
+            f.name: z["sculpt_" + f.name] for f in dataclass_fields(Template) if f.name not in ("vertices", "faces")
+        }
         arrays = {k: a.astype(np.int64 if a.dtype.kind == "i" else np.float64) for k, a in arrays.items()}
-        return Sculpt(Template(z["template"].astype(np.float64)*1e3, z["faces"].astype(np.int64), **arrays))
+        return Sculpt(Template(z["template"].astype(np.float64) * 1e3, z["faces"].astype(np.int64), **arrays))

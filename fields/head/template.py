@@ -12,222 +12,366 @@ __all__ = ['MIRROR', 'EYE', 'EYE_RADIUS', 'LIP_BULGE', 'EXTRA', 'STROKES', 'EYE_
 from dataclasses import dataclass
 import numpy as np
 from .measures import mean_points
-from .topology import (CENTRE, EAR, EAR_FORWARD, EAR_RADII, EAR_UP, LIP_LINE, LOWER_LID, LOWER_LIP, NECK, NECK_ANGLE, UPPER_LID, UPPER_LIP,
-    from_chart, half_layout, strip, triangle_area)
+from fields.head.topology import (
+    CENTRE,
+    EAR,
+    EAR_FORWARD,
+    EAR_RADII,
+    EAR_UP,
+    LIP_LINE,
+    LOWER_LID,
+    LOWER_LIP,
+    NECK,
+    NECK_ANGLE,
+    UPPER_LID,
+    UPPER_LIP,
+    from_chart,
+    half_layout,
+    strip,
+    triangle_area,
+)
 
 # %% ../../nbs/14_head.template.ipynb #edcd9dd9
-MIRROR = np.array([-1., 1., 1.])                       # to the other half
-EYE, EYE_RADIUS = np.array([31.3, 25.2, 31.2]), 12.7   # left eyeball, mm
+MIRROR = np.array([-1.0, 1.0, 1.0])  # to the other half
+EYE, EYE_RADIUS = np.array([31.3, 25.2, 31.2]), 12.7  # left eyeball, mm
+
 
 def smooth_step(
-    x,                            # values
-    low,                          # where the step starts
-    high,                         # where it ends
-):                                # 0 below, 1 above, smooth between
+    x,  # values
+    low,  # where the step starts
+    high,  # where it ends
+):  # 0 below, 1 above, smooth between
     "Rise from 0 to 1 with flat ends."
-    t = np.clip((x - low)/(high - low), 0, 1)
-    return t*t*(3 - 2*t)
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
 
 def _melt(a, b, width):
     "Join two signed distances with a fillet of the given width."
-    h = np.clip(.5 + .5*(b - a)/width, 0, 1)
-    return b*(1 - h) + a*h - width*h*(1 - h)
+    h = np.clip(0.5 + 0.5 * (b - a) / width, 0, 1)
+    return b * (1 - h) + a * h - width * h * (1 - h)
+
 
 def rough_distance(
-    points:np.ndarray,            # (N,3) mm
-) -> np.ndarray:                  # (N,) mm, negative inside
+    points: np.ndarray,  # (N,3) mm
+) -> np.ndarray:  # (N,) mm, negative inside
     "Return the signed distance of cranium, face, and a neck that widens towards the shoulders."
+
     def ellipsoid(centre, radii):
-        q = (points - np.array(centre))/np.array(radii)
+        q = (points - np.array(centre)) / np.array(radii)
         n = np.linalg.norm(q, axis=-1)
-        return (n - 1)*n/np.maximum(np.linalg.norm(q/np.array(radii), axis=-1), 1e-6)
-    top, bottom = np.array([0, -20., -36.]), np.array([0, -220., -62.])
-    share = np.clip((points - top) @ (bottom - top)/((bottom - top) @ (bottom - top)), 0, 1)
-    neck = np.linalg.norm(points - top - share[..., None]*(bottom - top), axis=-1) - 54 - 14*smooth_step(-points[..., 1], 105, 165)
+        return (n - 1) * n / np.maximum(np.linalg.norm(q / np.array(radii), axis=-1), 1e-6)
+
+    top, bottom = np.array([0, -20.0, -36.0]), np.array([0, -220.0, -62.0])
+    share = np.clip((points - top) @ (bottom - top) / ((bottom - top) @ (bottom - top)), 0, 1)
+    neck = (
+        np.linalg.norm(points - top - share[..., None] * (bottom - top), axis=-1)
+        - 54
+        - 14 * smooth_step(-points[..., 1], 105, 165)
+    )
     head = _melt(ellipsoid((0, 44, -38), (75, 91, 99)), ellipsoid((0, -22, -14), (70, 70, 74)), 30)
     return _melt(head, neck, 16)
 
+
 def rough_radius(
-    directions:np.ndarray,        # (N,3) unit
-) -> np.ndarray:                  # (N,) mm from `CENTRE`
+    directions: np.ndarray,  # (N,3) unit
+) -> np.ndarray:  # (N,) mm from `CENTRE`
     "Return how far the rough head reaches along each direction."
-    radius = np.full(len(directions), 280.)
-    for _ in range(90): radius -= .8*rough_distance(CENTRE + radius[:, None]*directions)
+    radius = np.full(len(directions), 280.0)
+    for _ in range(90):
+        radius -= 0.8 * rough_distance(CENTRE + radius[:, None] * directions)
     return radius
 
 # %% ../../nbs/14_head.template.ipynb #e61e00f8
-LIP_BULGE = [(0, -38.4, 67.4), (7, -37.6, 66.7), (14, -38.9, 62.7), (20, -41.4, 57.), (0, -47.2, 66.2), (8, -47.1, 65.), (14.5, -46.6, 61.6), (20, -45.6, 56.4)]
-EXTRA = [(0, -75.5, 61.5), (11, -76, 59), (0, -63, 58.8), (10, -63, 57.3), (0, -84, 54), (16, -82, 49.5), (0, -57, 61.0), (0, 50, 58.5), (0, 66, 58.5), (0, 84, 53.5), (30, 70, 50), (32, 90, 40),
-    (52, 62, 34), (52, 82, 22), (66, 50, 2), (68, 30, 4), (47, 3, 39), (36, 2, 47.5), (57, 8, 26), (66, 8, 2), (71, 5, -18), (40, -16, 46), (52, -22, 27), (60, -20, 8), (36, -38, 45), (46, -46, 27), (54, -48, 6),
-    (30, -60, 43.5), (40, -62, 24), (22, -70, 50), (24, -12, 49.5), (31, -26, 48), (22, 10, 47), (27, 13.5, 45), (40, 14, 40), (49, 17, 33), (0, -92, 24), (16, -89, 24), (0, -97, 6), (30, -86, 6), (45, -75, -14), (20, -99, -2)]
+LIP_BULGE = [
+    (0, -38.4, 67.4),
+    (7, -37.6, 66.7),
+    (14, -38.9, 62.7),
+    (20, -41.4, 57.0),
+    (0, -47.2, 66.2),
+    (8, -47.1, 65.0),
+    (14.5, -46.6, 61.6),
+    (20, -45.6, 56.4),
+]
+EXTRA = [
+    (0, -75.5, 61.5),
+    (11, -76, 59),
+    (0, -63, 58.8),
+    (10, -63, 57.3),
+    (0, -84, 54),
+    (16, -82, 49.5),
+    (0, -57, 61.0),
+    (0, 50, 58.5),
+    (0, 66, 58.5),
+    (0, 84, 53.5),
+    (30, 70, 50),
+    (32, 90, 40),
+    (52, 62, 34),
+    (52, 82, 22),
+    (66, 50, 2),
+    (68, 30, 4),
+    (47, 3, 39),
+    (36, 2, 47.5),
+    (57, 8, 26),
+    (66, 8, 2),
+    (71, 5, -18),
+    (40, -16, 46),
+    (52, -22, 27),
+    (60, -20, 8),
+    (36, -38, 45),
+    (46, -46, 27),
+    (54, -48, 6),
+    (30, -60, 43.5),
+    (40, -62, 24),
+    (22, -70, 50),
+    (24, -12, 49.5),
+    (31, -26, 48),
+    (22, 10, 47),
+    (27, 13.5, 45),
+    (40, 14, 40),
+    (49, 17, 33),
+    (0, -92, 24),
+    (16, -89, 24),
+    (0, -97, 6),
+    (30, -86, 6),
+    (45, -75, -14),
+    (20, -99, -2),
+]
+
 
 def anchors():
     "Return directions (A,3) and radii (A,) that the surface passes through, on both halves."
     from scipy.spatial import cKDTree
+
     p68, p105, p203 = mean_points()
     kept = np.concatenate([p68[:17], p68[27:48], p105[:65], p203[145:157], p203[165:177], p203[185:197], p203[199:]])
-    kept = np.concatenate([kept, kept*MIRROR])
-    p = np.concatenate([kept[kept[:, 0] > -1e-6], EXTRA, LIP_BULGE, LIP_LINE, UPPER_LIP, LOWER_LIP, UPPER_LID, LOWER_LID])
+    kept = np.concatenate([kept, kept * MIRROR])
+    p = np.concatenate(
+        [kept[kept[:, 0] > -1e-6], EXTRA, LIP_BULGE, LIP_LINE, UPPER_LIP, LOWER_LIP, UPPER_LID, LOWER_LID]
+    )
     radii = np.linalg.norm(p - CENTRE, axis=1)
-    directions = (p - CENTRE)/radii[:, None]
-    k = np.arange(500) + .5
-    polar, turn = np.arccos(1 - k/250), np.pi*(1 + 5**.5)*k                 # even points on the sphere
-    even = np.stack([np.cos(turn)*np.sin(polar), np.cos(polar), np.sin(turn)*np.sin(polar)], 1)
+    directions = (p - CENTRE) / radii[:, None]
+    k = np.arange(500) + 0.5
+    polar, turn = np.arccos(1 - k / 250), np.pi * (1 + 5**0.5) * k  # even points on the sphere
+    even = np.stack([np.cos(turn) * np.sin(polar), np.cos(polar), np.sin(turn) * np.sin(polar)], 1)
     even = even[(even[:, 0] > 0)]
-    even = even[cKDTree(directions).query(even)[0] > .33]
+    even = even[cKDTree(directions).query(even)[0] > 0.33]
     directions, radii = np.concatenate([directions, even]), np.concatenate([radii, rough_radius(even)])
-    return np.concatenate([directions, directions*MIRROR]), np.concatenate([radii, radii])
+    return np.concatenate([directions, directions * MIRROR]), np.concatenate([radii, radii])
+
 
 def landmark_radius(
-    query:np.ndarray,             # (N,3) unit directions
-    calm:float=.012,              # larger values smooth out disagreements between landmarks
-) -> np.ndarray:                  # (N,) mm from `CENTRE`
+    query: np.ndarray,  # (N,3) unit directions
+    calm: float = 0.012,  # larger values smooth out disagreements between landmarks
+) -> np.ndarray:  # (N,) mm from `CENTRE`
     "Return the rough radius plus a smooth correction through the anchors."
     directions, radii = anchors()
     distance = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=2)
     flat = np.c_[np.ones(len(directions)), directions]
     A = len(directions)
     system = np.zeros((A + 4, A + 4))
-    system[:A, :A], system[:A, A:], system[A:, :A] = distance(directions, directions) - calm*np.eye(A), flat, flat.T
+    system[:A, :A], system[:A, A:], system[A:, :A] = distance(directions, directions) - calm * np.eye(A), flat, flat.T
     w = np.linalg.solve(system, np.r_[radii - rough_radius(directions), np.zeros(4)])
     return rough_radius(query) + distance(query, directions) @ w[:A] + np.c_[np.ones(len(query)), query] @ w[A:]
 
 # %% ../../nbs/14_head.template.ipynb #fa2a4fd4
 STROKES = [  # centre, extent, push
-    ((16.5, -13, 56), (4., 5., 7), (2.0, -.3, 2.2)), ((23, -8, 51), (3.5, 7, 8), (0, 0, -1.3)), ((22.5, -19, 52), (3., 4., 8), (-.3, .3, -1.5)),           # wing of the nose and the groove around it
-    ((7.2, -21, 61), (3.4, 2.2, 7), (0, 2.4, -3.4)), ((0, -4, 80), (8, 7, 9), (0, .3, 1.4)), ((6.5, -8, 74), (4, 6, 8), (.8, 0, .6)), ((0, -20, 66), (2.6, 3, 7), (0, -.9, .6)), # nostril, tip, columella
-    ((12, -6, 66), (3., 6, 7), (.4, 0, -.6)), ((8, 14, 60), (4., 9, 8), (.9, 0, .4)),                                                                      # between tip and wing, bridge
-    ((0, -28, 66), (2.0, 5, 8), (0, 0, -1.1)), ((4.4, -28.5, 65), (1.6, 4.5, 8), (0, 0, .8)),                                                              # groove under the nose and its ridges
-    ((0, -47.3, 65), (12, 2.8, 10), (0, -.2, 1.2)), ((6, -38.2, 66), (7, 2.2, 10), (0, 0, .9)), ((0, -43, 64), (18, 1.6, 10), (0, 0, -.8)),                   # lower lip, upper lip, between them
-    ((0, -60, 60), (14, 3.6, 12), (0, 0, -1.6)), ((0, -76, 60), (13, 8, 12), (0, 0, 1.0)), ((30, -45, 47), (3, 5, 8), (0, 0, -1.2)),                       # chin fold, chin, corner of the mouth
-    ((47, 5, 40), (13, 9, 14), (.8, 0, 1.6)), ((27, -16, 50), (4., 13, 9), (0, 0, -1.0)), ((33, -18, 48), (7, 10, 9), (0, 0, .7)),                         # cheek bone, fold beside the nose
-    ((30, 36.5, 46), (14, 3., 9), (0, 0, -2.2)), ((32, 45, 50), (18, 4, 9), (0, 0, 1.2)), ((16, 31, 50), (4, 5, 9), (0, 0, -1.9)), ((0, 47, 58), (9, 7, 10), (0, 0, .6)), # lid crease, brow, inner socket
-    ((31, 13.5, 45), (14, 2.6, 9), (0, 0, -1.0)), ((30, 18, 45), (11, 1.8, 8), (0, 0, .6)), ((12, -86, 48), (12, 6, 12), (0, .5, .8))]                     # under the eye, chin's edge
-EYE_CORNERS = [((17, 22.6, 41.6), (3.5, 4, 9), (-.9, -.1, 0)), ((45.6, 25, 35.8), (3.5, 4, 9), (.3, 0, -.1))]  # the measured head's eyes are 2.7 mm short of published ones
+    ((16.5, -13, 56), (4.0, 5.0, 7), (2.0, -0.3, 2.2)),
+    ((23, -8, 51), (3.5, 7, 8), (0, 0, -1.3)),
+    ((22.5, -19, 52), (3.0, 4.0, 8), (-0.3, 0.3, -1.5)),  # wing of the nose and the groove around it
+    ((7.2, -21, 61), (3.4, 2.2, 7), (0, 2.4, -3.4)),
+    ((0, -4, 80), (8, 7, 9), (0, 0.3, 1.4)),
+    ((6.5, -8, 74), (4, 6, 8), (0.8, 0, 0.6)),
+    ((0, -20, 66), (2.6, 3, 7), (0, -0.9, 0.6)),  # nostril, tip, columella
+    ((12, -6, 66), (3.0, 6, 7), (0.4, 0, -0.6)),
+    ((8, 14, 60), (4.0, 9, 8), (0.9, 0, 0.4)),  # between tip and wing, bridge
+    ((0, -28, 66), (2.0, 5, 8), (0, 0, -1.1)),
+    ((4.4, -28.5, 65), (1.6, 4.5, 8), (0, 0, 0.8)),  # groove under the nose and its ridges
+    ((0, -47.3, 65), (12, 2.8, 10), (0, -0.2, 1.2)),
+    ((6, -38.2, 66), (7, 2.2, 10), (0, 0, 0.9)),
+    ((0, -43, 64), (18, 1.6, 10), (0, 0, -0.8)),  # lower lip, upper lip, between them
+    ((0, -60, 60), (14, 3.6, 12), (0, 0, -1.6)),
+    ((0, -76, 60), (13, 8, 12), (0, 0, 1.0)),
+    ((30, -45, 47), (3, 5, 8), (0, 0, -1.2)),  # chin fold, chin, corner of the mouth
+    ((47, 5, 40), (13, 9, 14), (0.8, 0, 1.6)),
+    ((27, -16, 50), (4.0, 13, 9), (0, 0, -1.0)),
+    ((33, -18, 48), (7, 10, 9), (0, 0, 0.7)),  # cheek bone, fold beside the nose
+    ((30, 36.5, 46), (14, 3.0, 9), (0, 0, -2.2)),
+    ((32, 45, 50), (18, 4, 9), (0, 0, 1.2)),
+    ((16, 31, 50), (4, 5, 9), (0, 0, -1.9)),
+    ((0, 47, 58), (9, 7, 10), (0, 0, 0.6)),  # lid crease, brow, inner socket
+    ((31, 13.5, 45), (14, 2.6, 9), (0, 0, -1.0)),
+    ((30, 18, 45), (11, 1.8, 8), (0, 0, 0.6)),
+    ((12, -86, 48), (12, 6, 12), (0, 0.5, 0.8)),
+]  # under the eye, chin's edge
+EYE_CORNERS = [
+    ((17, 22.6, 41.6), (3.5, 4, 9), (-0.9, -0.1, 0)),
+    ((45.6, 25, 35.8), (3.5, 4, 9), (0.3, 0, -0.1)),
+]  # the measured head's eyes are 2.7 mm short of published ones
+
 
 def stroke(
-    points:np.ndarray,            # (N,3) mm
-    centre,                       # where, subject-left or middle
-    extent,                       # how wide, one standard deviation each way
-    push,                         # (3,) mm
-) -> np.ndarray:                  # (N,3) displacement, mm
+    points: np.ndarray,  # (N,3) mm
+    centre,  # where, subject-left or middle
+    extent,  # how wide, one standard deviation each way
+    push,  # (3,) mm
+) -> np.ndarray:  # (N,3) displacement, mm
     "Return a Gaussian push, and its mirror image if it is not in the middle."
     centre, extent, push = (np.array(a, float) for a in (centre, extent, push))
-    at = lambda side: np.exp(-.5*(((points - centre*side)/extent)**2).sum(-1))[..., None]*(push*side)
+    at = lambda side: np.exp(-0.5 * (((points - centre * side) / extent) ** 2).sum(-1))[..., None] * (push * side)
     return at(1) if centre[0] < 1e-9 else at(1) + at(MIRROR)
 
+
 def sculpt_skin(
-    directions:np.ndarray,        # (N,3) unit
-) -> np.ndarray:                  # (N,3) mm
+    directions: np.ndarray,  # (N,3) unit
+) -> np.ndarray:  # (N,3) mm
     "Return the skin along directions, without ears, lids and the inside of the mouth."
-    p = CENTRE + landmark_radius(directions)[:, None]*directions
+    p = CENTRE + landmark_radius(directions)[:, None] * directions
     return p + sum(stroke(p, *s) for s in STROKES + EYE_CORNERS)
 
 # %% ../../nbs/14_head.template.ipynb #7172dc83
-_EAR_HEIGHT = np.array([  # rho, share of the edge's height, extra mm, width behind
-    (0., -.15, -3.0, 1.), (.2, -.12, -2.6, 1.), (.38, .05, -2.0, 1.), (.53, .72, .6, 1.), (.65, .86, .9, 1.), (.75, .80, -1.0, 1.),
-    (.84, .98, 1.0, 1.02), (.92, 1.0, 1.6, 1.02), (1., .82, -.2, .98), (1.09, .30, 0, .70), (1.25, 0, 0, .86), (1.5, 0, 0, 1.)])
+_EAR_HEIGHT = np.array(
+    [  # rho, share of the edge's height, extra mm, width behind
+        (0.0, -0.15, -3.0, 1.0),
+        (0.2, -0.12, -2.6, 1.0),
+        (0.38, 0.05, -2.0, 1.0),
+        (0.53, 0.72, 0.6, 1.0),
+        (0.65, 0.86, 0.9, 1.0),
+        (0.75, 0.80, -1.0, 1.0),
+        (0.84, 0.98, 1.0, 1.02),
+        (0.92, 1.0, 1.6, 1.02),
+        (1.0, 0.82, -0.2, 0.98),
+        (1.09, 0.30, 0, 0.70),
+        (1.25, 0, 0, 0.86),
+        (1.5, 0, 0, 1.0),
+    ]
+)
+
 
 def auricle(
-    directions:np.ndarray,        # (N,3) unit, left half
-) -> np.ndarray:                  # (N,3) displacement, mm
+    directions: np.ndarray,  # (N,3) unit, left half
+) -> np.ndarray:  # (N,3) displacement, mm
     "Return the displacement that draws the left ear out of the side of the head."
     with np.errstate(divide="ignore", invalid="ignore"):
-        plane = CENTRE + directions*(EAR[0]/np.maximum(directions[:, :1], 1e-3)) - EAR
-    up, forward = plane @ EAR_UP/EAR_RADII[0], plane @ EAR_FORWARD/EAR_RADII[1]
+        plane = CENTRE + directions * (EAR[0] / np.maximum(directions[:, :1], 1e-3)) - EAR
+    up, forward = plane @ EAR_UP / EAR_RADII[0], plane @ EAR_FORWARD / EAR_RADII[1]
     rho = np.sqrt(up**2 + forward**2)
-    alpha, beta = up/np.maximum(rho, 1e-9), forward/np.maximum(rho, 1e-9)
-    share, extra, width = (np.interp(rho, _EAR_HEIGHT[:, 0], _EAR_HEIGHT[:, k], right=(0, 0, 1)[k - 1]) for k in (1, 2, 3))
-    behind, lobe = smooth_step(-beta, -.55, .55), smooth_step(-alpha, .55, .95)
-    edge = (1.5 + 13.5*behind)*(1 - .50*lobe)*(1 - .12*smooth_step(alpha, .6, 1))
-    inside = smooth_step(rho, 1.15, .9)
-    tragus = 4.5*np.exp(-((beta - 1)/.35)**2 - ((alpha + .15)/.45)**2 - ((rho - .5)/.14)**2)
-    flat = lobe*smooth_step(rho, .5, .7)                                    # no ridges in the lobe
-    height = share*edge + extra*inside*(1 - flat)*(.35 + .65*np.maximum(behind, smooth_step(alpha, .2, .8))) + tragus
-    narrow = 1 + (width - 1)*behind - .30*smooth_step(-up, .15, 1.)*inside - .16*(1 - behind)*inside
-    stretch = 1 + .07*inside
-    lean = .30*height*behind                                                # the flap points backwards
-    shift_forward = forward*(narrow - 1)*EAR_RADII[1] - lean
-    rise = up*(stretch - 1)*EAR_RADII[0]
-    out = height[:, None]*np.array([.95, 0, 0]) + rise[:, None]*EAR_UP + shift_forward[:, None]*EAR_FORWARD
-    return np.where(((rho < 1.5) & (directions[:, 0] > .2))[:, None], out, 0)
+    alpha, beta = up / np.maximum(rho, 1e-9), forward / np.maximum(rho, 1e-9)
+    share, extra, width = (
+        np.interp(rho, _EAR_HEIGHT[:, 0], _EAR_HEIGHT[:, k], right=(0, 0, 1)[k - 1]) for k in (1, 2, 3)
+    )
+    behind, lobe = smooth_step(-beta, -0.55, 0.55), smooth_step(-alpha, 0.55, 0.95)
+    edge = (1.5 + 13.5 * behind) * (1 - 0.50 * lobe) * (1 - 0.12 * smooth_step(alpha, 0.6, 1))
+    inside = smooth_step(rho, 1.15, 0.9)
+    tragus = 4.5 * np.exp(-(((beta - 1) / 0.35) ** 2) - ((alpha + 0.15) / 0.45) ** 2 - ((rho - 0.5) / 0.14) ** 2)
+    flat = lobe * smooth_step(rho, 0.5, 0.7)  # no ridges in the lobe
+    height = (
+        share * edge
+        + extra * inside * (1 - flat) * (0.35 + 0.65 * np.maximum(behind, smooth_step(alpha, 0.2, 0.8)))
+        + tragus
+    )
+    narrow = 1 + (width - 1) * behind - 0.30 * smooth_step(-up, 0.15, 1.0) * inside - 0.16 * (1 - behind) * inside
+    stretch = 1 + 0.07 * inside
+    lean = 0.30 * height * behind  # the flap points backwards
+    shift_forward = forward * (narrow - 1) * EAR_RADII[1] - lean
+    rise = up * (stretch - 1) * EAR_RADII[0]
+    out = height[:, None] * np.array([0.95, 0, 0]) + rise[:, None] * EAR_UP + shift_forward[:, None] * EAR_FORWARD
+    return np.where(((rho < 1.5) & (directions[:, 0] > 0.2))[:, None], out, 0)
 
 # %% ../../nbs/14_head.template.ipynb #14217b36
 def off_eyeball(
-    points:np.ndarray,            # (...,3) mm
-    gap:float,                    # wanted distance from the eyeball, mm
-) -> np.ndarray:                  # (...,3) mm
+    points: np.ndarray,  # (...,3) mm
+    gap: float,  # wanted distance from the eyeball, mm
+) -> np.ndarray:  # (...,3) mm
     "Push points outwards to at least a distance from the left eyeball."
     v = points - EYE
     r = np.linalg.norm(v, axis=-1, keepdims=True)
-    return EYE + v/r*np.maximum(r, EYE_RADIUS + gap)
+    return EYE + v / r * np.maximum(r, EYE_RADIUS + gap)
+
 
 def lid_backs(
-    edge:np.ndarray,              # (32,3) lid's edge, mm
-) -> np.ndarray:                  # (3,32,3) mm, from the edge inwards
+    edge: np.ndarray,  # (32,3) lid's edge, mm
+) -> np.ndarray:  # (3,32,3) mm, from the edge inwards
     "Return rings that line the lid and run around the eyeball."
-    u = (edge - EYE)/np.linalg.norm(edge - EYE, axis=1, keepdims=True)
-    axis = u.mean(0)/np.linalg.norm(u.mean(0))
-    across = u - axis*(u @ axis)[:, None]
+    u = (edge - EYE) / np.linalg.norm(edge - EYE, axis=1, keepdims=True)
+    axis = u.mean(0) / np.linalg.norm(u.mean(0))
+    across = u - axis * (u @ axis)[:, None]
     across /= np.linalg.norm(across, axis=1, keepdims=True)
     angle = np.arccos(np.clip(u @ axis, -1, 1))[:, None]
-    ring = lambda turn, gap: EYE + (np.cos(angle + turn)*axis + np.sin(angle + turn)*across)*(EYE_RADIUS + gap)
-    return np.stack([ring(-.03, .25), ring(.10, .35), ring(.5, .5)])
+    ring = lambda turn, gap: EYE + (np.cos(angle + turn) * axis + np.sin(angle + turn) * across) * (EYE_RADIUS + gap)
+    return np.stack([ring(-0.03, 0.25), ring(0.10, 0.35), ring(0.5, 0.5)])
+
 
 MOUTH_PROFILE = (  # depth behind the upper and the lower lip line, height above it for the upper and the lower part, narrowing; mm
-    ((2.2, 2.2), .15, -.15, .985), ((4.6, 4.6), 4.5, -4.5, .95), ((5.0, 7.0), -3.0, -1.8, .93), ((32, 32), 10, -11, .72))
+    ((2.2, 2.2), 0.15, -0.15, 0.985),
+    ((4.6, 4.6), 4.5, -4.5, 0.95),
+    ((5.0, 7.0), -3.0, -1.8, 0.93),
+    ((32, 32), 10, -11, 0.72),
+)
+
 
 def mouth_bag(
-    line:np.ndarray,              # (29,3) lip line, mm
-) -> np.ndarray:                  # (4,29,3) mm, from the lips inwards
+    line: np.ndarray,  # (29,3) lip line, mm
+) -> np.ndarray:  # (4,29,3) mm, from the lips inwards
     "Return rings that curl the lips in, run up to the gums, down along the teeth and back to the throat."
-    half = len(line)//2
+    half = len(line) // 2
     column = np.arange(len(line))
-    opening = np.sqrt(np.clip(1 - (np.minimum(column, 2*half - column)/half)**2.2, 0, 1))
+    opening = np.sqrt(np.clip(1 - (np.minimum(column, 2 * half - column) / half) ** 2.2, 0, 1))
     side, rings = np.sign(half - column), []
     for depth, above, below, narrow in MOUTH_PROFILE:
-        ring = line*np.array([narrow, 1, 1])
-        ring[:, 2] -= np.where(side > 0, depth[0], depth[1])*(.55 + .45*opening)
-        ring[:, 1] += np.where(side > 0, above, below)*opening**2*np.abs(side)
+        ring = line * np.array([narrow, 1, 1])
+        ring[:, 2] -= np.where(side > 0, depth[0], depth[1]) * (0.55 + 0.45 * opening)
+        ring[:, 1] += np.where(side > 0, above, below) * opening**2 * np.abs(side)
         rings.append(ring)
     return np.stack(rings)
 
-BALL_ANGLES = np.array([.16, .30, .42, .49, .56, .68, .84, 1.02, 1.22, np.pi/2, 1.85, 2.2, 2.6, 2.9])
+
+BALL_ANGLES = np.array([0.16, 0.30, 0.42, 0.49, 0.56, 0.68, 0.84, 1.02, 1.22, np.pi / 2, 1.85, 2.2, 2.6, 2.9])
+
 
 def eyeball(
-    columns:int=32,               # vertices of a ring
-):                                # vertices (N,3), triangles, polar angle (N,), turn (N,), equator's vertices
+    columns: int = 32,  # vertices of a ring
+):  # vertices (N,3), triangles, polar angle (N,), turn (N,), equator's vertices
     "Return a unit sphere whose first vertex is the middle of the pupil, at +z."
-    turn = 2*np.pi*np.arange(columns)/columns
+    turn = 2 * np.pi * np.arange(columns) / columns
     angle = np.r_[0, np.repeat(BALL_ANGLES, columns), np.pi]
     turns = np.r_[0, np.tile(turn, len(BALL_ANGLES)), 0]
-    v = np.stack([np.sin(angle)*np.cos(turns), np.sin(angle)*np.sin(turns), np.cos(angle)], 1)
-    ids = 1 + np.arange(len(BALL_ANGLES)*columns).reshape(-1, columns)
+    v = np.stack([np.sin(angle) * np.cos(turns), np.sin(angle) * np.sin(turns), np.cos(angle)], 1)
+    ids = 1 + np.arange(len(BALL_ANGLES) * columns).reshape(-1, columns)
     c, n = np.arange(columns), (np.arange(columns) + 1) % columns
-    caps = [np.stack([np.zeros(columns, int), ids[0, c], ids[0, n]], 1), np.stack([np.full(columns, len(v) - 1), ids[-1, n], ids[-1, c]], 1)]
+    caps = [
+        np.stack([np.zeros(columns, int), ids[0, c], ids[0, n]], 1),
+        np.stack([np.full(columns, len(v) - 1), ids[-1, n], ids[-1, c]], 1),
+    ]
     faces = np.concatenate([strip(ids, True), *caps])
-    inward = np.einsum("ij,ij->i", np.cross(v[faces[:, 1]] - v[faces[:, 0]], v[faces[:, 2]] - v[faces[:, 0]]), v[faces].mean(1)) < 0
+    inward = (
+        np.einsum(
+            "ij,ij->i", np.cross(v[faces[:, 1]] - v[faces[:, 0]], v[faces[:, 2]] - v[faces[:, 0]]), v[faces].mean(1)
+        )
+        < 0
+    )
     faces[inward] = faces[inward][:, [0, 2, 1]]
-    return v, faces, angle, turns, ids[np.argmin(abs(BALL_ANGLES - np.pi/2))]
+    return v, faces, angle, turns, ids[np.argmin(abs(BALL_ANGLES - np.pi / 2))]
 
 # %% ../../nbs/14_head.template.ipynb #3ec1ae06
 @dataclass
 class Template:
     "The mean head and its structure; rings name vertices of the left half, `mirror` gives those of the right."
-    vertices:np.ndarray           # (V,3) mm: left half and middle, right half, left eyeball, right eyeball
-    faces:np.ndarray              # (F,3) counter-clockwise from outside
-    chart:np.ndarray              # (H,2) layout of the left half
-    mirror:np.ndarray             # (H,) mirror image of each vertex of the left half
-    eye:np.ndarray                # (6,32) rings around the eye, from the lid's edge outwards
-    lid:np.ndarray                # (3,32) rings behind the lid, from the edge inwards
-    lips:np.ndarray               # (7,29) half rings from the lip line outwards
-    mouth:np.ndarray              # (4,29) half rings from the lip line inwards
-    ear:np.ndarray                # (11,32) rings of the auricle
-    neck:np.ndarray               # (4,23) half rings of the neck, from the edge upwards
-    balls:np.ndarray              # (2,N) vertices of the left and right eyeball
-    ball_angle:np.ndarray         # (N,) angle from the middle of the pupil, radians
-    ball_turn:np.ndarray          # (N,) angle around the pupil, radians
-    equator:np.ndarray            # (32,) which vertices of a ball lie on its equator
+
+    vertices: np.ndarray  # (V,3) mm: left half and middle, right half, left eyeball, right eyeball
+    faces: np.ndarray  # (F,3) counter-clockwise from outside
+    chart: np.ndarray  # (H,2) layout of the left half
+    mirror: np.ndarray  # (H,) mirror image of each vertex of the left half
+    eye: np.ndarray  # (6,32) rings around the eye, from the lid's edge outwards
+    lid: np.ndarray  # (3,32) rings behind the lid, from the edge inwards
+    lips: np.ndarray  # (7,29) half rings from the lip line outwards
+    mouth: np.ndarray  # (4,29) half rings from the lip line inwards
+    ear: np.ndarray  # (11,32) rings of the auricle
+    neck: np.ndarray  # (4,23) half rings of the neck, from the edge upwards
+    balls: np.ndarray  # (2,N) vertices of the left and right eyeball
+    ball_angle: np.ndarray  # (N,) angle from the middle of the pupil, radians
+    ball_turn: np.ndarray  # (N,) angle around the pupil, radians
+    equator: np.ndarray  # (32,) which vertices of a ball lie on its equator
 
     @property
     def skin(self):
@@ -246,63 +390,72 @@ class Template:
 
 # %% ../../nbs/14_head.template.ipynb #30f5dee4
 def half_faces(
-    layout,                       # `Layout`
-    chart:np.ndarray,             # (H,2) layout of all vertices of the half
-    lid:np.ndarray,               # (3,32)
-    mouth:np.ndarray,             # (4,29)
-) -> np.ndarray:                  # (T,3) all with the same orientation in the chart
+    layout,  # `Layout`
+    chart: np.ndarray,  # (H,2) layout of all vertices of the half
+    lid: np.ndarray,  # (3,32)
+    mouth: np.ndarray,  # (4,29)
+) -> np.ndarray:  # (T,3) all with the same orientation in the chart
     "Join skin, lids' backs and mouth."
     lids = np.concatenate([lid[::-1], layout.eye[:1]])
     bag = np.concatenate([mouth[::-1], layout.lips[:1]])
-    n, half = mouth.shape[1], mouth.shape[1]//2
+    n, half = mouth.shape[1], mouth.shape[1] // 2
     cap = bag[0]
-    corners = [(cap[j], cap[j + 1], cap[n - 1 - j]) for j in range(half)] + [(cap[j + 1], cap[n - 2 - j], cap[n - 1 - j]) for j in range(half - 1)]
+    corners = [(cap[j], cap[j + 1], cap[n - 1 - j]) for j in range(half)] + [
+        (cap[j + 1], cap[n - 2 - j], cap[n - 1 - j]) for j in range(half - 1)
+    ]
     faces = np.concatenate([layout.triangles, strip(lids, True), strip(bag, False), np.array(corners)])
     wrong = triangle_area(chart, faces) > 0
     faces[wrong] = faces[wrong][:, [0, 2, 1]]
     return faces
 
+
 def calm(
-    points:np.ndarray,            # (N,3) mm
-    layout,                       # `Layout`
-    rounds:int=10,                # of smoothing
-) -> np.ndarray:                  # (N,3) mm
+    points: np.ndarray,  # (N,3) mm
+    layout,  # `Layout`
+    rounds: int = 10,  # of smoothing
+) -> np.ndarray:  # (N,3) mm
     "Smooth throat, jaw and cheek, where few landmarks meet many triangles."
     x, y, z = points.T
-    share = np.maximum(smooth_step(-y, 82, 96)*smooth_step(-z, -48, -38), .8*smooth_step(x, 32, 44)*smooth_step(-y, 22, 34))
-    share = np.maximum(share, .4*np.exp(-((y + 60)/5)**2)*smooth_step(-x, -30, -20)*(z > 30))
+    share = np.maximum(
+        smooth_step(-y, 82, 96) * smooth_step(-z, -48, -38), 0.8 * smooth_step(x, 32, 44) * smooth_step(-y, 22, 34)
+    )
+    share = np.maximum(share, 0.4 * np.exp(-(((y + 60) / 5) ** 2)) * smooth_step(-x, -30, -20) * (z > 30))
     share[np.concatenate([layout.lips[:6].ravel(), layout.ear.ravel(), layout.neck[0]])] = 0
     a, b = layout.triangles[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).T
     count = np.maximum(np.bincount(a, minlength=len(points)), 1)[:, None]
     middle = np.isin(np.arange(len(points)), layout.middle)
     for _ in range(rounds):
-        mean = np.stack([np.bincount(a, points[b, k], len(points)) for k in range(3)], 1)/count
+        mean = np.stack([np.bincount(a, points[b, k], len(points)) for k in range(3)], 1) / count
         mean[middle, 0] = 0
-        points = points + .5*share[:, None]*(mean - points)
+        points = points + 0.5 * share[:, None] * (mean - points)
     return points
 
 # %% ../../nbs/14_head.template.ipynb #8b3de3aa
 def half_skin(
-    layout,                       # `Layout`
-) -> np.ndarray:                  # (N,3) mm
+    layout,  # `Layout`
+) -> np.ndarray:  # (N,3) mm
     "Sculpt the left half: skin, ear, the contact of the lips, lids off the eyeball, an even edge of the neck."
     directions = from_chart(layout.sculpt)
     directions[layout.middle, 0] = 0
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     p = sculpt_skin(directions) + auricle(directions)
     columns = np.arange(layout.lips.shape[1])
-    half = columns[-1]//2
+    half = columns[-1] // 2
     side = np.sign(half - columns)
-    p[layout.lips[0], 2] -= 1.6 - 1.3*(np.minimum(columns, columns[-1] - columns)/half)**2   # curl in along the line, least at the corner
-    p[layout.lips[0], 1] -= side*.04                                        # closed lips press on each other
-    p[layout.lips[1], 1] += side*.25
+    p[layout.lips[0], 2] -= (
+        1.6 - 1.3 * (np.minimum(columns, columns[-1] - columns) / half) ** 2
+    )  # curl in along the line, least at the corner
+    p[layout.lips[0], 1] -= side * 0.04  # closed lips press on each other
+    p[layout.lips[1], 1] += side * 0.25
     p[layout.eye[0]] = off_eyeball(p[layout.eye[0]], 1.15)
     p[layout.eye[1]] = off_eyeball(p[layout.eye[1]], 1.7)
     p = calm(p, layout)
     level = p[layout.neck[0]] @ NECK
-    for ring, share in zip(layout.neck, (1., .75, .4, .15)): p[ring] += (share*(level.mean() - level))[:, None]*NECK
+    for ring, share in zip(layout.neck, (1.0, 0.75, 0.4, 0.15)):
+        p[ring] += (share * (level.mean() - level))[:, None] * NECK
     p[layout.middle, 0] = 0
     return p
+
 
 def make_template() -> Template:
     "Sculpt the mean head."
@@ -323,7 +476,24 @@ def make_template() -> Template:
     mirror[free] = H + np.arange(len(free))
     ball, ball_faces, angle, turn, equator = eyeball()
     start = H + len(free)
-    vertices = np.concatenate([p, p[free]*MIRROR, EYE + ball*EYE_RADIUS, (EYE + ball*EYE_RADIUS)*MIRROR])
-    faces = np.concatenate([faces, mirror[faces][:, [0, 2, 1]], start + ball_faces, start + len(ball) + ball_faces[:, [0, 2, 1]]])
-    balls = start + np.arange(2*len(ball)).reshape(2, -1)
-    return Template(vertices, faces, chart, mirror, layout.eye, lid_ids, layout.lips, mouth_ids, layout.ear, layout.neck, balls, angle, turn, equator)
+    vertices = np.concatenate([p, p[free] * MIRROR, EYE + ball * EYE_RADIUS, (EYE + ball * EYE_RADIUS) * MIRROR])
+    faces = np.concatenate(
+        [faces, mirror[faces][:, [0, 2, 1]], start + ball_faces, start + len(ball) + ball_faces[:, [0, 2, 1]]]
+    )
+    balls = start + np.arange(2 * len(ball)).reshape(2, -1)
+    return Template(
+        vertices,
+        faces,
+        chart,
+        mirror,
+        layout.eye,
+        lid_ids,
+        layout.lips,
+        mouth_ids,
+        layout.ear,
+        layout.neck,
+        balls,
+        angle,
+        turn,
+        equator,
+    )

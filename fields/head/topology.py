@@ -13,42 +13,96 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/13_head.topology.ipynb #f9b320c2
-CENTRE = np.array([0., 0., -20.])                      # the sphere of directions is seen from here
-NECK = np.array([0., -.978, -.21])                     # direction of the neck
-NECK_ANGLE = np.deg2rad(21.5)                          # half the opening of the neck's edge
+CENTRE = np.array([0.0, 0.0, -20.0])  # the sphere of directions is seen from here
+NECK = np.array([0.0, -0.978, -0.21])  # direction of the neck
+NECK_ANGLE = np.deg2rad(21.5)  # half the opening of the neck's edge
 EYE_COLUMNS, LIP_COLUMNS, EAR_COLUMNS, NECK_COLUMNS = 32, 28, 32, 22
-UPPER_LID = np.array([(17.6, 22.6, 41.6), (18.6, 24.6, 41.3), (21.7, 27.6, 42.8), (27.8, 30.0, 44.6), (34., 30.4, 44.7), (40.2, 29.2, 43.), (43.3, 27.6, 40.), (45.3, 25.0, 35.8)])
-LOWER_LID = np.array([(17.6, 22.6, 41.6), (19.1, 21.5, 42.3), (21.9, 21.1, 42.7), (27.2, 20.7, 43.7), (33., 20.2, 43.6), (38.4, 21.0, 41.4), (42.4, 22.3, 39.), (45.3, 25.0, 35.8)])
-UPPER_LIP = np.array([(0., -33.9, 67.), (3.2, -33.2, 67.), (7.8, -32.8, 65.6), (15.9, -35.6, 61.5), (20.9, -38.8, 57.7), (24.9, -41.7, 53.4), (28., -44.2, 49.9)])
-LOWER_LIP = np.array([(0., -53.2, 63.6), (10.2, -53., 62.), (16.6, -50.9, 58.6), (20.8, -48.9, 55.2), (24.7, -46.6, 51.6), (28., -44.2, 49.9)])
-LIP_LINE = np.array([(0., -42.5, 62.4), (5., -42.2, 62.1), (9.8, -42.2, 60.6), (14.7, -42.8, 58.6), (19., -43.5, 55.), (22.8, -44., 52.0), (25.6, -44.2, 50.9)])
-EAR = np.array([70., 6., -36.])                        # middle of the auricle
-EAR_UP, EAR_FORWARD = np.array([0, np.cos(.22), -np.sin(.22)]), np.array([0, np.sin(.22), np.cos(.22)])
-EAR_RADII = 31., 18.                                   # half height and half width of the auricle
-EAR_RINGS = (.22, .40, .54, .65, .75, .84, .92, 1., 1.09, 1.25, 1.5)
+UPPER_LID = np.array(
+    [
+        (17.6, 22.6, 41.6),
+        (18.6, 24.6, 41.3),
+        (21.7, 27.6, 42.8),
+        (27.8, 30.0, 44.6),
+        (34.0, 30.4, 44.7),
+        (40.2, 29.2, 43.0),
+        (43.3, 27.6, 40.0),
+        (45.3, 25.0, 35.8),
+    ]
+)
+LOWER_LID = np.array(
+    [
+        (17.6, 22.6, 41.6),
+        (19.1, 21.5, 42.3),
+        (21.9, 21.1, 42.7),
+        (27.2, 20.7, 43.7),
+        (33.0, 20.2, 43.6),
+        (38.4, 21.0, 41.4),
+        (42.4, 22.3, 39.0),
+        (45.3, 25.0, 35.8),
+    ]
+)
+UPPER_LIP = np.array(
+    [
+        (0.0, -33.9, 67.0),
+        (3.2, -33.2, 67.0),
+        (7.8, -32.8, 65.6),
+        (15.9, -35.6, 61.5),
+        (20.9, -38.8, 57.7),
+        (24.9, -41.7, 53.4),
+        (28.0, -44.2, 49.9),
+    ]
+)
+LOWER_LIP = np.array(
+    [
+        (0.0, -53.2, 63.6),
+        (10.2, -53.0, 62.0),
+        (16.6, -50.9, 58.6),
+        (20.8, -48.9, 55.2),
+        (24.7, -46.6, 51.6),
+        (28.0, -44.2, 49.9),
+    ]
+)
+LIP_LINE = np.array(
+    [
+        (0.0, -42.5, 62.4),
+        (5.0, -42.2, 62.1),
+        (9.8, -42.2, 60.6),
+        (14.7, -42.8, 58.6),
+        (19.0, -43.5, 55.0),
+        (22.8, -44.0, 52.0),
+        (25.6, -44.2, 50.9),
+    ]
+)
+EAR = np.array([70.0, 6.0, -36.0])  # middle of the auricle
+EAR_UP, EAR_FORWARD = np.array([0, np.cos(0.22), -np.sin(0.22)]), np.array([0, np.sin(0.22), np.cos(0.22)])
+EAR_RADII = 31.0, 18.0  # half height and half width of the auricle
+EAR_RINGS = (0.22, 0.40, 0.54, 0.65, 0.75, 0.84, 0.92, 1.0, 1.09, 1.25, 1.5)
 
 # %% ../../nbs/13_head.topology.ipynb #a29b9ecc
 def to_chart(
-    points:np.ndarray,            # (...,3) points of the half x >= 0
-) -> np.ndarray:                  # (...,2) chart coordinates, the unit circle is the middle plane
+    points: np.ndarray,  # (...,3) points of the half x >= 0
+) -> np.ndarray:  # (...,2) chart coordinates, the unit circle is the middle plane
     "Return where points appear in the stereographic chart of directions from `CENTRE`."
     d = points - CENTRE
-    d = d/np.linalg.norm(d, axis=-1, keepdims=True)
-    return np.stack([d[..., 2], d[..., 1]], -1)/(1 + d[..., :1])
+    d = d / np.linalg.norm(d, axis=-1, keepdims=True)
+    return np.stack([d[..., 2], d[..., 1]], -1) / (1 + d[..., :1])
+
 
 def from_chart(
-    chart:np.ndarray,             # (...,2) chart coordinates
-) -> np.ndarray:                  # (...,3) unit directions
+    chart: np.ndarray,  # (...,2) chart coordinates
+) -> np.ndarray:  # (...,3) unit directions
     "Return the directions that chart points stand for."
     s = (chart**2).sum(-1, keepdims=True)
-    return np.concatenate([1 - s, 2*chart[..., 1:], 2*chart[..., :1]], -1)/(1 + s)
+    return np.concatenate([1 - s, 2 * chart[..., 1:], 2 * chart[..., :1]], -1) / (1 + s)
+
 
 def resample(
-    points:np.ndarray,            # (K,D) points along a curve
-    count:int,                    # number of equal pieces
-) -> np.ndarray:                  # (count+1,D) points at equal distances along a smooth curve
+    points: np.ndarray,  # (K,D) points along a curve
+    count: int,  # number of equal pieces
+) -> np.ndarray:  # (count+1,D) points at equal distances along a smooth curve
     "Spread points evenly along a smooth curve through given points."
     from scipy.interpolate import PchipInterpolator
+
     length = lambda p: np.r_[0, np.cumsum(np.linalg.norm(np.diff(p, axis=0), axis=1))]
     t = length(points)
     fine = PchipInterpolator(t, points)(np.linspace(0, t[-1], 400))
@@ -58,165 +112,193 @@ def resample(
 # %% ../../nbs/13_head.topology.ipynb #cd3aa880
 def eye_rings():
     "Return chart rings around the left eye: outwards from the lid's edge (6,32,2), and inwards (3,32,2)."
-    upper, lower = (resample(to_chart(c), EYE_COLUMNS//2) for c in (UPPER_LID, LOWER_LID))
+    upper, lower = (resample(to_chart(c), EYE_COLUMNS // 2) for c in (UPPER_LID, LOWER_LID))
     edge = np.concatenate([upper, lower[1:-1][::-1]])
     middle = edge.mean(0)
-    away = (edge - middle)/np.linalg.norm(edge - middle, axis=1, keepdims=True)
-    millimetre = np.linalg.norm(edge[0] - edge[EYE_COLUMNS//2])/28
-    out = np.stack([edge + away*np.array([.8, 1.])*offset*millimetre for offset in (0, 1.3, 2.8, 4.6, 6.8, 9.4)])
-    return out, np.stack([middle + (edge - middle)*s for s in (.86, .70, .5)])
+    away = (edge - middle) / np.linalg.norm(edge - middle, axis=1, keepdims=True)
+    millimetre = np.linalg.norm(edge[0] - edge[EYE_COLUMNS // 2]) / 28
+    out = np.stack(
+        [edge + away * np.array([0.8, 1.0]) * offset * millimetre for offset in (0, 1.3, 2.8, 4.6, 6.8, 9.4)]
+    )
+    return out, np.stack([middle + (edge - middle) * s for s in (0.86, 0.70, 0.5)])
 
 # %% ../../nbs/13_head.topology.ipynb #e649f522
 def lip_rings():
     "Return half rings of the mouth: layout (7,29,2) and sculpt (7,29,2) outwards from the lip line, layout inwards (4,29,2)."
-    half = LIP_COLUMNS//2
+    half = LIP_COLUMNS // 2
     line, upper, lower = (resample(to_chart(c), half) for c in (LIP_LINE, UPPER_LIP, LOWER_LIP))
     there_and_back = np.concatenate([line, line[:-1][::-1]])
     border = np.concatenate([upper, lower[:-1][::-1]])
-    millimetre = np.linalg.norm(line[0] - line[-1])/np.linalg.norm(LIP_LINE[0] - LIP_LINE[-1])
-    column = np.arange(2*half + 1)
-    along = np.minimum(column, 2*half - column)/half                        # 0 in the middle, 1 at the corner
+    millimetre = np.linalg.norm(line[0] - line[-1]) / np.linalg.norm(LIP_LINE[0] - LIP_LINE[-1])
+    column = np.arange(2 * half + 1)
+    along = np.minimum(column, 2 * half - column) / half  # 0 in the middle, 1 at the corner
     lens = there_and_back.copy()
-    lens[:, 1] += 4*millimetre*np.sqrt(np.clip(1 - along**2, 0, 1))*np.sign(half - column)
-    middle = .45*line[0] + .55*line[-1]
+    lens[:, 1] += 4 * millimetre * np.sqrt(np.clip(1 - along**2, 0, 1)) * np.sign(half - column)
+    middle = 0.45 * line[0] + 0.55 * line[-1]
     direction = from_chart(border)
-    away = (direction - from_chart(there_and_back))*np.array([1, 1, 0])
+    away = (direction - from_chart(there_and_back)) * np.array([1, 1, 0])
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     away[half] = (1, 0, 0)
-    for _ in range(2): away[1:-1] = .25*away[:-2] + .5*away[1:-1] + .25*away[2:]            # turn evenly around the corner
+    for _ in range(2):
+        away[1:-1] = 0.25 * away[:-2] + 0.5 * away[1:-1] + 0.25 * away[2:]  # turn evenly around the corner
     away[[0, -1], 0] = 0
     away /= np.linalg.norm(away, axis=1, keepdims=True)
-    shares = (0, .22, .48, .75, 1.)
-    outside = [to_chart(CENTRE + direction + away*offset/82) for offset in (2.4, 5.4)]
-    layout = np.stack([lens*(1 - f) + border*f for f in shares] + outside)
-    sculpt = np.stack([there_and_back*(1 - f) + border*f for f in shares] + outside)
-    inner = np.stack([lens*(1 - g) + (there_and_back*(1 - .12*g) + middle*.12*g)*g for g in (.2, .36, .78, .9)])
-    for rings in (layout, sculpt, inner):                                   # both ends lie in the middle plane
-        for end in (0, -1): rings[:, end] /= np.linalg.norm(rings[:, end], axis=-1, keepdims=True)
+    shares = (0, 0.22, 0.48, 0.75, 1.0)
+    outside = [to_chart(CENTRE + direction + away * offset / 82) for offset in (2.4, 5.4)]
+    layout = np.stack([lens * (1 - f) + border * f for f in shares] + outside)
+    sculpt = np.stack([there_and_back * (1 - f) + border * f for f in shares] + outside)
+    inner = np.stack(
+        [lens * (1 - g) + (there_and_back * (1 - 0.12 * g) + middle * 0.12 * g) * g for g in (0.2, 0.36, 0.78, 0.9)]
+    )
+    for rings in (layout, sculpt, inner):  # both ends lie in the middle plane
+        for end in (0, -1):
+            rings[:, end] /= np.linalg.norm(rings[:, end], axis=-1, keepdims=True)
     return layout, sculpt, inner
 
 # %% ../../nbs/13_head.topology.ipynb #82c543ec
 def ear_rings():
     "Return chart rings (11,26,2) of the left auricle, from its middle outwards."
-    turn = 2*np.pi*np.arange(EAR_COLUMNS)/EAR_COLUMNS
+    turn = 2 * np.pi * np.arange(EAR_COLUMNS) / EAR_COLUMNS
     rho = np.array(EAR_RINGS)[:, None, None]
-    return to_chart(EAR + rho*(EAR_RADII[0]*np.cos(turn)[:, None]*EAR_UP + EAR_RADII[1]*np.sin(turn)[:, None]*EAR_FORWARD))
+    return to_chart(
+        EAR + rho * (EAR_RADII[0] * np.cos(turn)[:, None] * EAR_UP + EAR_RADII[1] * np.sin(turn)[:, None] * EAR_FORWARD)
+    )
+
 
 def neck_rings():
     "Return chart half rings (4,23,2) of the neck, from the edge of the mesh upwards; they run from the throat to the nape."
     turn = np.linspace(0, np.pi, NECK_COLUMNS + 1)[:, None]
-    forward, left = np.array([0, NECK[2], -NECK[1]]), np.array([1., 0, 0])
-    angles = NECK_ANGLE + np.array([0, .035, .085, .15])
-    rings = np.stack([np.cos(a)*NECK + np.sin(a)*(np.cos(turn)*forward + np.sin(turn)*left) for a in angles])
-    return np.stack([rings[..., 2], rings[..., 1]], -1)/(1 + np.maximum(rings[..., :1], 0))
+    forward, left = np.array([0, NECK[2], -NECK[1]]), np.array([1.0, 0, 0])
+    angles = NECK_ANGLE + np.array([0, 0.035, 0.085, 0.15])
+    rings = np.stack([np.cos(a) * NECK + np.sin(a) * (np.cos(turn) * forward + np.sin(turn) * left) for a in angles])
+    return np.stack([rings[..., 2], rings[..., 1]], -1) / (1 + np.maximum(rings[..., :1], 0))
 
 # %% ../../nbs/13_head.topology.ipynb #3ff90994
 def edge_length(
-    chart:np.ndarray,             # (N,2) chart points
-) -> np.ndarray:                  # (N,) wanted edge length, chart units
+    chart: np.ndarray,  # (N,2) chart points
+) -> np.ndarray:  # (N,) wanted edge length, chart units
     "Return how long edges should be, finer where a face is looked at."
     d = from_chart(chart)
-    unit = lambda p: (np.array(p, float) - CENTRE)/np.linalg.norm(np.array(p, float) - CENTRE)
-    near = lambda p, width: np.exp(-((d - unit(p))**2).sum(-1)/(2*width**2))
-    length = 10.2 - 5.7*np.clip((d[:, 2] + .25)/.9, 0, 1)
-    length -= 2.5*near((10, -14, 62), .13) + 1.2*near((0, 5, 70), .2) + .9*near((35, 25, 40), .25) + 1.1*near((12, -44, 60), .2) + .5*near((30, -30, 48), .2) + 2.2*near((0, -95, 25), .35)
-    length *= 1 - .45*near(EAR, .30)
-    length = np.where(np.arccos(np.clip(d @ NECK, -1, 1)) < .7, np.minimum(length, 9), length)
-    return np.clip(length, 2.1, 12)/90*(1 + (chart**2).sum(-1))/2
+    unit = lambda p: (np.array(p, float) - CENTRE) / np.linalg.norm(np.array(p, float) - CENTRE)
+    near = lambda p, width: np.exp(-((d - unit(p)) ** 2).sum(-1) / (2 * width**2))
+    length = 10.2 - 5.7 * np.clip((d[:, 2] + 0.25) / 0.9, 0, 1)
+    length -= (
+        2.5 * near((10, -14, 62), 0.13)
+        + 1.2 * near((0, 5, 70), 0.2)
+        + 0.9 * near((35, 25, 40), 0.25)
+        + 1.1 * near((12, -44, 60), 0.2)
+        + 0.5 * near((30, -30, 48), 0.2)
+        + 2.2 * near((0, -95, 25), 0.35)
+    )
+    length *= 1 - 0.45 * near(EAR, 0.30)
+    length = np.where(np.arccos(np.clip(d @ NECK, -1, 1)) < 0.7, np.minimum(length, 9), length)
+    return np.clip(length, 2.1, 12) / 90 * (1 + (chart**2).sum(-1)) / 2
+
 
 def middle_line(
-    start:np.ndarray,             # (2,) chart point on the unit circle
-    end:np.ndarray,               # (2,) chart point further along the circle, counter-clockwise
-) -> np.ndarray:                  # (K,2) chart points between them
+    start: np.ndarray,  # (2,) chart point on the unit circle
+    end: np.ndarray,  # (2,) chart point further along the circle, counter-clockwise
+) -> np.ndarray:  # (K,2) chart points between them
     "Return points of the middle plane at the wanted spacing."
     angles = np.arctan2([start[1], end[1]], [start[0], end[0]])
-    fine = np.linspace(angles[0], angles[1] + 2*np.pi*(angles[1] < angles[0]), 2000)
+    fine = np.linspace(angles[0], angles[1] + 2 * np.pi * (angles[1] < angles[0]), 2000)
     step = edge_length(np.stack([np.cos(fine), np.sin(fine)], -1))
-    count = np.r_[0, np.cumsum(np.diff(fine)/np.sqrt(step[1:]*step[:-1]))]
+    count = np.r_[0, np.cumsum(np.diff(fine) / np.sqrt(step[1:] * step[:-1]))]
     angle = np.interp(np.linspace(0, count[-1], max(2, round(count[-1])) + 1)[1:-1], count, fine)
     return np.stack([np.cos(angle), np.sin(angle)], -1)
 
+
 def scatter(
-    rng:np.random.Generator,      # random stream
-    fixed:np.ndarray,             # (K,2) points that are there already
-    outlines:list,                # (n,2) closed curves to keep out of
-) -> np.ndarray:                  # (N,2) new points
+    rng: np.random.Generator,  # random stream
+    fixed: np.ndarray,  # (K,2) points that are there already
+    outlines: list,  # (n,2) closed curves to keep out of
+) -> np.ndarray:  # (N,2) new points
     "Throw darts into the rest of the chart, each keeping its distance."
     from matplotlib.path import Path
     from scipy.spatial import cKDTree
+
     dart = rng.uniform(-1, 1, (90000, 2))
     radius = np.linalg.norm(dart, axis=1)
-    dart = dart[(radius < .9997) & (from_chart(dart) @ NECK < np.cos(NECK_ANGLE + .15))]
+    dart = dart[(radius < 0.9997) & (from_chart(dart) @ NECK < np.cos(NECK_ANGLE + 0.15))]
     length = edge_length(dart)
-    free = (cKDTree(fixed).query(dart)[0] > .75*length) & (1 - np.linalg.norm(dart, axis=1) > .55*length)
-    for outline in outlines: free &= ~Path(outline).contains_points(dart)
+    free = (cKDTree(fixed).query(dart)[0] > 0.75 * length) & (1 - np.linalg.norm(dart, axis=1) > 0.55 * length)
+    for outline in outlines:
+        free &= ~Path(outline).contains_points(dart)
     dart, length = dart[free], length[free]
     near, dead, kept = cKDTree(dart), np.zeros(len(dart), bool), []
     for i in range(len(dart)):
-        if dead[i]: continue
+        if dead[i]:
+            continue
         kept.append(i)
-        dead[near.query_ball_point(dart[i], .82*length[i])] = True
+        dead[near.query_ball_point(dart[i], 0.82 * length[i])] = True
     return dart[kept]
 
 # %% ../../nbs/13_head.topology.ipynb #972ad8d8
 @dataclass
 class Layout:
     "Vertices and triangles of the left half, in the chart."
-    chart:np.ndarray              # (N,2) where each vertex is laid out
-    sculpt:np.ndarray             # (N,2) where its direction is taken for sculpting; differs at the lips
-    triangles:np.ndarray          # (T,3)
-    eye:np.ndarray                # (6,32) vertices of the rings around the eye
-    lips:np.ndarray               # (7,29) vertices of the half rings of the mouth
-    ear:np.ndarray                # (11,32) vertices of the rings of the ear
-    neck:np.ndarray               # (4,23) vertices of the half rings of the neck
-    middle:np.ndarray             # (M,) vertices in the middle plane
-    lid_chart:np.ndarray          # (3,32,2) layout of rings behind the lids, not in `chart`
-    mouth_chart:np.ndarray        # (4,29,2) layout of rings inside the mouth, not in `chart`
+
+    chart: np.ndarray  # (N,2) where each vertex is laid out
+    sculpt: np.ndarray  # (N,2) where its direction is taken for sculpting; differs at the lips
+    triangles: np.ndarray  # (T,3)
+    eye: np.ndarray  # (6,32) vertices of the rings around the eye
+    lips: np.ndarray  # (7,29) vertices of the half rings of the mouth
+    ear: np.ndarray  # (11,32) vertices of the rings of the ear
+    neck: np.ndarray  # (4,23) vertices of the half rings of the neck
+    middle: np.ndarray  # (M,) vertices in the middle plane
+    lid_chart: np.ndarray  # (3,32,2) layout of rings behind the lids, not in `chart`
+    mouth_chart: np.ndarray  # (4,29,2) layout of rings inside the mouth, not in `chart`
+
 
 def triangle_area(
-    chart:np.ndarray,             # (N,2)
-    triangles:np.ndarray,         # (T,3)
-) -> np.ndarray:                  # (T,) signed areas
+    chart: np.ndarray,  # (N,2)
+    triangles: np.ndarray,  # (T,3)
+) -> np.ndarray:  # (T,) signed areas
     "Return signed areas in the chart."
     a, b = chart[triangles[:, 1]] - chart[triangles[:, 0]], chart[triangles[:, 2]] - chart[triangles[:, 0]]
-    return .5*(a[:, 0]*b[:, 1] - a[:, 1]*b[:, 0])
+    return 0.5 * (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0])
+
 
 def strip(
-    rings:np.ndarray,             # (K,n) vertices
-    closed:bool,                  # join the last column to the first
-) -> np.ndarray:                  # (T,3)
+    rings: np.ndarray,  # (K,n) vertices
+    closed: bool,  # join the last column to the first
+) -> np.ndarray:  # (T,3)
     "Return the triangles between neighbouring rings."
-    if closed: rings = np.concatenate([rings, rings[:, :1]], 1)
+    if closed:
+        rings = np.concatenate([rings, rings[:, :1]], 1)
     a, b = rings[:-1], rings[1:]
     quads = np.stack([a[:, :-1], a[:, 1:], b[:, 1:], b[:, :-1]], -1).reshape(-1, 4)
     return np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 # %% ../../nbs/13_head.topology.ipynb #8399c0c2
 def triangulate(
-    chart:np.ndarray,             # (N,2)
-    eye:np.ndarray,               # (6,32)
-    lips:np.ndarray,              # (7,29)
-    ear:np.ndarray,               # (11,32)
-    neck:np.ndarray,              # (4,23)
-) -> np.ndarray:                  # (T,3) counter-clockwise in the chart
+    chart: np.ndarray,  # (N,2)
+    eye: np.ndarray,  # (6,32)
+    lips: np.ndarray,  # (7,29)
+    ear: np.ndarray,  # (11,32)
+    neck: np.ndarray,  # (4,23)
+) -> np.ndarray:  # (T,3) counter-clockwise in the chart
     "Return regular strips between rings, and Delaunay triangles outside of them."
     from matplotlib.path import Path
     from scipy.spatial import Delaunay
+
     loose = np.setdiff1d(np.arange(len(chart)), np.concatenate([eye[:-1].ravel(), lips[:-1].ravel(), ear[:-1].ravel()]))
     triangles = loose[Delaunay(chart[loose]).simplices]
     middle = chart[triangles].mean(1)
     gone = np.abs(triangle_area(chart, triangles)) < 1e-9
-    for ring in (eye[-1], lips[-1], ear[-1]): gone |= np.isin(triangles, ring).all(1) & Path(chart[ring]).contains_points(middle)
-    gone |= np.isin(triangles, neck[0]).all(1) & (from_chart(middle) @ NECK > np.cos(NECK_ANGLE) - .02)
-    fan = np.stack([np.full(ear.shape[1] - 2, ear[0, 0]), ear[0, 1:-1], ear[0, 2:]], 1)                  # the middle of the ear
+    for ring in (eye[-1], lips[-1], ear[-1]):
+        gone |= np.isin(triangles, ring).all(1) & Path(chart[ring]).contains_points(middle)
+    gone |= np.isin(triangles, neck[0]).all(1) & (from_chart(middle) @ NECK > np.cos(NECK_ANGLE) - 0.02)
+    fan = np.stack([np.full(ear.shape[1] - 2, ear[0, 0]), ear[0, 1:-1], ear[0, 2:]], 1)  # the middle of the ear
     triangles = np.concatenate([triangles[~gone], strip(eye, True), strip(lips, False), strip(ear, True), fan])
     clockwise = triangle_area(chart, triangles) < 0
     triangles[clockwise] = triangles[clockwise][:, [0, 2, 1]]
     return triangles
 
+
 def half_layout(
-    seed:int=3,                   # of the scattered points
-) -> Layout:                      # the left half
+    seed: int = 3,  # of the scattered points
+) -> Layout:  # the left half
     "Lay out the left half of the head."
     rng = np.random.default_rng(seed)
     (eye, lid), (lips, lips_sculpt, mouth), ear, neck = eye_rings(), lip_rings(), ear_rings(), neck_rings()
@@ -226,19 +308,22 @@ def half_layout(
     ids = [start + np.arange(p[..., 0].size).reshape(p.shape[:-1]) for start, p in zip(starts, parts)]
     fixed = np.concatenate([p.reshape(-1, 2) for p in parts])
     outlines = [eye[-1], lips[-1], ear[-1]]
-    between = [np.concatenate([ring + share*(np.roll(ring, -1, 0) - ring) for share in (.25, .5, .75)]) for ring in (eye[-1], ear[-1])]
+    between = [
+        np.concatenate([ring + share * (np.roll(ring, -1, 0) - ring) for share in (0.25, 0.5, 0.75)])
+        for ring in (eye[-1], ear[-1])
+    ]
     chart = np.concatenate([fixed, scatter(rng, np.concatenate([fixed, *between]), outlines)])
     K = len(fixed)
     for _ in range(25):
         triangles = triangulate(chart, *ids[:4])
-        weight = np.abs(triangle_area(chart, triangles))/(edge_length(chart)[triangles].mean(1)**2)
+        weight = np.abs(triangle_area(chart, triangles)) / (edge_length(chart)[triangles].mean(1) ** 2)
         total, pull = np.zeros(len(chart)), np.zeros_like(chart)
         for corner in triangles.T:
             np.add.at(total, corner, weight)
-            np.add.at(pull, corner, chart[triangles].mean(1)*weight[:, None])
-        chart[K:] += .6*(pull[K:]/total[K:, None] - chart[K:])
+            np.add.at(pull, corner, chart[triangles].mean(1) * weight[:, None])
+        chart[K:] += 0.6 * (pull[K:] / total[K:, None] - chart[K:])
         radius = np.linalg.norm(chart[K:], axis=1)
-        chart[K:] *= np.minimum(1, (1 - .6*edge_length(chart[K:]))/radius)[:, None]         # off the middle plane
+        chart[K:] *= np.minimum(1, (1 - 0.6 * edge_length(chart[K:])) / radius)[:, None]  # off the middle plane
     sculpt = chart.copy()
     sculpt[ids[1]] = lips_sculpt
     edge = np.unique(np.concatenate([ids[4], ids[1][:, [0, -1]].ravel(), ids[3][:, [0, -1]].ravel()]))

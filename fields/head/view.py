@@ -14,123 +14,218 @@ from .flame import Head
 
 # %% ../../nbs/19_head.view.ipynb #152a6ccd
 def slider_ranges(
-    head:Head,
-    identities:int=8,             # identity sliders at most
-    expressions:int=10,           # expression sliders at most
-) -> dict:                        # (lowest, highest) by name
+    head: Head,
+    identities: int = 8,  # identity sliders at most
+    expressions: int = 10,  # expression sliders at most
+) -> dict:  # (lowest, highest) by name
     "Return the sliders of a head, in the order in which they are shown."
     counts = min(identities, head.real_components[0]), min(expressions, head.real_components[1])
-    ranges = {f"identity {i + 1}": (-3.0, 3.0) for i in range(counts[0])} | {f"expression {i + 1}": (-3.0, 3.0) for i in range(counts[1])}
+    ranges = {f"identity {i + 1}": (-3.0, 3.0) for i in range(counts[0])} | {
+        f"expression {i + 1}": (-3.0, 3.0) for i in range(counts[1])
+    }
     ranges |= {"jaw opens": (0.0, 0.5), "jaw to its left": (-0.15, 0.15)}
-    if head.has_eyelids: ranges |= {"left lid": (0.0, 1.0), "right lid": (0.0, 1.0)}
-    return ranges | {"gaze to its left": (-0.5, 0.5), "gaze up": (-0.4, 0.4), "head turns": (-0.8, 0.8), "head nods": (-0.5, 0.5)}
+    if head.has_eyelids:
+        ranges |= {"left lid": (0.0, 1.0), "right lid": (0.0, 1.0)}
+    return ranges | {
+        "gaze to its left": (-0.5, 0.5),
+        "gaze up": (-0.4, 0.4),
+        "head turns": (-0.8, 0.8),
+        "head nods": (-0.5, 0.5),
+    }
 
 # %% ../../nbs/19_head.view.ipynb #d1001e3c
 def slider_vertices(
-    head:Head,
-    values:dict,                  # value by slider name; missing ones are zero
-) -> np.ndarray:                  # (V,3) posed vertices, metres
+    head: Head,
+    values: dict,  # value by slider name; missing ones are zero
+) -> np.ndarray:  # (V,3) posed vertices, metres
     "Pose a head as its sliders say; raise `ValueError` for a slider it does not have."
-    params, eyes = HeadParams.neutral(device=head.template.device, dtype=head.template.dtype), head.template.new_zeros(1, 6)
-    single = {"jaw opens": (params.jaw, 0, 1), "jaw to its left": (params.jaw, 1, 1), "left lid": (params.eyelids, 0, 1), "right lid": (params.eyelids, 1, 1),
-              "head turns": (params.rotation, 1, 1), "head nods": (params.rotation, 0, 1)}
+    params, eyes = (
+        HeadParams.neutral(device=head.template.device, dtype=head.template.dtype),
+        head.template.new_zeros(1, 6),
+    )
+    single = {
+        "jaw opens": (params.jaw, 0, 1),
+        "jaw to its left": (params.jaw, 1, 1),
+        "left lid": (params.eyelids, 0, 1),
+        "right lid": (params.eyelids, 1, 1),
+        "head turns": (params.rotation, 1, 1),
+        "head nods": (params.rotation, 0, 1),
+    }
     for name, value in values.items():
         kind, _, number = name.partition(" ")
-        if name in single: tensor, column, sign = single[name]
-        elif kind in ("identity", "expression") and number.isdigit(): tensor, column, sign = (params.shape if kind == "identity" else params.expression), int(number) - 1, 1
+        if name in single:
+            tensor, column, sign = single[name]
+        elif kind in ("identity", "expression") and number.isdigit():
+            tensor, column, sign = (params.shape if kind == "identity" else params.expression), int(number) - 1, 1
         elif name in ("gaze to its left", "gaze up"):
-            for eye in (0, 3): eyes[:, eye + (name == "gaze to its left")] = value if name == "gaze to its left" else -value
+            for eye in (0, 3):
+                eyes[:, eye + (name == "gaze to its left")] = value if name == "gaze to its left" else -value
             continue
-        else: raise ValueError(f"there is no slider {name!r}")
+        else:
+            raise ValueError(f"there is no slider {name!r}")
         tensor[:, column] = sign * value
-    with torch.no_grad(): return head(params, eyes=eyes).vertices[0].cpu().numpy()
+    with torch.no_grad():
+        return head(params, eyes=eyes).vertices[0].cpu().numpy()
 
 # %% ../../nbs/19_head.view.ipynb #761654e7
 def vertex_colors(
-    head:Head,
-    texture=None,                 # (H,W,3) floats in [0,1] on the head's texture coordinates
-) -> np.ndarray:                  # (V,3) bytes
+    head: Head,
+    texture=None,  # (H,W,3) floats in [0,1] on the head's texture coordinates
+) -> np.ndarray:  # (V,3) bytes
     "Return a colour for every vertex; raise `ValueError` for a texture on a head without texture coordinates."
     if texture is None:
         colors = np.full((len(head.template), 3), (0.86, 0.78, 0.73))
         for side in ("left_eyeball", "right_eyeball"):
-            if side in head.masks: colors[head.masks[side].cpu().numpy()] = 0.95
+            if side in head.masks:
+                colors[head.masks[side].cpu().numpy()] = 0.95
     else:
-        if head.uv is None: raise ValueError(f"head {head.name} has no texture coordinates, so it cannot wear a texture")
+        if head.uv is None:
+            raise ValueError(f"head {head.name} has no texture coordinates, so it cannot wear a texture")
         H, W = texture.shape[:2]
         x, y = (head.uv.cpu().numpy() * [1, -1] + [0, 1]).T * [[W - 1], [H - 1]]
-        colors = np.asarray(texture)[np.clip(np.round(y), 0, H - 1).astype(int), np.clip(np.round(x), 0, W - 1).astype(int)]
+        colors = np.asarray(texture)[
+            np.clip(np.round(y), 0, H - 1).astype(int), np.clip(np.round(x), 0, W - 1).astype(int)
+        ]
     return np.round(np.clip(colors, 0, 1) * 255).astype(np.uint8)
 
 # %% ../../nbs/19_head.view.ipynb #1da54ef3
 def _need(*packages):
     "Raise `ImportError` with one sentence where packages of the view are not installed."
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing: raise ImportError(f"the interactive view needs {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}")
+    if missing:
+        raise ImportError(
+            f"the interactive view needs {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}"
+        )
+
 
 def mesh_figure(
-    vertices,                     # (V,3) metres
-    faces,                        # (F,3)
-    colors=None,                  # (V,3) bytes
-    turn:float=0.3,               # radians the camera stands to the side
-    height:int=520,               # pixels
-):                                # plotly Figure
+    vertices,  # (V,3) metres
+    faces,  # (F,3)
+    colors=None,  # (V,3) bytes
+    turn: float = 0.3,  # radians the camera stands to the side
+    height: int = 520,  # pixels
+):  # plotly Figure
     "Return a figure of a mesh that can be turned with the mouse; raise `ImportError` without plotly."
     _need("plotly")
     import plotly.graph_objects as go
+
     (x, y, z), (i, j, k) = np.asarray(vertices).T, np.asarray(faces).T
-    paint = {"color": "rgb(219,199,186)"} if colors is None else {"vertexcolor": [f"rgb({r},{g},{b})" for r, g, b in np.asarray(colors).tolist()]}
-    mesh = go.Mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, hoverinfo="skip", flatshading=False, lighting={"ambient": 0.45, "diffuse": 0.7, "specular": 0.12, "roughness": 0.7},
-                     lightposition={"x": 200, "y": 400, "z": 900}, **paint)
+    paint = (
+        {"color": "rgb(219,199,186)"}
+        if colors is None
+        else {"vertexcolor": [f"rgb({r},{g},{b})" for r, g, b in np.asarray(colors).tolist()]}
+    )
+    mesh = go.Mesh3d(
+        x=x,
+        y=y,
+        z=z,
+        i=i,
+        j=j,
+        k=k,
+        hoverinfo="skip",
+        flatshading=False,
+        lighting={"ambient": 0.45, "diffuse": 0.7, "specular": 0.12, "roughness": 0.7},
+        lightposition={"x": 200, "y": 400, "z": 900},
+        **paint,
+    )
     hidden = {"visible": False}
     camera = {"up": {"x": 0, "y": 1, "z": 0}, "eye": {"x": 1.7 * np.sin(turn), "y": 0.1, "z": 1.7 * np.cos(turn)}}
-    return go.Figure(mesh, {"scene": {"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "data", "camera": camera}, "uirevision": "keep",
-                            "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "height": height, "width": height})
+    return go.Figure(
+        mesh,
+        {
+            "scene": {"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "data", "camera": camera},
+            "uirevision": "keep",
+            "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
+            "height": height,
+            "width": height,
+        },
+    )
 
 # %% ../../nbs/19_head.view.ipynb #8f3a0754
 def view(
-    head:Head|None=None,          # default: the open head, painted
-    texture=None,                 # (H,W,3) texture to wear
-    identities:int=8,             # identity sliders
-    expressions:int=10,           # expression sliders
-):                                # ipywidgets widget
+    head: Head | None = None,  # default: the open head, painted
+    texture=None,  # (H,W,3) texture to wear
+    identities: int = 8,  # identity sliders
+    expressions: int = 10,  # expression sliders
+):  # ipywidgets widget
     "Return a head with sliders, to be shown as the last value of a cell in JupyterLab; raise `ImportError` without ipywidgets or plotly."
     _need("ipywidgets", "plotly")
     import ipywidgets as widgets
-    if head is None: head, texture = Head.load("open"), paint(Appearance(), 512) if texture is None else texture
+
+    if head is None:
+        head, texture = Head.load("open"), paint(Appearance(), 512) if texture is None else texture
     faces, colors = head.faces.cpu().numpy(), vertex_colors(head, texture)
-    sliders = {name: widgets.FloatSlider(value=0.0, min=low, max=high, step=(high - low) / 60, description=name, style={"description_width": "110px"}, layout={"width": "330px"}, readout_format=".2f")
-               for name, (low, high) in slider_ranges(head, identities, expressions).items()}
+    sliders = {
+        name: widgets.FloatSlider(
+            value=0.0,
+            min=low,
+            max=high,
+            step=(high - low) / 60,
+            description=name,
+            style={"description_width": "110px"},
+            layout={"width": "330px"},
+            readout_format=".2f",
+        )
+        for name, (low, high) in slider_ranges(head, identities, expressions).items()
+    }
     values = lambda: {name: s.value for name, s in sliders.items()}
-    canvas, update = _canvas(mesh_figure(slider_vertices(head, {}), faces, colors), lambda: slider_vertices(head, values()))
+    canvas, update = _canvas(
+        mesh_figure(slider_vertices(head, {}), faces, colors), lambda: slider_vertices(head, values())
+    )
     busy = [False]
+
     def changed(_):
-        if not busy[0]: update()
+        if not busy[0]:
+            update()
+
     def reset(_):
         busy[0] = True
-        for s in sliders.values(): s.value = 0.0
+        for s in sliders.values():
+            s.value = 0.0
         busy[0] = False
         update()
-    for s in sliders.values(): s.observe(changed, "value")
+
+    for s in sliders.values():
+        s.observe(changed, "value")
     button = widgets.Button(description="neutral")
     button.on_click(reset)
     column = widgets.VBox([button, *sliders.values()], layout={"overflow": "auto", "max_height": "540px"})
     return widgets.HBox([canvas, column])
 
+
 def _canvas(drawn, vertices):
     "Return the widget of a figure and a function that draws new vertices into it."
     import ipywidgets as widgets
+
     if importlib.util.find_spec("anywidget"):
         import plotly.graph_objects as go
+
         live = go.FigureWidget(drawn)
+
         def update():
-            with live.batch_update(): live.data[0].x, live.data[0].y, live.data[0].z = vertices().T
+            with live.batch_update():
+                live.data[0].x, live.data[0].y, live.data[0].z = vertices().T
+
         return live, update
-    output, turn = widgets.Output(layout={"width": "530px", "height": "540px"}), widgets.FloatSlider(value=0.3, min=-3.1, max=3.1, description="camera")
+    output, turn = (
+        widgets.Output(layout={"width": "530px", "height": "540px"}),
+        widgets.FloatSlider(value=0.3, min=-3.1, max=3.1, description="camera"),
+    )
+
     def update(*_):
         drawn.data[0].x, drawn.data[0].y, drawn.data[0].z = vertices().T
-        drawn.layout.scene.camera.eye.x, drawn.layout.scene.camera.eye.z = 1.7 * np.sin(turn.value), 1.7 * np.cos(turn.value)
-        output.outputs = ({"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": json.loads(drawn.to_json())}},)
+        drawn.layout.scene.camera.eye.x, drawn.layout.scene.camera.eye.z = (
+            1.7 * np.sin(turn.value),
+            1.7 * np.cos(turn.value),
+        )
+        output.outputs = (
+            {
+                "output_type": "display_data",
+                "metadata": {},
+                "data": {"application/vnd.plotly.v1+json": json.loads(drawn.to_json())},
+            },
+        )
+
     turn.observe(update, "value")
     update()
     return widgets.VBox([output, turn]), update

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 # %% ../../nbs/50_models.backbones.ipynb #929b66e8
 class SameConv2d(nn.Conv2d):
     "Convolve with the padding of TensorFlow's `SAME`."
+
     def forward(
         self,
-        x:Tensor,                 # (B,C,H,W)
-    ) -> Tensor:                  # (B,C',ceil(H/stride),ceil(W/stride))
+        x: Tensor,  # (B,C,H,W)
+    ) -> Tensor:  # (B,C',ceil(H/stride),ceil(W/stride))
         "Pad, with the odd pixel at the end, and convolve."
         pads = []
         for n, k, s in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):
@@ -29,33 +30,41 @@ class SameConv2d(nn.Conv2d):
 
 # %% ../../nbs/50_models.backbones.ipynb #efb031ab
 STAGES = {
-    "small": ([("ds", 1, 2, 1, 16)],
-              [("ir", 1, 2, 4.5, 24), ("ir", 1, 1, 3.67, 24)],
-              [("ir", 1, 2, 4, 40), ("ir", 2, 1, 6, 40)],
-              [("ir", 2, 1, 3, 48)],
-              [("ir", 3, 2, 6, 96)],
-              [("cn", 1, 1, 1, 576)]),
-    "large": ([("ds", 1, 1, 1, 16)],
-              [("ir", 1, 2, 4, 24), ("ir", 1, 1, 3, 24)],
-              [("ir", 3, 2, 3, 40)],
-              [("ir", 1, 2, 6, 80), ("ir", 1, 1, 2.5, 80), ("ir", 2, 1, 2.3, 80)],
-              [("ir", 2, 1, 6, 112)],
-              [("ir", 3, 2, 6, 160)],
-              [("cn", 1, 1, 1, 960)]),
+    "small": (
+        [("ds", 1, 2, 1, 16)],
+        [("ir", 1, 2, 4.5, 24), ("ir", 1, 1, 3.67, 24)],
+        [("ir", 1, 2, 4, 40), ("ir", 2, 1, 6, 40)],
+        [("ir", 2, 1, 3, 48)],
+        [("ir", 3, 2, 6, 96)],
+        [("cn", 1, 1, 1, 576)],
+    ),
+    "large": (
+        [("ds", 1, 1, 1, 16)],
+        [("ir", 1, 2, 4, 24), ("ir", 1, 1, 3, 24)],
+        [("ir", 3, 2, 3, 40)],
+        [("ir", 1, 2, 6, 80), ("ir", 1, 1, 2.5, 80), ("ir", 2, 1, 2.3, 80)],
+        [("ir", 2, 1, 6, 112)],
+        [("ir", 3, 2, 6, 160)],
+        [("cn", 1, 1, 1, 960)],
+    ),
 }
 
+
 def round_channels(
-    width:float,                  # channels wanted
-) -> int:                         # a multiple of eight, at least 0.9 of it
+    width: float,  # channels wanted
+) -> int:  # a multiple of eight, at least 0.9 of it
     "Round a number of channels to a multiple of eight."
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * width else rounded + 8
 
 # %% ../../nbs/50_models.backbones.ipynb #5e5b1566
-def _norm(channels): return nn.BatchNorm2d(channels, eps=1e-3)
+def _norm(channels):
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
 
 class Depthwise(nn.Module):
     "Filter each channel, then mix the channels."
+
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.conv_dw = SameConv2d(inputs, inputs, 3, stride, groups=inputs, bias=False)
@@ -68,8 +77,10 @@ class Depthwise(nn.Module):
         y = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(x)), inplace=True)))
         return x + y if self.residual else y
 
+
 class Inverted(nn.Module):
     "Widen, filter each channel, narrow; add the input where the shapes agree."
+
     def __init__(self, inputs, outputs, stride, factor):
         super().__init__()
         middle = round_channels(inputs * factor)
@@ -86,36 +97,48 @@ class Inverted(nn.Module):
         y = self.bn3(self.conv_pwl(y))
         return x + y if self.residual else y
 
+
 class Plain(nn.Module):
     "Convolution, BatchNorm, ReLU."
+
     def __init__(self, inputs, outputs):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn1 = _norm(outputs)
 
-    def forward(self, x): return F.relu(self.bn1(self.conv(x)), inplace=True)
+    def forward(self, x):
+        return F.relu(self.bn1(self.conv(x)), inplace=True)
 
 # %% ../../nbs/50_models.backbones.ipynb #5d8f49c7
 class MobileNetV3(nn.Module):
     "MobileNetV3-minimal, small or large, with the tensor names of timm's files."
+
     def __init__(
         self,
-        size:str,                 # "small" | "large"
+        size: str,  # "small" | "large"
     ):
         super().__init__()
-        if size not in STAGES: raise ValueError(f"MobileNetV3 comes as 'small' or 'large', not {size!r}")
+        if size not in STAGES:
+            raise ValueError(f"MobileNetV3 comes as 'small' or 'large', not {size!r}")
         self.conv_stem = SameConv2d(3, 16, 3, 2, bias=False)
         self.bn1 = _norm(16)
         stages, inputs, self.channels = [], 16, []
-        if STAGES[size][0][0][2] == 2: self.channels.append(16)
+        if STAGES[size][0][0][2] == 2:
+            self.channels.append(16)
         for rows in STAGES[size]:
-            if rows[0][2] == 2 and stages: self.channels.append(inputs)
+            if rows[0][2] == 2 and stages:
+                self.channels.append(inputs)
             blocks = []
             for kind, repeats, stride, factor, outputs in rows:
                 for r in range(repeats):
                     s = stride if r == 0 else 1
-                    blocks.append(Depthwise(inputs, outputs, s) if kind == "ds" else
-                                  Inverted(inputs, outputs, s, factor) if kind == "ir" else Plain(inputs, outputs))
+                    blocks.append(
+                        Depthwise(inputs, outputs, s)
+                        if kind == "ds"
+                        else Inverted(inputs, outputs, s, factor)
+                        if kind == "ir"
+                        else Plain(inputs, outputs)
+                    )
                     inputs = outputs
             stages.append(nn.Sequential(*blocks))
         self.channels.append(inputs)
@@ -123,31 +146,36 @@ class MobileNetV3(nn.Module):
         self.pooled_channels = inputs
         self._halves = [rows[0][2] == 2 for rows in STAGES[size]]
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
         self,
-        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    ) -> list[Tensor]:            # five maps, finest first
+        x: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> list[Tensor]:  # five maps, finest first
         "Return the feature pyramid."
         x, maps = F.relu(self.bn1(self.conv_stem(x))), []
         for halves, stage in zip(self._halves, self.blocks):
-            if halves: maps.append(x)
+            if halves:
+                maps.append(x)
             x = stage(x)
         return maps + [x]
 
     def pooled(
         self,
-        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,pooled_channels)
+        x: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,pooled_channels)
         "Return the average of the deepest map."
         return self.forward(x)[-1].mean((2, 3))
 
 # %% ../../nbs/50_models.backbones.ipynb #1cd3aeb3
-def _group_norm(channels): return nn.GroupNorm(max(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0 and channels // g >= 2), channels)
+def _group_norm(channels):
+    return nn.GroupNorm(max(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0 and channels // g >= 2), channels)
+
 
 class Residual(nn.Module):
     "Two 3x3 convolutions added to their input."
+
     def __init__(self, channels):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -159,34 +187,43 @@ class Residual(nn.Module):
     def forward(self, x):
         return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True))))
 
+
 class Level(nn.Sequential):
     "A strided convolution and residual blocks."
+
     def __init__(self, inputs, outputs, blocks):
-        super().__init__(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), _group_norm(outputs), nn.ReLU(inplace=True),
-                         *[Residual(outputs) for _ in range(blocks)])
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False),
+            _group_norm(outputs),
+            nn.ReLU(inplace=True),
+            *[Residual(outputs) for _ in range(blocks)],
+        )
 
 # %% ../../nbs/50_models.backbones.ipynb #32e9b53e
 class SmallTrunk(nn.Module):
     "A residual network of four levels; `pooled` keeps a coarse grid of positions."
+
     def __init__(
         self,
-        widths:tuple=(16, 32, 64, 96), # channels at 1/2, 1/4, 1/8 and 1/16 of the image
-        blocks:tuple=(0, 1, 1, 1),     # residual blocks of each level
-        squeeze:int=32,                # channels of the pooled grid; 0: no pooled output
-        grid:int=4,                    # side of the grid
+        widths: tuple = (16, 32, 64, 96),  # channels at 1/2, 1/4, 1/8 and 1/16 of the image
+        blocks: tuple = (0, 1, 1, 1),  # residual blocks of each level
+        squeeze: int = 32,  # channels of the pooled grid; 0: no pooled output
+        grid: int = 4,  # side of the grid
     ):
         super().__init__()
         self.channels, self.grid, self.pooled_channels = list(widths), grid, squeeze * grid * grid
         inputs = [3, *widths[:-1]]
         self.levels = nn.ModuleList(Level(i, w, b) for i, w, b in zip(inputs, widths, blocks))
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-        if squeeze: self.squeeze = nn.Sequential(nn.Conv2d(widths[-1], squeeze, 1, bias=False), _group_norm(squeeze), nn.ReLU())
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+        if squeeze:
+            self.squeeze = nn.Sequential(nn.Conv2d(widths[-1], squeeze, 1, bias=False), _group_norm(squeeze), nn.ReLU())
 
     def forward(
         self,
-        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    ) -> list[Tensor]:            # four maps, finest first
+        x: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> list[Tensor]:  # four maps, finest first
         "Return the feature pyramid."
         x, maps = (x - 0.5) * 4, []
         for level in self.levels:
@@ -196,34 +233,36 @@ class SmallTrunk(nn.Module):
 
     def pooled(
         self,
-        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,pooled_channels)
+        x: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,pooled_channels)
         "Return the deepest map on a coarse grid."
         return F.adaptive_avg_pool2d(self.squeeze(self.forward(x)[-1]), self.grid).flatten(1)
 
 # %% ../../nbs/50_models.backbones.ipynb #45f01409
 class PointTrunk(SmallTrunk):
     "A small trunk whose pooled features are places of points."
+
     def __init__(
         self,
-        widths:tuple=(24, 48, 96, 128), # channels at 1/2, 1/4, 1/8 and 1/16 of the image
-        blocks:tuple=(0, 1, 1, 1),      # residual blocks of each level
-        points:int=105,                 # points that are marked
-        marking:int=64,                 # channels of the map the points are marked on
+        widths: tuple = (24, 48, 96, 128),  # channels at 1/2, 1/4, 1/8 and 1/16 of the image
+        blocks: tuple = (0, 1, 1, 1),  # residual blocks of each level
+        points: int = 105,  # points that are marked
+        marking: int = 64,  # channels of the map the points are marked on
     ):
         super().__init__(widths, blocks, squeeze=0)
         self.lateral = nn.ModuleList(nn.Conv2d(w, marking, 1, bias=False) for w in widths[1:])
-        for m in self.lateral: nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+        for m in self.lateral:
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
         self.norm, self.marks = _group_norm(marking), nn.Conv2d(marking, points, 1)
-        nn.init.normal_(self.marks.weight, std=.05)
+        nn.init.normal_(self.marks.weight, std=0.05)
         self.pooled_channels = 2 * points + 3
         self.register_buffer("mean", torch.zeros(self.pooled_channels))
         self.register_buffer("spread", torch.ones(self.pooled_channels))
 
     def scores(
         self,
-        maps:list,                # what `forward` returned
-    ) -> Tensor:                  # (B,K,H/4,W/4) scores before the softmax over cells, float32
+        maps: list,  # what `forward` returned
+    ) -> Tensor:  # (B,K,H/4,W/4) scores before the softmax over cells, float32
         "Score every cell of a map at a quarter of the image for each point."
         y = 0
         for lateral, m in zip(reversed(self.lateral), reversed(maps[1:])):
@@ -232,8 +271,8 @@ class PointTrunk(SmallTrunk):
 
     def pooled(
         self,
-        x:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,pooled_channels)
+        x: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,pooled_channels)
         "Return places, centre and size of the points, standardised."
         places = expected_places(self.scores(self.forward(x)))
         centre = places.mean(1, keepdim=True)
@@ -243,18 +282,22 @@ class PointTrunk(SmallTrunk):
 
     def standardise(
         self,
-        batches:list,             # tensors (B,3,H,W), RGB in [0,1]
+        batches: list,  # tensors (B,3,H,W), RGB in [0,1]
     ):
         "Measure mean and spread of the features, by which `pooled` divides from now on."
-        self.mean.zero_(); self.spread.fill_(1)
-        with torch.no_grad(): found = torch.cat([self.pooled(x) for x in batches])
-        self.mean.copy_(found.mean(0)); self.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
+        self.mean.zero_()
+        self.spread.fill_(1)
+        with torch.no_grad():
+            found = torch.cat([self.pooled(x) for x in batches])
+        self.mean.copy_(found.mean(0))
+        self.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
+
 
 def expected_places(
-    scores:Tensor,                # (B,K,H,W)
-) -> Tensor:                      # (B,K,2) NDC
+    scores: Tensor,  # (B,K,H,W)
+) -> Tensor:  # (B,K,2) NDC
     "Return the mean place of each point under the softmax of its scores."
     chance = scores.flatten(2).softmax(2).view_as(scores)
-    along = lambda n: (torch.arange(n, dtype=scores.dtype, device=scores.device) + .5) * 2 / n - 1
+    along = lambda n: (torch.arange(n, dtype=scores.dtype, device=scores.device) + 0.5) * 2 / n - 1
     x, y = (chance.sum(2) * along(scores.shape[3])).sum(2), (chance.sum(3) * along(scores.shape[2])).sum(2)
     return torch.stack([x, y], -1)

@@ -18,122 +18,196 @@ from .perceptual import EmotionResNet50, Vgg16
 
 # %% ../../nbs/59_models.checkpoints.ipynb #5a9c38f4
 def read_checkpoint(
-    path:str|Path,                # a PyTorch or safetensors file
-) -> dict:                        # what it holds: names -> tensors, or names -> such dictionaries
+    path: str | Path,  # a PyTorch or safetensors file
+) -> dict:  # what it holds: names -> tensors, or names -> such dictionaries
     "Open a checkpoint without running code; raise `FileNotFoundError` or `ValueError` if that cannot be done."
     path = Path(path)
-    if path.suffix == ".safetensors": return read_tensors(path)[0]
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}; give the path of a checkpoint")
-    with open(path, "rb") as file: start = file.read(64).lstrip()
-    if start[:1] == b"<": raise ValueError(f"{path} is a web page, not a checkpoint; the download was refused or redirected, so fetch it again in a browser")
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
-        if any(words in str(error) for words in ("nsupported GLOBAL", "nsupported global", "safe_globals", "unrecognized")):
-            raise ValueError(f"{path} holds Python objects besides tensors, which can run code when they are read, so nothing of it was read; "
-                             "give the original file, or one with its tensors alone") from None
-        raise ValueError(f"{path} is not a PyTorch file, or not a complete one ({type(error).__name__} while reading it); fetch it again") from None
-    if not isinstance(content, dict): raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; give the original file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a checkpoint")
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if start[:1] == b"<":
+        raise ValueError(
+            f"{path} is a web page, not a checkpoint; the download was refused or redirected, so fetch it again in a browser"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
+        if any(
+            words in str(error) for words in ("nsupported GLOBAL", "nsupported global", "safe_globals", "unrecognized")
+        ):
+            raise ValueError(
+                f"{path} holds Python objects besides tensors, which can run code when they are read, so nothing of it was read; "
+                "give the original file, or one with its tensors alone"
+            ) from None
+        raise ValueError(
+            f"{path} is not a PyTorch file, or not a complete one ({type(error).__name__} while reading it); fetch it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; give the original file")
     return content
 
 # %% ../../nbs/59_models.checkpoints.ipynb #38bb3b70
-KINDS = {"smirk": "a SMIRK checkpoint", "teaser": "a TEASER checkpoint", "mica": "a MICA checkpoint", "vgg": "a VGG network of torchvision",
-         "small": "timm's MobileNetV3 small", "large": "timm's MobileNetV3 large", "emotion": "EMOCA's emotion network",
-         "lightning": "a Lightning checkpoint", "arcface": "an ArcFace network", "resnet": "a ResNet of torchvision", "fields": "a checkpoint of FIELDS"}
+KINDS = {
+    "smirk": "a SMIRK checkpoint",
+    "teaser": "a TEASER checkpoint",
+    "mica": "a MICA checkpoint",
+    "vgg": "a VGG network of torchvision",
+    "small": "timm's MobileNetV3 small",
+    "large": "timm's MobileNetV3 large",
+    "emotion": "EMOCA's emotion network",
+    "lightning": "a Lightning checkpoint",
+    "arcface": "an ArcFace network",
+    "resnet": "a ResNet of torchvision",
+    "fields": "a checkpoint of FIELDS",
+}
+
 
 def kind_of(
-    content:dict,                 # what `read_checkpoint` returned
-) -> str|None:                    # a key of KINDS; None: something else
+    content: dict,  # what `read_checkpoint` returned
+) -> str | None:  # a key of KINDS; None: something else
     "Tell what a checkpoint is by the names in it."
     has = lambda *starts: all(any(isinstance(n, str) and n.startswith(s) for n in content) for s in starts)
-    if has("teaser_encoder."): return "teaser"
-    if has("smirk_encoder."): return "smirk"
-    if has("arcface", "flameModel"): return "mica"
-    if has("features.0.", "classifier.6."): return "vgg"
-    if has("conv_stem."): return "large" if has("blocks.6.") else "small"
-    if has("encoders.pose_encoder."): return "fields"
+    if has("teaser_encoder."):
+        return "teaser"
+    if has("smirk_encoder."):
+        return "smirk"
+    if has("arcface", "flameModel"):
+        return "mica"
+    if has("features.0.", "classifier.6."):
+        return "vgg"
+    if has("conv_stem."):
+        return "large" if has("blocks.6.") else "small"
+    if has("encoders.pose_encoder."):
+        return "fields"
     if isinstance(content.get("state_dict"), dict):
         return "emotion" if any(n.startswith("backbone.layer1.") for n in content["state_dict"]) else "lightning"
-    if has("layer1.0.prelu."): return "arcface"
-    if has("layer1.0.conv1."): return "resnet"
+    if has("layer1.0.prelu."):
+        return "arcface"
+    if has("layer1.0.conv1."):
+        return "resnet"
+
 
 def expect(
-    path:str|Path,                # the file, for the message
-    content:dict,                 # what it holds
-    kind:str,                     # what it should be, a key of KINDS
-    named:str,                    # usual name of such a file
+    path: str | Path,  # the file, for the message
+    content: dict,  # what it holds
+    kind: str,  # what it should be, a key of KINDS
+    named: str,  # usual name of such a file
 ):
     "Raise `ValueError` unless a checkpoint is of a kind."
     found = kind_of(content)
-    if found == kind: return
-    what = KINDS.get(found) or f"a file of {len(content)} entries ({', '.join(str(n) for n in list(content)[:3])}{', ...' if len(content) > 3 else ''})"
+    if found == kind:
+        return
+    what = (
+        KINDS.get(found)
+        or f"a file of {len(content)} entries ({', '.join(str(n) for n in list(content)[:3])}{', ...' if len(content) > 3 else ''})"
+    )
     raise ValueError(f"{path} is {what}, and {KINDS[kind]} ({named}) was expected; give that file")
 
 # %% ../../nbs/59_models.checkpoints.ipynb #622e6e28
 def _same_basis(path, kind, head, any_head):
     version = getattr(head, "version", "unknown")
     if version != "FLAME 2020" and not any_head:
-        raise ValueError(f"{path} is {KINDS[kind]}, whose coefficients belong to FLAME 2020, and the head is {getattr(head, 'name', '')} ({version}); "
-                         "load generic_model.pkl of FLAME 2020, or pass any_head=True if this is a copy of it")
+        raise ValueError(
+            f"{path} is {KINDS[kind]}, whose coefficients belong to FLAME 2020, and the head is {getattr(head, 'name', '')} ({version}); "
+            "load generic_model.pkl of FLAME 2020, or pass any_head=True if this is a copy of it"
+        )
+
 
 def _official(name, kind):
     "Name in a published file of a tensor of `FieldsModel`."
     part, rest = name.split(".", 1)
-    return {"encoders": f"{kind}_encoder.{rest}", "token_encoder": f"{kind}_encoder.{name}", "synthesizer": f"{kind}_generator.{rest}"}[part]
+    return {
+        "encoders": f"{kind}_encoder.{rest}",
+        "token_encoder": f"{kind}_encoder.{name}",
+        "synthesizer": f"{kind}_generator.{rest}",
+    }[part]
+
 
 def _import(path, head, kind, named, any_head):
     content = read_checkpoint(path)
     expect(path, content, kind, named)
     _same_basis(path, kind, head, any_head)
     config = NetworkConfig(size="paper", image_size=224, output_range="smirk")
-    with torch.device("meta"): model = FieldsModel(config, head, kind, emotion=False, method=kind.upper())
-    return load_strict(model.to_empty(device="cpu"), content, path, f"a complete {named}", lambda name: _official(name, kind)).eval()
+    with torch.device("meta"):
+        model = FieldsModel(config, head, kind, emotion=False, method=kind.upper())
+    return load_strict(
+        model.to_empty(device="cpu"), content, path, f"a complete {named}", lambda name: _official(name, kind)
+    ).eval()
+
 
 def import_smirk(
-    path:str|Path,                # `SMIRK_em1.pt`
-    head,                         # the `Head`, FLAME 2020
-    any_head:bool=False,          # accept a head that is not known to be FLAME 2020
-) -> FieldsModel:                 # kind "smirk", no emotion head
+    path: str | Path,  # `SMIRK_em1.pt`
+    head,  # the `Head`, FLAME 2020
+    any_head: bool = False,  # accept a head that is not known to be FLAME 2020
+) -> FieldsModel:  # kind "smirk", no emotion head
     "Read SMIRK's checkpoint; raise `ValueError` unless every tensor is there and nothing else is."
     return _import(path, head, "smirk", "SMIRK_em1.pt", any_head)
 
+
 def import_teaser(
-    path:str|Path,                # `TEASER.pt`
-    head,                         # the `Head`, FLAME 2020
-    any_head:bool=False,          # accept a head that is not known to be FLAME 2020
-) -> FieldsModel:                 # kind "teaser", no emotion head
+    path: str | Path,  # `TEASER.pt`
+    head,  # the `Head`, FLAME 2020
+    any_head: bool = False,  # accept a head that is not known to be FLAME 2020
+) -> FieldsModel:  # kind "teaser", no emotion head
     "Read TEASER's checkpoint; raise `ValueError` unless every tensor is there and nothing else is."
     return _import(path, head, "teaser", "TEASER.pt", any_head)
 
 # %% ../../nbs/59_models.checkpoints.ipynb #bd14fa93
 def import_mica(
-    path:str|Path,                # `mica.tar`
-    head=None,                    # the `Head` its coefficients will be used with, FLAME 2020; None: do not ask
-    any_head:bool=False,          # accept a head that is not known to be FLAME 2020
-) -> Mica:                        # the network, in evaluation mode
+    path: str | Path,  # `mica.tar`
+    head=None,  # the `Head` its coefficients will be used with, FLAME 2020; None: do not ask
+    any_head: bool = False,  # accept a head that is not known to be FLAME 2020
+) -> Mica:  # the network, in evaluation mode
     "Read MICA; raise `ValueError` unless every tensor of its networks is there and nothing else is."
     content = read_checkpoint(path)
     expect(path, content, "mica", "mica.tar")
-    if head is not None: _same_basis(path, "mica", head, any_head)
+    if head is not None:
+        _same_basis(path, "mica", head, any_head)
     state = {f"arcface.{n}": v for n, v in content["arcface"].items()}
     state |= {n: v for n, v in content["flameModel"].items() if not n.startswith("generator.")}
-    with torch.device("meta"): mica = Mica()
+    with torch.device("meta"):
+        mica = Mica()
     return load_strict(mica.to_empty(device="cpu"), state, path, "a complete mica.tar").eval().requires_grad_(False)
 
 # %% ../../nbs/59_models.checkpoints.ipynb #e0771335
-VGG16_CONVOLUTIONS = dict(zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)))
+VGG16_CONVOLUTIONS = dict(
+    zip(
+        (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+        (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512),
+    )
+)
 
-def vgg16_shapes() -> dict: # name -> shape of the 32 tensors
+
+def vgg16_shapes() -> dict:  # name -> shape of the 32 tensors
     "Names and shapes of torchvision's VGG16 file."
     layers, inputs = {}, 3
     for i, outputs in VGG16_CONVOLUTIONS.items():
         layers[f"features.{i}"], inputs = (outputs, inputs, 3, 3), outputs
     layers |= {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
-    return {f"{n}.{part}": shape if part == "weight" else shape[:1] for n, shape in layers.items() for part in ("weight", "bias")}
+    return {
+        f"{n}.{part}": shape if part == "weight" else shape[:1]
+        for n, shape in layers.items()
+        for part in ("weight", "bias")
+    }
+
 
 def import_vgg16(
-    path:str|Path,                # `vgg16-397923af.pth`
-    shifted:bool=True,            # map images to [0.5,1] first, as SMIRK and TEASER do
-) -> Vgg16:                       # the network, in evaluation mode
+    path: str | Path,  # `vgg16-397923af.pth`
+    shifted: bool = True,  # map images to [0.5,1] first, as SMIRK and TEASER do
+) -> Vgg16:  # the network, in evaluation mode
     "Read torchvision's VGG16; raise `ValueError` unless every tensor is there and nothing else is."
     content = read_checkpoint(path)
     expect(path, content, "vgg", "vgg16-397923af.pth")
@@ -144,41 +218,58 @@ def import_vgg16(
 
 # %% ../../nbs/59_models.checkpoints.ipynb #f77e593b
 def import_backbone(
-    path:str|Path,                # a file of timm's network, PyTorch or safetensors
-    size:str,                     # "small" | "large"
-) -> MobileNetV3:                 # the network
+    path: str | Path,  # a file of timm's network, PyTorch or safetensors
+    size: str,  # "small" | "large"
+) -> MobileNetV3:  # the network
     "Read a MobileNetV3-minimal of timm; raise `ValueError` unless every tensor is there and nothing but its classifier is."
     net = MobileNetV3(size)
     content, named = read_checkpoint(path), f"tf_mobilenetv3_{size}_minimal_100"
     expect(path, content, size, named)
     wide, deep = {"small": 1024, "large": 1280}[size], net.pooled_channels
     shapes = {n: v.shape for n, v in net.state_dict().items()}
-    top = {"conv_head.weight": (wide, deep, 1, 1), "conv_head.bias": (wide,), "classifier.weight": (1000, wide), "classifier.bias": (1000,)}
-    if any(n in content for n in top): shapes |= top
+    top = {
+        "conv_head.weight": (wide, deep, 1, 1),
+        "conv_head.bias": (wide,),
+        "classifier.weight": (1000, wide),
+        "classifier.bias": (1000,),
+    }
+    if any(n in content for n in top):
+        shapes |= top
     check_tensors(shapes, content, path, named)
     net.load_state_dict({n: content[n] for n in net.state_dict()})
     return net
 
+
 def start_from_timm(
-    model:FieldsModel,            # networks of the paper's size; changed in place
-    small:str|Path,               # file of the small network: pose and tokens
-    large:str|Path,               # file of the large network: identity and expression
-) -> FieldsModel:                 # the networks
+    model: FieldsModel,  # networks of the paper's size; changed in place
+    small: str | Path,  # file of the small network: pose and tokens
+    large: str | Path,  # file of the large network: identity and expression
+) -> FieldsModel:  # the networks
     "Start the backbones from ImageNet weights, as SMIRK and TEASER do; raise `ValueError` for networks of another size."
-    if model.config.size != "paper": raise ValueError(f"ImageNet weights fit networks of size 'paper', not {model.config.size!r}; change network.size")
-    weights = {"small": import_backbone(small, "small").state_dict(), "large": import_backbone(large, "large").state_dict()}
+    if model.config.size != "paper":
+        raise ValueError(
+            f"ImageNet weights fit networks of size 'paper', not {model.config.size!r}; change network.size"
+        )
+    weights = {
+        "small": import_backbone(small, "small").state_dict(),
+        "large": import_backbone(large, "large").state_dict(),
+    }
     parts = model.parts
     for name, size in (("pose", "small"), ("tokens", "small"), ("shape", "large"), ("expression", "large")):
-        if name in parts: parts[name].encoder.load_state_dict(weights[size])
+        if name in parts:
+            parts[name].encoder.load_state_dict(weights[size])
     return model
 
 # %% ../../nbs/59_models.checkpoints.ipynb #5270a85f
 def import_emotion(
-    path:str|Path,                # the checkpoint in EMOCA's folder `ResNet50`
-) -> EmotionResNet50:             # the network, in evaluation mode
+    path: str | Path,  # the checkpoint in EMOCA's folder `ResNet50`
+) -> EmotionResNet50:  # the network, in evaluation mode
     "Read EMOCA's emotion network; raise `ValueError` unless its backbone is complete."
     content = read_checkpoint(path)
     expect(path, content, "emotion", "the checkpoint in EMOCA's folder ResNet50")
-    state = {n.removeprefix("backbone."): v for n, v in content["state_dict"].items()
-             if n.startswith("backbone.") and not n.startswith("backbone.fc.")}
+    state = {
+        n.removeprefix("backbone."): v
+        for n, v in content["state_dict"].items()
+        if n.startswith("backbone.") and not n.startswith("backbone.fc.")
+    }
     return load_strict(EmotionResNet50(), state, path, "EMOCA's emotion network").eval().requires_grad_(False)

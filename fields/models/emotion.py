@@ -15,33 +15,38 @@ from ..types import Batched
 @dataclass
 class EmotionOutput(Batched):
     "What the emotion head says about a batch."
-    logits:Tensor                 # (B,C) classes, before the softmax
-    valence:Tensor                # (B,) pleasant is positive
-    arousal:Tensor                # (B,) excited is positive
+
+    logits: Tensor  # (B,C) classes, before the softmax
+    valence: Tensor  # (B,) pleasant is positive
+    arousal: Tensor  # (B,) excited is positive
 
     @property
     def probabilities(self):
         "(B,C) softmax over the classes."
         return self.logits.softmax(1)
 
+
 class EmotionHead(nn.Module):
     "Classes, valence and arousal from the head's parameters, Eq. 5."
+
     def __init__(
         self,
-        inputs:int=355,           # shape 300, expression 50, lids 2, jaw 3
-        width:int=256,            # width of the hidden layers
-        classes:int=7,            # emotion classes
-        hidden:int=3,             # hidden layers
+        inputs: int = 355,  # shape 300, expression 50, lids 2, jaw 3
+        width: int = 256,  # width of the hidden layers
+        classes: int = 7,  # emotion classes
+        hidden: int = 3,  # hidden layers
     ):
         super().__init__()
         widths = [inputs] + [width] * hidden
-        self.layers = nn.Sequential(*[m for a, b in zip(widths, widths[1:])
-                                      for m in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.LeakyReLU(.2))], nn.Linear(width, classes + 2))
+        self.layers = nn.Sequential(
+            *[m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.LeakyReLU(0.2))],
+            nn.Linear(width, classes + 2),
+        )
 
     def forward(
         self,
-        features:Tensor,          # (B,inputs), `HeadParams.features`
-    ) -> EmotionOutput:           # classes, valence, arousal
+        features: Tensor,  # (B,inputs), `HeadParams.features`
+    ) -> EmotionOutput:  # classes, valence, arousal
         "Return what the parameters say about the emotion."
         with torch.autocast(features.device.type, enabled=False):
             out = self.layers(features.to(self.layers[0].weight.dtype))

@@ -25,37 +25,49 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         stuck = ((x < ctx.low) & (gradient > 0)) | ((x > ctx.high) & (gradient < 0))
         return gradient.masked_fill(stuck, 0), None, None
 
+
 def limit(
-    x:Tensor,                     # any shape
-    low:float,                    # smallest value
-    high:float,                   # largest value; infinity: none
-    kind:str,                     # "smirk": clamp; "soft": clamp that never traps a value outside
-) -> Tensor:                      # the values within the range
+    x: Tensor,  # any shape
+    low: float,  # smallest value
+    high: float,  # largest value; infinity: none
+    kind: str,  # "smirk": clamp; "soft": clamp that never traps a value outside
+) -> Tensor:  # the values within the range
     "Keep values within a range; raise `ValueError` for an unknown kind."
-    if kind == "smirk": return x.clamp(low, high)
-    if kind == "soft": return _Projected.apply(x, low, high)
+    if kind == "smirk":
+        return x.clamp(low, high)
+    if kind == "soft":
+        return _Projected.apply(x, low, high)
     raise ValueError(f"output_range is 'smirk' or 'soft', not {kind!r}")
 
 # %% ../../nbs/51_models.encoders.ipynb #f137cef8
 def _backbone(size, kind):
-    if size == "paper": return MobileNetV3("small" if kind == "pose" else "large")
-    if size != "small": raise ValueError(f"network.size is 'small' or 'paper', not {size!r}")
+    if size == "paper":
+        return MobileNetV3("small" if kind == "pose" else "large")
+    if size != "small":
+        raise ValueError(f"network.size is 'small' or 'paper', not {size!r}")
     return PointTrunk()
+
 
 def _layers(size, inputs, outputs, factor):
     "A linear layer (behind a hidden one in the small networks) whose start is scaled by `factor`."
-    layers = [nn.Linear(inputs, outputs)] if size == "paper" else [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, outputs)]
+    layers = (
+        [nn.Linear(inputs, outputs)]
+        if size == "paper"
+        else [nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, outputs)]
+    )
     with torch.no_grad():
         layers[-1].weight.mul_(factor)
         layers[-1].bias.mul_(factor)
     return nn.Sequential(*layers)
 
+
 class Branch(nn.Module):
     "A backbone and what its encoders share: the linear layers run in float32, whatever the backbone ran in."
+
     def __init__(self, config, kind, gains):
         super().__init__()
         self.encoder, self.reader = _backbone(config.size, kind), None
@@ -71,12 +83,13 @@ class Branch(nn.Module):
 # %% ../../nbs/51_models.encoders.ipynb #9dc62a7d
 class PoseEncoder(Branch):
     "Head rotation and camera, Eq. 2: E_Theta."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
-        scale:float=7.0,          # camera scale of an untrained network
+        config: NetworkConfig,  # sizes
+        scale: float = 7.0,  # camera scale of an untrained network
     ):
-        super().__init__(config, "pose", [.2, .2, .2, 1., .02, .02])
+        super().__init__(config, "pose", [0.2, 0.2, 0.2, 1.0, 0.02, 0.02])
         self.pose_cam_layers = _layers(config.size, self.encoder.pooled_channels, 6, 1e-3)
         with torch.no_grad():
             self.pose_cam_layers[-1].weight[3] = 0
@@ -84,8 +97,8 @@ class PoseEncoder(Branch):
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> tuple[Tensor, Tensor]:   # rotation (B,3), camera (B,3)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> tuple[Tensor, Tensor]:  # rotation (B,3), camera (B,3)
         "Return rotation and camera."
         out = self.outputs(image, self.pose_cam_layers)
         return out[:, :3], out[:, 3:]
@@ -93,45 +106,48 @@ class PoseEncoder(Branch):
 # %% ../../nbs/51_models.encoders.ipynb #c19d8615
 class ShapeEncoder(Branch):
     "Identity, Eq. 2: E_beta."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
+        config: NetworkConfig,  # sizes
     ):
         super().__init__(config, "shape", None)
         self.shape_layers = _layers(config.size, self.encoder.pooled_channels, 300, 0)
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,300)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,300)
         "Return identity coefficients."
         return self.outputs(image, self.shape_layers)
 
 # %% ../../nbs/51_models.encoders.ipynb #e34225b9
 class ExpressionEncoder(Branch):
     "Expression, lids and jaw, Eq. 2: E_Psi."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes and the kind of output range
+        config: NetworkConfig,  # sizes and the kind of output range
     ):
-        super().__init__(config, "expression", [1.] * 50 + [.3] * 2 + [.1] * 3)
-        self.expression_layers = _layers(config.size, self.encoder.pooled_channels, 55, .1)
+        super().__init__(config, "expression", [1.0] * 50 + [0.3] * 2 + [0.1] * 3)
+        self.expression_layers = _layers(config.size, self.encoder.pooled_channels, 55, 0.1)
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> tuple[Tensor, Tensor, Tensor]: # expression (B,50), eyelids (B,2), jaw (B,3)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # expression (B,50), eyelids (B,2), jaw (B,3)
         "Return expression, lids and jaw, the last two within their ranges."
         out, kind = self.outputs(image, self.expression_layers), self.output_range
-        jaw = torch.cat([limit(out[:, 52:53], 0, float("inf"), kind), limit(out[:, 53:], -.2, .2, kind)], 1)
+        jaw = torch.cat([limit(out[:, 52:53], 0, float("inf"), kind), limit(out[:, 53:], -0.2, 0.2, kind)], 1)
         return out[:, :50], limit(out[:, 50:52], 0, 1, kind), jaw
 
 # %% ../../nbs/51_models.encoders.ipynb #14760303
 class GeometryEncoders(nn.Module):
     "Pose, identity and expression of the head in an image, Eq. 2."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes and the kind of output range
+        config: NetworkConfig,  # sizes and the kind of output range
     ):
         super().__init__()
         self.pose_encoder, self.shape_encoder = PoseEncoder(config), ShapeEncoder(config)
@@ -139,8 +155,8 @@ class GeometryEncoders(nn.Module):
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> HeadParams:              # parameters of the head
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> HeadParams:  # parameters of the head
         "Return all parameters of the head."
         rotation, camera = self.pose_encoder(image)
         expression, eyelids, jaw = self.expression_encoder(image)
@@ -149,23 +165,33 @@ class GeometryEncoders(nn.Module):
 # %% ../../nbs/51_models.encoders.ipynb #ac5bbe82
 class Reader:
     "Reads an image once for all branches whose frozen backbones are the same."
-    def __init__(self, backbone:nn.Module): self.backbone, self.image, self.key, self.features = backbone, None, None, None
-    def __call__(self, image:Tensor) -> Tensor:
-        key = image._version, torch.is_grad_enabled() and image.requires_grad, torch.is_autocast_enabled(image.device.type)
-        if self.image is not image or self.key != key: self.image, self.key, self.features = image, key, self.backbone.pooled(image)
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.image, self.key, self.features = backbone, None, None, None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        key = (
+            image._version,
+            torch.is_grad_enabled() and image.requires_grad,
+            torch.is_autocast_enabled(image.device.type),
+        )
+        if self.image is not image or self.key != key:
+            self.image, self.key, self.features = image, key, self.backbone.pooled(image)
         return self.features
 
+
 def branches(
-    *modules:nn.Module,           # models or encoders
-    kind:str="",                  # pose | shape | expression; empty: all
-) -> list[Branch]:                # what is in them
+    *modules: nn.Module,  # models or encoders
+    kind: str = "",  # pose | shape | expression; empty: all
+) -> list[Branch]:  # what is in them
     "List the branches of networks."
     return [b for m in modules for b in m.modules() if isinstance(b, Branch) and kind in ("", b.kind)]
 
+
 @contextmanager
 def reading_once(
-    among:Iterable[Branch],       # branches whose backbones do not change inside the block
-) -> Iterator[None]:              # inside, equal backbones read each image once
+    among: Iterable[Branch],  # branches whose backbones do not change inside the block
+) -> Iterator[None]:  # inside, equal backbones read each image once
     "Let branches share the reading of an image where their backbones hold the same numbers; inside, these are in evaluation mode."
     among, groups = list(among), []
     modes = [(m, m.training) for b in among for m in b.encoder.modules()]
@@ -174,9 +200,13 @@ def reading_once(
         state = branch.encoder.state_dict()
         known = next((reader for first, reader in groups if same(first, state)), None)
         branch.reader = known or Reader(branch.encoder)
-        if known is None: groups.append((state, branch.reader))
+        if known is None:
+            groups.append((state, branch.reader))
         branch.encoder.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for branch in among: branch.reader = None
-        for m, training in modes: m.training = training
+        for branch in among:
+            branch.reader = None
+        for m, training in modes:
+            m.training = training

@@ -22,21 +22,24 @@ from ..types import HeadParams, Prediction, concatenate
 
 # %% ../../nbs/58_models.fields.ipynb #e461f376
 def save_tensors(
-    path:str|Path,                # a `.safetensors` file
-    state:dict,                   # name -> tensor
-    metadata:dict,                # name -> string
-    half:bool=False,              # store floating tensors in float16
-) -> Path:                        # the file
+    path: str | Path,  # a `.safetensors` file
+    state: dict,  # name -> tensor
+    metadata: dict,  # name -> string
+    half: bool = False,  # store floating tensors in float16
+) -> Path:  # the file
     "Write tensors and a header atomically; raise `ValueError` if a value is not finite (in half precision: too large)."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, value in state.items():
         value = value.detach().cpu()
-        if half and value.is_floating_point(): value = value.half()
+        if half and value.is_floating_point():
+            value = value.half()
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{name} is not finite{' in half precision' if half else ''}, so {path} is not written; "
-                             "look for the first step with a NaN in the training log")
+            raise ValueError(
+                f"{name} is not finite{' in half precision' if half else ''}, so {path} is not written; "
+                "look for the first step with a NaN in the training log"
+            )
         tensors[name] = value.clone(memory_format=torch.contiguous_format)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -46,39 +49,59 @@ def save_tensors(
         partial.unlink(missing_ok=True)
     return path
 
+
 def read_tensors(
-    path:str|Path,                # a `.safetensors` file
-) -> tuple[dict, dict]:           # name -> tensor, name -> string
+    path: str | Path,  # a `.safetensors` file
+) -> tuple[dict, dict]:  # name -> tensor, name -> string
     "Read tensors and header; raise `FileNotFoundError` or `ValueError` if there is no such file or it is something else."
-    if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}; give the path of a .safetensors file")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a .safetensors file")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); write it again or fetch it again") from None
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); write it again or fetch it again"
+        ) from None
 
 # %% ../../nbs/58_models.fields.ipynb #5d0203a6
 def check_tensors(
-    shapes:dict,                  # name -> shape that is expected
-    state:dict,                   # name -> tensor
-    path,                         # where the tensors come from, for the message
-    expected:str,                 # what the file should be, for the message
+    shapes: dict,  # name -> shape that is expected
+    state: dict,  # name -> tensor
+    path,  # where the tensors come from, for the message
+    expected: str,  # what the file should be, for the message
 ):
     "Raise `ValueError` unless every name and shape agrees."
-    bad = {"missing": [n for n in shapes if n not in state], "unexpected": [str(n) for n in state if n not in shapes],
-           "of another kind": [f"{n} {type(state[n]).__name__}" for n in shapes if n in state and not isinstance(state[n], Tensor)],
-           "of another shape": [f"{n} {tuple(state[n].shape)} instead of {tuple(shape)}" for n, shape in shapes.items()
-                                if isinstance(state.get(n), Tensor) and state[n].shape != tuple(shape)]}
-    said = [f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for problem, names in bad.items() if names]
-    if said: raise ValueError(f"{path} is not {expected}: of {len(shapes)} tensors expected, {'; '.join(said)}; give the right file")
+    bad = {
+        "missing": [n for n in shapes if n not in state],
+        "unexpected": [str(n) for n in state if n not in shapes],
+        "of another kind": [
+            f"{n} {type(state[n]).__name__}" for n in shapes if n in state and not isinstance(state[n], Tensor)
+        ],
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} instead of {tuple(shape)}"
+            for n, shape in shapes.items()
+            if isinstance(state.get(n), Tensor) and state[n].shape != tuple(shape)
+        ],
+    }
+    said = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for problem, names in bad.items()
+        if names
+    ]
+    if said:
+        raise ValueError(
+            f"{path} is not {expected}: of {len(shapes)} tensors expected, {'; '.join(said)}; give the right file"
+        )
+
 
 def load_strict(
-    module:nn.Module,             # the network to fill
-    state:dict,                   # name -> tensor
-    path,                         # where the tensors come from, for the message
-    expected:str,                 # what the file should be, for the message
-    named=str,                    # makes the name in the file from the network's own
-) -> nn.Module:                   # the network
+    module: nn.Module,  # the network to fill
+    state: dict,  # name -> tensor
+    path,  # where the tensors come from, for the message
+    expected: str,  # what the file should be, for the message
+    named=str,  # makes the name in the file from the network's own
+) -> nn.Module:  # the network
     "Copy tensors into a network; raise `ValueError` unless every name and shape agrees."
     own = module.state_dict()
     check_tensors({named(n): v.shape for n, v in own.items()}, state, path, expected)
@@ -86,26 +109,30 @@ def load_strict(
     return module
 
 # %% ../../nbs/58_models.fields.ipynb #f0c469ca
-FORMAT = "fields-model"           # first entry of a checkpoint's header
+FORMAT = "fields-model"  # first entry of a checkpoint's header
 PARTS = ("pose", "shape", "expression", "tokens", "synthesizer", "emotion")
+
 
 class FieldsModel(nn.Module):
     "Encoders, token encoder, synthesizer and emotion head, tied to one head."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes of the networks
-        head,                     # a `Head`, or anything with `sha256` and `name`
-        kind:str="teaser",        # "teaser": with tokens; "smirk": without
-        emotion:bool=True,        # with the emotion head
-        method:str="",            # name of the method, for predictions
-        seed:int|None=None,       # of the first weights; None: torch's current state
+        config: NetworkConfig,  # sizes of the networks
+        head,  # a `Head`, or anything with `sha256` and `name`
+        kind: str = "teaser",  # "teaser": with tokens; "smirk": without
+        emotion: bool = True,  # with the emotion head
+        method: str = "",  # name of the method, for predictions
+        seed: int | None = None,  # of the first weights; None: torch's current state
     ):
         super().__init__()
-        if kind not in ("teaser", "smirk"): raise ValueError(f"kind is 'teaser' or 'smirk', not {kind!r}")
+        if kind not in ("teaser", "smirk"):
+            raise ValueError(f"kind is 'teaser' or 'smirk', not {kind!r}")
         self.config, self.kind, self.method = config, kind, method
         self.head_sha256, self.head_name = head.sha256, getattr(head, "name", "")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None: torch.manual_seed(seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             self.encoders = GeometryEncoders(config)
             self.token_encoder = TokenEncoder(config) if kind == "teaser" else None
             self.synthesizer = (Synthesizer if kind == "teaser" else SmirkSynthesizer)(config)
@@ -115,89 +142,122 @@ class FieldsModel(nn.Module):
     def parts(self):
         "Name of each part that learns -> its network."
         e = self.encoders
-        networks = (e.pose_encoder, e.shape_encoder, e.expression_encoder, self.token_encoder, self.synthesizer, self.emotion_head)
+        networks = (
+            e.pose_encoder,
+            e.shape_encoder,
+            e.expression_encoder,
+            self.token_encoder,
+            self.synthesizer,
+            self.emotion_head,
+        )
         return {name: network for name, network in zip(PARTS, networks) if network is not None}
 
     def set_trainable(
         self,
-        *names:str,               # parts to train; the others are frozen, in evaluation mode
-    ) -> list[nn.Parameter]:      # their parameters
+        *names: str,  # parts to train; the others are frozen, in evaluation mode
+    ) -> list[nn.Parameter]:  # their parameters
         "Choose what is trained; raise `ValueError` for an unknown part."
         unknown = set(names) - set(PARTS)
-        if unknown: raise ValueError(f"unknown part {sorted(unknown)[0]!r}; choose among {', '.join(PARTS)}")
-        for name, network in self.parts.items(): network.train(name in names).requires_grad_(name in names)
+        if unknown:
+            raise ValueError(f"unknown part {sorted(unknown)[0]!r}; choose among {', '.join(PARTS)}")
+        for name, network in self.parts.items():
+            network.train(name in names).requires_grad_(name in names)
         return [p for name in names if name in self.parts for p in self.parts[name].parameters()]
 
-    def encode(self, images:Tensor) -> HeadParams:
+    def encode(self, images: Tensor) -> HeadParams:
         "Return the head's parameters for images (B,3,H,W), RGB in [0,1]."
         return self.encoders(images)
 
-    def tokens(self, images:Tensor) -> Tensor|None:
+    def tokens(self, images: Tensor) -> Tensor | None:
         "Return appearance tokens (4,B,256), or None for a model of kind `smirk`."
         return None if self.token_encoder is None else self.token_encoder(images)
 
-    def synthesize(self, geometry:Tensor, masked:Tensor, tokens:Tensor|None=None) -> Tensor:
+    def synthesize(self, geometry: Tensor, masked: Tensor, tokens: Tensor | None = None) -> Tensor:
         "Paint images (B,3,H,W) from rendered geometry, masked images and tokens."
         return self.synthesizer(geometry, masked, tokens)
 
-    def emotion(self, params:HeadParams) -> EmotionOutput|None:
+    def emotion(self, params: HeadParams) -> EmotionOutput | None:
         "Return emotions of the head's parameters, or None without an emotion head."
         return None if self.emotion_head is None else self.emotion_head(params.features)
 
 # %% ../../nbs/58_models.fields.ipynb #5226c875
 @torch.no_grad()
 def predict(
-    model:FieldsModel,            # the networks
-    images:Tensor,                # (N,3,H,W) RGB in [0,1], crops
-    ids:list,                     # N strings
-    boxes:Tensor|None=None,       # (N,3) crop boxes, if known
-    batch:int=32,                 # images at a time
-) -> Prediction:                  # parameters, and emotions where the model has a head for them
+    model: FieldsModel,  # the networks
+    images: Tensor,  # (N,3,H,W) RGB in [0,1], crops
+    ids: list,  # N strings
+    boxes: Tensor | None = None,  # (N,3) crop boxes, if known
+    batch: int = 32,  # images at a time
+) -> Prediction:  # parameters, and emotions where the model has a head for them
     "Return parameters and emotion for images."
-    if len(ids) != len(images): raise ValueError(f"{len(images)} images came with {len(ids)} ids; give one id an image")
+    if len(ids) != len(images):
+        raise ValueError(f"{len(images)} images came with {len(ids)} ids; give one id an image")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         device = next(model.parameters()).device
-        with reading_once(branches(model)): params = concatenate([model.encode(images[i:i + batch].to(device)) for i in range(0, len(images), batch)])
+        with reading_once(branches(model)):
+            params = concatenate([model.encode(images[i : i + batch].to(device)) for i in range(0, len(images), batch)])
         emotion = model.emotion(params)
     finally:
-        for m, training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
     said = (None, None, None) if emotion is None else (emotion.logits, emotion.valence, emotion.arousal)
     return Prediction(params, list(ids), model.head_sha256, model.method, *said, boxes)
+
 
 FieldsModel.predict = predict
 
 # %% ../../nbs/58_models.fields.ipynb #5b67fe61
 def save_model(
-    model:FieldsModel,            # the networks
-    path:str|Path,                # a `.safetensors` file
-    half:bool=False,              # store in float16
-    **extra,                      # further entries of the header, plain values
-) -> Path:                        # the file
+    model: FieldsModel,  # the networks
+    path: str | Path,  # a `.safetensors` file
+    half: bool = False,  # store in float16
+    **extra,  # further entries of the header, plain values
+) -> Path:  # the file
     "Write a checkpoint atomically."
-    header = {"format": FORMAT, "version": 1, "config": json.dumps(dataclasses.asdict(model.config)), "kind": model.kind,
-              "emotion": json.dumps(model.emotion_head is not None), "method": model.method,
-              "head_sha256": model.head_sha256, "head_name": model.head_name}
+    header = {
+        "format": FORMAT,
+        "version": 1,
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "kind": model.kind,
+        "emotion": json.dumps(model.emotion_head is not None),
+        "method": model.method,
+        "head_sha256": model.head_sha256,
+        "head_name": model.head_name,
+    }
     return save_tensors(path, model.state_dict(), {**extra, **header}, half)
 
+
 def load_model(
-    path:str|Path,                # what `save_model` wrote
-    head,                         # the `Head` it will be used with
-    device="cpu",                 # where the networks will be
-) -> FieldsModel:                 # the networks, in evaluation mode
+    path: str | Path,  # what `save_model` wrote
+    head,  # the `Head` it will be used with
+    device="cpu",  # where the networks will be
+) -> FieldsModel:  # the networks, in evaluation mode
     "Read a checkpoint; raise `ValueError` if it is something else, incomplete, or made for another head."
     state, header = read_tensors(path)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file but no checkpoint of FIELDS; give one that FieldsModel.save wrote, or import it with fields.models.checkpoints")
+        raise ValueError(
+            f"{path} is a safetensors file but no checkpoint of FIELDS; give one that FieldsModel.save wrote, or import it with fields.models.checkpoints"
+        )
     if header.get("version") != "1":
-        raise ValueError(f"{path} has checkpoint version {header.get('version')} and this version of FIELDS reads 1; install a newer one")
+        raise ValueError(
+            f"{path} has checkpoint version {header.get('version')} and this version of FIELDS reads 1; install a newer one"
+        )
     if header["head_sha256"] != head.sha256:
-        raise ValueError(f"{path} was trained with head {header['head_name']} {header['head_sha256'][:12]}, not with {getattr(head, 'name', '')} {head.sha256[:12]}; "
-                         "coefficients of two heads are not interchangeable, so load that head or train again")
-    try: config = NetworkConfig(**json.loads(header["config"]))
-    except (TypeError, KeyError, ValueError) as error: raise ValueError(f"{path} describes networks that this version does not know ({error}); install the version that wrote it") from None
-    with torch.device("meta" if config.size == "paper" else "cpu"): model = FieldsModel(config, head, header["kind"], json.loads(header["emotion"]), header["method"])
+        raise ValueError(
+            f"{path} was trained with head {header['head_name']} {header['head_sha256'][:12]}, not with {getattr(head, 'name', '')} {head.sha256[:12]}; "
+            "coefficients of two heads are not interchangeable, so load that head or train again"
+        )
+    try:
+        config = NetworkConfig(**json.loads(header["config"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} describes networks that this version does not know ({error}); install the version that wrote it"
+        ) from None
+    with torch.device("meta" if config.size == "paper" else "cpu"):
+        model = FieldsModel(config, head, header["kind"], json.loads(header["emotion"]), header["method"])
     return load_strict(model.to_empty(device="cpu"), state, path, "a complete checkpoint of FIELDS").to(device).eval()
+
 
 FieldsModel.save, FieldsModel.load = save_model, staticmethod(load_model)

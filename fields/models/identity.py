@@ -14,11 +14,12 @@ from .backbones import SmallTrunk
 # %% ../../nbs/56_models.identity.ipynb #7f329828
 class ArcBlock(nn.Module):
     "Residual block of the improved residual network."
+
     def __init__(
         self,
-        inputs:int,               # channels in
-        outputs:int,              # channels out
-        stride:int,               # of the second convolution
+        inputs: int,  # channels in
+        outputs: int,  # channels out
+        stride: int,  # of the second convolution
     ):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
@@ -32,8 +33,8 @@ class ArcBlock(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,inputs,H,W)
-    ) -> Tensor:                  # (B,outputs,H/stride,W/stride)
+        x: Tensor,  # (B,inputs,H,W)
+    ) -> Tensor:  # (B,outputs,H/stride,W/stride)
         "Return the block's map."
         y = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         return y + (x if self.downsample is None else self.downsample(x))
@@ -41,16 +42,22 @@ class ArcBlock(nn.Module):
 # %% ../../nbs/56_models.identity.ipynb #29705ee7
 class ArcFace(nn.Module):
     "Recognition network of MICA: 512 numbers for an aligned face."
+
     def __init__(
         self,
-        blocks:tuple=(3, 13, 30, 3),  # blocks of each stage
+        blocks: tuple = (3, 13, 30, 3),  # blocks of each stage
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1, self.prelu = nn.BatchNorm2d(64), nn.PReLU(64)
         inputs = 64
         for i, (count, outputs) in enumerate(zip(blocks, (64, 128, 256, 512)), 1):
-            self.add_module(f"layer{i}", nn.Sequential(*[ArcBlock(inputs if j == 0 else outputs, outputs, 2 if j == 0 else 1) for j in range(count)]))
+            self.add_module(
+                f"layer{i}",
+                nn.Sequential(
+                    *[ArcBlock(inputs if j == 0 else outputs, outputs, 2 if j == 0 else 1) for j in range(count)]
+                ),
+            )
             inputs = outputs
         self.bn2 = nn.BatchNorm2d(512)
         self.fc = nn.Linear(512 * 7 * 7, 512)
@@ -58,22 +65,24 @@ class ArcFace(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,3,112,112) RGB in [-1,1], aligned to ArcFace's five points
-    ) -> Tensor:                  # (B,512)
+        x: Tensor,  # (B,3,112,112) RGB in [-1,1], aligned to ArcFace's five points
+    ) -> Tensor:  # (B,512)
         "Return the recognition features."
         x = self.prelu(self.bn1(self.conv1(x)))
-        for i in (1, 2, 3, 4): x = getattr(self, f"layer{i}")(x)
+        for i in (1, 2, 3, 4):
+            x = getattr(self, f"layer{i}")(x)
         return self.features(self.fc(self.bn2(x).flatten(1)))
 
 # %% ../../nbs/56_models.identity.ipynb #def2eba5
 class Mapping(nn.Module):
     "From recognition features to identity coefficients."
+
     def __init__(
         self,
-        inputs:int=512,           # recognition features
-        width:int=300,            # hidden layers
-        outputs:int=300,          # identity coefficients
-        hidden:int=3,             # hidden layers behind the first
+        inputs: int = 512,  # recognition features
+        width: int = 300,  # hidden layers
+        outputs: int = 300,  # identity coefficients
+        hidden: int = 3,  # hidden layers behind the first
     ):
         super().__init__()
         self.network = nn.ModuleList(nn.Linear(inputs if i == 0 else width, width) for i in range(hidden + 1))
@@ -81,35 +90,39 @@ class Mapping(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,inputs)
-    ) -> Tensor:                  # (B,outputs)
+        x: Tensor,  # (B,inputs)
+    ) -> Tensor:  # (B,outputs)
         "Return identity coefficients."
-        for layer in self.network: x = F.leaky_relu(layer(x), .2)
+        for layer in self.network:
+            x = F.leaky_relu(layer(x), 0.2)
         return self.output(x)
+
 
 class Mica(nn.Module):
     "Identity coefficients of FLAME 2020 from an aligned face."
+
     def __init__(
         self,
-        blocks:tuple=(3, 13, 30, 3),  # blocks of ArcFace's stages
+        blocks: tuple = (3, 13, 30, 3),  # blocks of ArcFace's stages
     ):
         super().__init__()
         self.arcface, self.regressor = ArcFace(blocks), Mapping()
 
     def forward(
         self,
-        image:Tensor,             # (B,3,112,112) RGB in [0,1], aligned to ArcFace's five points
-    ) -> Tensor:                  # (B,300) identity coefficients of FLAME 2020
+        image: Tensor,  # (B,3,112,112) RGB in [0,1], aligned to ArcFace's five points
+    ) -> Tensor:  # (B,300) identity coefficients of FLAME 2020
         "Return identity coefficients."
         return self.regressor(F.normalize(self.arcface(image * 2 - 1)))
 
 # %% ../../nbs/56_models.identity.ipynb #05dfeae5
 ARCFACE_POINTS = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
+
 def alignment(
-    points:Tensor,                # (B,5,2) eyes, nose tip, mouth corners, pixels
-    size:int=112,                 # side of the crop, pixels
-) -> Tensor:                      # (B,2,3) affine map from image to crop, pixels
+    points: Tensor,  # (B,5,2) eyes, nose tip, mouth corners, pixels
+    size: int = 112,  # side of the crop, pixels
+) -> Tensor:  # (B,2,3) affine map from image to crop, pixels
     "Return the similarity that brings five points onto ArcFace's."
     target = points.new_tensor(ARCFACE_POINTS) * (size / 112)
     centre, goal = points.mean(1, keepdim=True), target.mean(0, keepdim=True)
@@ -118,26 +131,30 @@ def alignment(
     matrix = torch.stack([torch.stack([turn.real, -turn.imag], -1), torch.stack([turn.imag, turn.real], -1)], 1)
     return torch.cat([matrix, (goal - centre @ matrix.transpose(1, 2)).transpose(1, 2)], 2)
 
+
 def align(
-    image:Tensor,                 # (B,3,H,W)
-    points:Tensor,                # (B,5,2) eyes, nose tip, mouth corners, pixels
-    size:int=112,                 # side of the crop, pixels
-) -> Tensor:                      # (B,3,size,size)
+    image: Tensor,  # (B,3,H,W)
+    points: Tensor,  # (B,5,2) eyes, nose tip, mouth corners, pixels
+    size: int = 112,  # side of the crop, pixels
+) -> Tensor:  # (B,3,size,size)
     "Cut faces out, aligned to ArcFace's five points; what lies outside the image is black."
     matrix = alignment(points, size)
     inverse = torch.linalg.inv(matrix[:, :, :2])
-    y, x = torch.meshgrid(torch.arange(size, device=image.device), torch.arange(size, device=image.device), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(size, device=image.device), torch.arange(size, device=image.device), indexing="ij"
+    )
     pixels = torch.stack([x, y], -1).to(points.dtype)
     source = (pixels - matrix[:, None, None, :, 2]) @ inverse[:, None].transpose(-1, -2)
     scale = source.new_tensor([image.shape[3], image.shape[2]])
-    return F.grid_sample(image, ((source + .5) / scale * 2 - 1).to(image.dtype), align_corners=False)
+    return F.grid_sample(image, ((source + 0.5) / scale * 2 - 1).to(image.dtype), align_corners=False)
 
 # %% ../../nbs/56_models.identity.ipynb #e61afd39
 class SmallIdentity(nn.Module):
     "Identity coefficients of any head from a crop of a face: the stand-in for MICA."
+
     def __init__(
         self,
-        outputs:int=300,          # identity coefficients
+        outputs: int = 300,  # identity coefficients
     ):
         super().__init__()
         self.encoder = SmallTrunk((16, 32, 64, 128), (0, 1, 1, 1), 32)
@@ -147,8 +164,9 @@ class SmallIdentity(nn.Module):
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,outputs)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,outputs)
         "Return identity coefficients."
         features = self.encoder.pooled(image)
-        with torch.autocast(image.device.type, enabled=False): return self.layers(features.to(self.layers[0].weight.dtype))
+        with torch.autocast(image.device.type, enabled=False):
+            return self.layers(features.to(self.layers[0].weight.dtype))

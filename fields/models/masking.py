@@ -14,40 +14,55 @@ import torch.nn.functional as F
 
 # %% ../../nbs/54_models.masking.ipynb #92630c2e
 def dilate(
-    mask:Tensor,                  # (B,1,H,W) 0 or 1
-    radius:int,                   # pixels
-) -> Tensor:                      # (B,1,H,W)
+    mask: Tensor,  # (B,1,H,W) 0 or 1
+    radius: int,  # pixels
+) -> Tensor:  # (B,1,H,W)
     "Grow a mask by a number of pixels."
-    if radius < 1: return mask
+    if radius < 1:
+        return mask
     for window in ((2 * radius + 1, 1), (1, 2 * radius + 1)):
         mask = F.max_pool2d(mask, window, 1, (window[0] // 2, window[1] // 2))
     return mask
 
+
 def background(
-    hull:Tensor,                  # (B,1,H,W) 1 inside the convex hull of the face's points
-    rendered:Tensor,              # (B,1,H,W) 1 where the rendered face covers the image
-    radius:float=10.,             # dilation of the hull, pixels at 224
-) -> Tensor:                      # (B,1,H,W) 1 where the photograph may be seen
+    hull: Tensor,  # (B,1,H,W) 1 inside the convex hull of the face's points
+    rendered: Tensor,  # (B,1,H,W) 1 where the rendered face covers the image
+    radius: float = 10.0,  # dilation of the hull, pixels at 224
+) -> Tensor:  # (B,1,H,W) 1 where the photograph may be seen
     "Return what is left of the image without hull and rendered face."
     return (1 - dilate(hull, round(radius * hull.shape[-1] / 224))) * (1 - rendered)
 
+
 def masked_background(
-    image:Tensor,                 # (B,3,H,W) RGB in [0,1]
-    hull:Tensor,                  # (B,1,H,W) 1 inside the convex hull of the face's points
-    rendered:Tensor,              # (B,1,H,W) 1 where the rendered face covers the image
-    radius:float=10.,             # dilation of the hull, pixels at 224
-) -> Tensor:                      # (B,3,H,W) I_b of Eq. 4
+    image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    hull: Tensor,  # (B,1,H,W) 1 inside the convex hull of the face's points
+    rendered: Tensor,  # (B,1,H,W) 1 where the rendered face covers the image
+    radius: float = 10.0,  # dilation of the hull, pixels at 224
+) -> Tensor:  # (B,3,H,W) I_b of Eq. 4
     "Return the image without hull and rendered face."
     return image * background(hull.to(image.dtype), rendered.to(image.dtype).detach(), radius)
 
 # %% ../../nbs/54_models.masking.ipynb #89e1611b
-REGIONS = (("neck", 0.), ("left_eyeball", 0.), ("right_eyeball", 0.), ("left_ear", 0.), ("right_ear", 0.), ("lips", .5), ("nose", .5),
-           ("eye_region", 1.), ("forehead", 1.), ("left_eye_region", 1.), ("right_eye_region", 1.))
+REGIONS = (
+    ("neck", 0.0),
+    ("left_eyeball", 0.0),
+    ("right_eyeball", 0.0),
+    ("left_ear", 0.0),
+    ("right_ear", 0.0),
+    ("lips", 0.5),
+    ("nose", 0.5),
+    ("eye_region", 1.0),
+    ("forehead", 1.0),
+    ("left_eye_region", 1.0),
+    ("right_eye_region", 1.0),
+)
+
 
 def region_weights(
-    faces:Tensor,                 # (F,3) triangles
-    masks:dict,                   # name of a region -> vertices in it, as in `Head.masks`
-) -> Tensor:                      # (F,) weight of each triangle
+    faces: Tensor,  # (F,3) triangles
+    masks: dict,  # name of a region -> vertices in it, as in `Head.masks`
+) -> Tensor:  # (F,) weight of each triangle
     "Return the weight of each triangle; one belongs to a region if any of its corners does."
     weights = torch.ones(len(faces), device=faces.device)
     inside = torch.zeros(int(faces.max()) + 1, dtype=torch.bool, device=faces.device)
@@ -61,28 +76,32 @@ def region_weights(
 @dataclass
 class SparsePoints:
     "Points on a mesh that stay with it when it moves."
-    faces:Tensor                  # (B,N,3) corners of the triangle of each point
-    barycentric:Tensor            # (B,N,3) weights of the corners
+
+    faces: Tensor  # (B,N,3) corners of the triangle of each point
+    barycentric: Tensor  # (B,N,3) weights of the corners
 
     def pixels(
         self,
-        vertices:Tensor,          # (B,V,3) in NDC: u right, v down
-        size,                     # (H,W) of the image
-    ) -> Tensor:                  # (B,N) index of the pixel in a flattened image
+        vertices: Tensor,  # (B,V,3) in NDC: u right, v down
+        size,  # (H,W) of the image
+    ) -> Tensor:  # (B,N) index of the pixel in a flattened image
         "Return the pixel each point falls into, clamped to the image."
         H, W = size
-        corners = vertices.gather(1, self.faces.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, self.faces.shape[1:])
+        corners = vertices.gather(1, self.faces.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(
+            1, self.faces.shape[1:]
+        )
         u, v = (corners * self.barycentric[..., None]).sum(2)[..., :2].unbind(-1)
         column, row = ((u + 1) / 2 * W).floor().clamp(0, W - 1), ((v + 1) / 2 * H).floor().clamp(0, H - 1)
         return (row * W + column).long()
 
+
 def sample_points(
-    vertices:Tensor,              # (B,V,3) in NDC: u right, v down, depth away from the viewer
-    faces:Tensor,                 # (F,3) triangles
-    weights:Tensor,               # (F,) weight of each triangle
-    count:int,                    # points an image
-    generator:torch.Generator,    # randomness
-) -> SparsePoints:                # points on triangles that face the viewer
+    vertices: Tensor,  # (B,V,3) in NDC: u right, v down, depth away from the viewer
+    faces: Tensor,  # (F,3) triangles
+    weights: Tensor,  # (F,) weight of each triangle
+    count: int,  # points an image
+    generator: torch.Generator,  # randomness
+) -> SparsePoints:  # points on triangles that face the viewer
     "Draw points on the visible side of a mesh, evenly by their area in the image."
     a, b, c = vertices.detach()[:, faces].unbind(2)
     normal = torch.linalg.cross(b - a, c - a)
@@ -97,27 +116,30 @@ def sample_points(
 
 # %% ../../nbs/54_models.masking.ipynb #602ff9ad
 def paste_pixels(
-    masked:Tensor,                # (B,3,H,W) image without the face
-    image:Tensor,                 # (B,3,H,W) where the colours come from
-    source:Tensor,                # (B,N) pixels to read, `SparsePoints.pixels`
-    target:Tensor,                # (B,N) pixels to write
-    generator:torch.Generator,    # randomness
-    noise:float=.05,              # standard deviation of the factor on the colours
-    erase:float=.01,              # chance that a patch centres on a pixel; .005 in the cycle
-) -> Tensor:                      # (B,3,H,W) without gradient
+    masked: Tensor,  # (B,3,H,W) image without the face
+    image: Tensor,  # (B,3,H,W) where the colours come from
+    source: Tensor,  # (B,N) pixels to read, `SparsePoints.pixels`
+    target: Tensor,  # (B,N) pixels to write
+    generator: torch.Generator,  # randomness
+    noise: float = 0.05,  # standard deviation of the factor on the colours
+    erase: float = 0.01,  # chance that a patch centres on a pixel; .005 in the cycle
+) -> Tensor:  # (B,3,H,W) without gradient
     "Paint sparse pixels of the face into the masked image."
     B, C, H, W = image.shape
     colours = image.detach().flatten(2).gather(2, source[:, None].expand(-1, C, -1))
-    colours = colours * (1 + noise * torch.randn(colours.shape, generator=generator, device=image.device, dtype=image.dtype))
+    colours = colours * (
+        1 + noise * torch.randn(colours.shape, generator=generator, device=image.device, dtype=image.dtype)
+    )
     painted = torch.zeros(B, C, H * W, device=image.device, dtype=image.dtype)
     painted.scatter_(2, target[:, None].expand(-1, C, -1), colours)
     holes = torch.rand(B, 1, H, W, generator=generator, device=image.device) < erase
     painted = painted.unflatten(2, (H, W)) * (1 - dilate(holes.to(image.dtype), round(5 * W / 224)))
     return torch.where(painted > 0, painted.clamp(max=1), masked.detach())
 
+
 def sparse_count(
-    size,                         # (H,W) of the image
-    ratio:float=.01,              # points for each pixel of the image
-) -> int:                         # 501 at 224 x 224
+    size,  # (H,W) of the image
+    ratio: float = 0.01,  # points for each pixel of the image
+) -> int:  # 501 at 224 x 224
     "Return SMIRK's number of points for an image."
     return int(ratio * size[0] * size[1])

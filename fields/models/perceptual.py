@@ -14,11 +14,13 @@ from .backbones import SmallTrunk
 # %% ../../nbs/57_models.perceptual.ipynb #847dca71
 class Vgg16(nn.Module):
     "Features of VGG16 at four depths; tensor names as in torchvision's file."
+
     taps = (3, 8, 15, 22)
+
     def __init__(
         self,
-        widths:tuple=(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512), # channels; 0: halve the image
-        shifted:bool=True,        # map images to [0.5,1] first, as SMIRK and TEASER do
+        widths: tuple = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512),  # channels; 0: halve the image
+        shifted: bool = True,  # map images to [0.5,1] first, as SMIRK and TEASER do
     ):
         super().__init__()
         layers, inputs = [], 3
@@ -26,29 +28,31 @@ class Vgg16(nn.Module):
             layers += [nn.Conv2d(inputs, w, 3, padding=1), nn.ReLU(inplace=True)] if w else [nn.MaxPool2d(2)]
             inputs = w or inputs
         self.features, self.shifted = nn.Sequential(*layers), shifted
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> list[Tensor]:            # four maps, finest first
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> list[Tensor]:  # four maps, finest first
         "Return the feature maps that are compared."
-        x = ((image * .5 + .5 if self.shifted else image) - self.mean) / self.std
+        x = ((image * 0.5 + 0.5 if self.shifted else image) - self.mean) / self.std
         maps = []
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in self.taps: maps.append(x)
+            if i in self.taps:
+                maps.append(x)
         return maps
 
 # %% ../../nbs/57_models.perceptual.ipynb #95f0cd61
 class SmallPerceptual(nn.Module):
     "Features at four depths of a small network: the stand-in for VGG16."
+
     def __init__(
         self,
-        classes:int=7,            # emotion classes it is trained on
-        identities:int=100,       # identities it is trained on
-        widths:tuple=(16, 32, 48, 64), # channels at the four depths
+        classes: int = 7,  # emotion classes it is trained on
+        identities: int = 100,  # identities it is trained on
+        widths: tuple = (16, 32, 48, 64),  # channels at the four depths
     ):
         super().__init__()
         inputs = [3, *widths[:-1]]
@@ -56,14 +60,15 @@ class SmallPerceptual(nn.Module):
         self.second = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths)
         self.classifier = nn.Linear(widths[-1] * 16, classes + identities)
         self.classes = classes
-        for m in [*self.first, *self.second]: nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+        for m in [*self.first, *self.second]:
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> list[Tensor]:            # four maps, finest first
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> list[Tensor]:  # four maps, finest first
         "Return the feature maps that are compared."
-        x, maps = F.avg_pool2d((image - .5) * 4, 2), []
+        x, maps = F.avg_pool2d((image - 0.5) * 4, 2), []
         for i, (first, second) in enumerate(zip(self.first, self.second)):
             x = F.relu(second(F.relu(first(F.avg_pool2d(x, 2) if i else x), inplace=True)), inplace=True)
             maps.append(x)
@@ -71,20 +76,21 @@ class SmallPerceptual(nn.Module):
 
     def logits(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> tuple[Tensor, Tensor]:   # emotion (B,classes), identity (B,identities)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> tuple[Tensor, Tensor]:  # emotion (B,classes), identity (B,identities)
         "Return what it is trained to say."
         out = self.classifier(F.adaptive_avg_pool2d(self.forward(image)[-1], 4).flatten(1).float())
-        return out[:, :self.classes], out[:, self.classes:]
+        return out[:, : self.classes], out[:, self.classes :]
 
 # %% ../../nbs/57_models.perceptual.ipynb #956987dd
 class Bottleneck(nn.Module):
     "Residual block of ResNet-50; the stride is in the 3x3 convolution."
+
     def __init__(
         self,
-        inputs:int,               # channels in
-        width:int,                # channels of the 3x3 convolution; four times as many come out
-        stride:int,               # of the 3x3 convolution
+        inputs: int,  # channels in
+        width: int,  # channels of the 3x3 convolution; four times as many come out
+        stride: int,  # of the 3x3 convolution
     ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
@@ -92,12 +98,14 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         self.downsample = None
         if stride > 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
 
     def forward(
         self,
-        x:Tensor,                 # (B,inputs,H,W)
-    ) -> Tensor:                  # (B,4*width,H/stride,W/stride)
+        x: Tensor,  # (B,inputs,H,W)
+    ) -> Tensor:  # (B,4*width,H/stride,W/stride)
         "Return the block's map."
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
@@ -106,33 +114,41 @@ class Bottleneck(nn.Module):
 # %% ../../nbs/57_models.perceptual.ipynb #2a0a06d3
 class EmotionResNet50(nn.Module):
     "2048 emotion features of an image; tensor names as in torchvision's ResNet-50 without `fc`."
+
     def __init__(
         self,
-        blocks:tuple=(3, 4, 6, 3),    # blocks of each stage
+        blocks: tuple = (3, 4, 6, 3),  # blocks of each stage
     ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         inputs = 64
         for i, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512)), 1):
             stride = 1 if i == 1 else 2
-            self.add_module(f"layer{i}", nn.Sequential(*[Bottleneck(inputs if j == 0 else 4 * width, width, stride if j == 0 else 1) for j in range(count)]))
+            self.add_module(
+                f"layer{i}",
+                nn.Sequential(
+                    *[Bottleneck(inputs if j == 0 else 4 * width, width, stride if j == 0 else 1) for j in range(count)]
+                ),
+            )
             inputs = 4 * width
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,2048)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,2048)
         "Return the features of an image."
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(image))), 3, 2, 1)
-        for i in (1, 2, 3, 4): x = getattr(self, f"layer{i}")(x)
+        for i in (1, 2, 3, 4):
+            x = getattr(self, f"layer{i}")(x)
         return x.mean((2, 3))
 
 # %% ../../nbs/57_models.perceptual.ipynb #77e04aa8
 class SmallEmotion(nn.Module):
     "256 emotion features of an image: the stand-in for EMOCA's emotion network."
+
     def __init__(
         self,
-        classes:int=7,            # emotion classes it is trained on
+        classes: int = 7,  # emotion classes it is trained on
     ):
         super().__init__()
         self.encoder = SmallTrunk((16, 32, 64, 96), (0, 1, 1, 1), 32)
@@ -141,17 +157,19 @@ class SmallEmotion(nn.Module):
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (B,256)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (B,256)
         "Return the features of an image."
         features = self.encoder.pooled(image)
-        with torch.autocast(image.device.type, enabled=False): return F.relu(self.layer(features.to(self.layer.weight.dtype)))
+        with torch.autocast(image.device.type, enabled=False):
+            return F.relu(self.layer(features.to(self.layer.weight.dtype)))
 
     def outputs(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> tuple[Tensor, Tensor, Tensor]: # logits (B,classes), valence (B,), arousal (B,)
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # logits (B,classes), valence (B,), arousal (B,)
         "Return what it is trained to say."
         features = self.forward(image)
-        with torch.autocast(image.device.type, enabled=False): out = self.classifier(features)
+        with torch.autocast(image.device.type, enabled=False):
+            out = self.classifier(features)
         return out[:, :-2], out[:, -2], out[:, -1]

@@ -15,12 +15,13 @@ from .tokens import AdaIN, TokenDecoder, zero_convolution
 # %% ../../nbs/53_models.synthesizer.ipynb #5f0f0bff
 class TokenBlock(nn.Module):
     "Two convolutions with BatchNorm, AdaIN and ReLU."
+
     def __init__(
         self,
-        inputs:int,               # channels in
-        outputs:int,              # channels out
-        norm=nn.BatchNorm2d,      # makes a normalisation from a number of channels
-        hidden:int=128,           # width inside AdaIN
+        inputs: int,  # channels in
+        outputs: int,  # channels out
+        norm=nn.BatchNorm2d,  # makes a normalisation from a number of channels
+        hidden: int = 128,  # width inside AdaIN
     ):
         super().__init__()
         for i, c in ((1, inputs), (2, outputs)):
@@ -30,9 +31,9 @@ class TokenBlock(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,inputs,H,W)
-        token:Tensor,             # (B,256)
-    ) -> Tensor:                  # (B,outputs,H,W)
+        x: Tensor,  # (B,inputs,H,W)
+        token: Tensor,  # (B,256)
+    ) -> Tensor:  # (B,outputs,H,W)
         "Return the block's map."
         x = F.relu(self.adain1(self.norm1(self.conv1(x)), token), inplace=True)
         return F.relu(self.adain2(self.norm2(self.conv2(x)), token), inplace=True)
@@ -40,12 +41,13 @@ class TokenBlock(nn.Module):
 # %% ../../nbs/53_models.synthesizer.ipynb #4dc322e7
 class PlainBlock(nn.Module):
     "Two convolutions with a normalisation and ReLU; tensor names start with `prefix`."
+
     def __init__(
         self,
-        inputs:int,               # channels in
-        outputs:int,              # channels out
-        prefix:str,               # "enc1" ...
-        norm=nn.BatchNorm2d,      # makes a normalisation from a number of channels
+        inputs: int,  # channels in
+        outputs: int,  # channels out
+        prefix: str,  # "enc1" ...
+        norm=nn.BatchNorm2d,  # makes a normalisation from a number of channels
     ):
         super().__init__()
         self.prefix = prefix
@@ -55,9 +57,9 @@ class PlainBlock(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,inputs,H,W)
-        token=None,               # ignored
-    ) -> Tensor:                  # (B,outputs,H,W)
+        x: Tensor,  # (B,inputs,H,W)
+        token=None,  # ignored
+    ) -> Tensor:  # (B,outputs,H,W)
         "Return the block's map."
         for i in (1, 2):
             x = F.relu(getattr(self, f"{self.prefix}norm{i}")(getattr(self, f"{self.prefix}conv{i}")(x)), inplace=True)
@@ -66,10 +68,11 @@ class PlainBlock(nn.Module):
 # %% ../../nbs/53_models.synthesizer.ipynb #fc9d8479
 class ReflectBlock(nn.Module):
     "Residual block with reflected borders."
+
     def __init__(
         self,
-        channels:int,             # channels in and out
-        norm=nn.BatchNorm2d,      # makes a normalisation from a number of channels
+        channels: int,  # channels in and out
+        norm=nn.BatchNorm2d,  # makes a normalisation from a number of channels
     ):
         super().__init__()
         half = lambda: [nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=False), norm(channels)]
@@ -77,8 +80,8 @@ class ReflectBlock(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,C,H,W), H and W at least 2
-    ) -> Tensor:                  # (B,C,H,W)
+        x: Tensor,  # (B,C,H,W), H and W at least 2
+    ) -> Tensor:  # (B,C,H,W)
         "Return the input plus what the two convolutions make of it."
         return x + self.conv_block(x)
 
@@ -90,17 +93,20 @@ def _begin_smooth(net):
         up = getattr(net, f"upconv{i}").weight
         up.copy_(up[..., :1, :1].clone().expand_as(up))
     for t in (net.conv.weight, net.conv.bias):
-        t.copy_(t.unflatten(0, (3, -1))[:, :1].clone().expand(3, net.fold ** 2, *t.shape[1:]).flatten(0, 1))
+        t.copy_(t.unflatten(0, (3, -1))[:, :1].clone().expand(3, net.fold**2, *t.shape[1:]).flatten(0, 1))
 
 # %% ../../nbs/53_models.synthesizer.ipynb #18f79736
-def _small_norm(channels): return nn.GroupNorm(8, channels)
+def _small_norm(channels):
+    return nn.GroupNorm(8, channels)
+
 
 class UNet(nn.Module):
     "What the two synthesizers share."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
-        tokens:bool,              # with tokens, or as SMIRK
+        config: NetworkConfig,  # sizes
+        tokens: bool,  # with tokens, or as SMIRK
     ):
         super().__init__()
         paper = config.size == "paper"
@@ -108,74 +114,92 @@ class UNet(nn.Module):
         drawn = widths[:-1] if paper else (16, 32, 32)
         self.levels, deep = len(drawn), nn.BatchNorm2d if paper else _small_norm
         shallow = nn.BatchNorm2d if paper else nn.Identity if tokens else _small_norm
-        block = (lambda i, o, name: TokenBlock(i, o, shallow, 128 if paper else 64)) if tokens else (lambda i, o, name: PlainBlock(i, o, name, shallow))
-        inputs = 6 * self.fold ** 2
+        block = (
+            (lambda i, o, name: TokenBlock(i, o, shallow, 128 if paper else 64))
+            if tokens
+            else (lambda i, o, name: PlainBlock(i, o, name, shallow))
+        )
+        inputs = 6 * self.fold**2
         for i, w in enumerate(widths[:-1], 1):
             self.add_module(f"encoder{i}", block(inputs, w, f"enc{i}"))
             self.add_module(f"decoder{i}", block(2 * w, w, f"dec{i}"))
             self.add_module(f"upconv{i}", nn.ConvTranspose2d(widths[i], w, 2, 2))
-            if tokens: self.add_module(f"token_zero_conv_{i}", zero_convolution(drawn[i - 1], w))
+            if tokens:
+                self.add_module(f"token_zero_conv_{i}", zero_convolution(drawn[i - 1], w))
             inputs = w
         self.bottleneck = block(inputs, widths[-1], "bottleneck")
         self.resnet_blocks = nn.ModuleList(ReflectBlock(widths[-1], deep) for _ in range(residuals))
-        self.conv = nn.Conv2d(widths[0], 3 * self.fold ** 2, 1)
-        if tokens: self.token_decoder = TokenDecoder(drawn[::-1], 14 if paper else 4, deep)
-        if not paper: _begin_smooth(self)
+        self.conv = nn.Conv2d(widths[0], 3 * self.fold**2, 1)
+        if tokens:
+            self.token_decoder = TokenDecoder(drawn[::-1], 14 if paper else 4, deep)
+        if not paper:
+            _begin_smooth(self)
 
     def _paint(self, geometry, masked, tokens=None):
-        step = self.fold * 2 ** self.levels
+        step = self.fold * 2**self.levels
         H, W = geometry.shape[2:]
         if H % step or W % step or min(H, W) < 2 * step:
-            raise ValueError(f"the synthesizer needs image sides that are multiples of {step} and at least {2 * step}, not {H} x {W}; change network.image_size")
+            raise ValueError(
+                f"the synthesizer needs image sides that are multiples of {step} and at least {2 * step}, not {H} x {W}; change network.image_size"
+            )
         token = lambda i: None if tokens is None else tokens[max(4 - i, 0)]
         x, skips = torch.cat([geometry, masked], 1), []
-        if self.fold > 1: x = F.pixel_unshuffle(x, self.fold)
+        if self.fold > 1:
+            x = F.pixel_unshuffle(x, self.fold)
         for i in range(1, self.levels + 1):
             x = getattr(self, f"encoder{i}")(x, token(i))
             skips.append(x)
             x = F.max_pool2d(x, 2)
         x = self.bottleneck(x, None if tokens is None else tokens[0])
-        for block in self.resnet_blocks: x = block(x)
+        for block in self.resnet_blocks:
+            x = block(x)
         extra = None if tokens is None else self.token_decoder(tokens)
         for i in range(self.levels, 0, -1):
             x = getattr(self, f"decoder{i}")(torch.cat([getattr(self, f"upconv{i}")(x), skips[i - 1]], 1), token(i))
-            if tokens is not None: x = x + self._silent(i, extra[self.levels - i], x)
+            if tokens is not None:
+                x = x + self._silent(i, extra[self.levels - i], x)
         x = self.conv(x)
         return torch.sigmoid((F.pixel_shuffle(x, self.fold) if self.fold > 1 else x).float())
 
     def _silent(self, i, map, like):
-        if map.shape[2:] != like.shape[2:]: map = F.interpolate(map, size=like.shape[2:], mode="bilinear")
+        if map.shape[2:] != like.shape[2:]:
+            map = F.interpolate(map, size=like.shape[2:], mode="bilinear")
         return getattr(self, f"token_zero_conv_{i}")(map)
 
 # %% ../../nbs/53_models.synthesizer.ipynb #3b0b909b
 class Synthesizer(UNet):
     "Paint a face from geometry, background and token, Eq. 4."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
-    ): super().__init__(config, tokens=True)
+        config: NetworkConfig,  # sizes
+    ):
+        super().__init__(config, tokens=True)
 
     def forward(
         self,
-        geometry:Tensor,          # (B,3,H,W) rendering of the mesh, 0 outside
-        masked:Tensor,            # (B,3,H,W) image without the face
-        tokens:Tensor,            # (4,B,256) deepest level first
-    ) -> Tensor:                  # (B,3,H,W) RGB in [0,1]
+        geometry: Tensor,  # (B,3,H,W) rendering of the mesh, 0 outside
+        masked: Tensor,  # (B,3,H,W) image without the face
+        tokens: Tensor,  # (4,B,256) deepest level first
+    ) -> Tensor:  # (B,3,H,W) RGB in [0,1]
         "Return the painted image."
         return self._paint(geometry, masked, tokens)
 
+
 class SmirkSynthesizer(UNet):
     "Paint a face from geometry, background and a few of its pixels, as SMIRK does."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
-    ): super().__init__(config, tokens=False)
+        config: NetworkConfig,  # sizes
+    ):
+        super().__init__(config, tokens=False)
 
     def forward(
         self,
-        geometry:Tensor,          # (B,3,H,W) rendering of the mesh, 0 outside
-        masked:Tensor,            # (B,3,H,W) image without the face but for sparse pixels
-        tokens=None,              # ignored, so that both synthesizers are called alike
-    ) -> Tensor:                  # (B,3,H,W) RGB in [0,1]
+        geometry: Tensor,  # (B,3,H,W) rendering of the mesh, 0 outside
+        masked: Tensor,  # (B,3,H,W) image without the face but for sparse pixels
+        tokens=None,  # ignored, so that both synthesizers are called alike
+    ) -> Tensor:  # (B,3,H,W) RGB in [0,1]
         "Return the painted image."
         return self._paint(geometry, masked)

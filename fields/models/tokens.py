@@ -13,24 +13,28 @@ from ..config import NetworkConfig
 from .backbones import MobileNetV3, SmallTrunk
 
 # %% ../../nbs/52_models.tokens.ipynb #2d3e5e43
-TOKEN = 256                       # length of one token
-CELLS = (1, 2, 4, 8)              # cells a side, deepest level first
+TOKEN = 256  # length of one token
+CELLS = (1, 2, 4, 8)  # cells a side, deepest level first
+
 
 class TokenEncoder(nn.Module):
     "Four appearance tokens of an image, Eq. 3."
+
     def __init__(
         self,
-        config:NetworkConfig,     # sizes
+        config: NetworkConfig,  # sizes
     ):
         super().__init__()
-        self.encoder = MobileNetV3("small") if config.size == "paper" else SmallTrunk((16, 32, 48, 64), (0, 0, 1, 1), squeeze=0)
+        self.encoder = (
+            MobileNetV3("small") if config.size == "paper" else SmallTrunk((16, 32, 48, 64), (0, 0, 1, 1), squeeze=0)
+        )
         widths = self.encoder.channels[:-5:-1]
         self.token_layers = nn.ModuleList(nn.Sequential(nn.Linear(w * c * c, TOKEN)) for w, c in zip(widths, CELLS))
 
     def forward(
         self,
-        image:Tensor,             # (B,3,H,W) RGB in [0,1]
-    ) -> Tensor:                  # (4,B,256) tokens, deepest level first
+        image: Tensor,  # (B,3,H,W) RGB in [0,1]
+    ) -> Tensor:  # (4,B,256) tokens, deepest level first
         "Return the tokens of an image."
         maps = self.encoder(image)[:-5:-1]
         pooled = [F.adaptive_avg_pool2d(m, c).flatten(1) for m, c in zip(maps, CELLS)]
@@ -40,10 +44,11 @@ class TokenEncoder(nn.Module):
 # %% ../../nbs/52_models.tokens.ipynb #5ff4fa86
 class AdaIN(nn.Module):
     "Normalise each channel of each image; a token sets its scale and offset."
+
     def __init__(
         self,
-        channels:int,             # channels of the map
-        hidden:int=128,           # width of the layer between token, scale and offset
+        channels: int,  # channels of the map
+        hidden: int = 128,  # width of the layer between token, scale and offset
     ):
         super().__init__()
         self.mlp_shared = nn.Sequential(nn.Linear(TOKEN, hidden), nn.ReLU())
@@ -51,32 +56,43 @@ class AdaIN(nn.Module):
 
     def forward(
         self,
-        x:Tensor,                 # (B,C,H,W)
-        token:Tensor,             # (B,256)
-    ) -> Tensor:                  # (B,C,H,W)
+        x: Tensor,  # (B,C,H,W)
+        token: Tensor,  # (B,256)
+    ) -> Tensor:  # (B,C,H,W)
         "Return the modulated map."
         with torch.autocast(x.device.type, enabled=False):
             hidden = self.mlp_shared(token.to(self.mlp_gamma.weight.dtype))
             scale, shift = 1 + self.mlp_gamma(hidden), self.mlp_beta(hidden)
             flat = x.contiguous().view(1, -1, *x.shape[2:])
-            return F.group_norm(flat, flat.shape[1], scale.flatten().to(x.dtype), shift.flatten().to(x.dtype)).view(x.shape)
+            return F.group_norm(flat, flat.shape[1], scale.flatten().to(x.dtype), shift.flatten().to(x.dtype)).view(
+                x.shape
+            )
 
 # %% ../../nbs/52_models.tokens.ipynb #145d6c48
 def _stage(inputs, outputs, norm, tail=()):
-    return [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(inputs, outputs, 3, padding=1), norm(outputs), nn.ReLU(), *tail]
+    return [
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        norm(outputs),
+        nn.ReLU(),
+        *tail,
+    ]
+
 
 class TokenDecoder(nn.Module):
     "Unfold the four tokens into one map for each level of the synthesizer's decoder."
+
     def __init__(
         self,
-        widths:tuple=(256, 128, 64, 32), # channels of the maps, coarsest first
-        grid:int=14,                     # side of the first map
-        norm=nn.BatchNorm2d,             # makes a normalisation from a number of channels
+        widths: tuple = (256, 128, 64, 32),  # channels of the maps, coarsest first
+        grid: int = 14,  # side of the first map
+        norm=nn.BatchNorm2d,  # makes a normalisation from a number of channels
     ):
         super().__init__()
         first = widths[0]
-        self.decoder_1 = nn.Sequential(nn.Linear(4 * TOKEN, first * grid * grid), nn.Unflatten(1, (first, grid, grid)),
-                                       *_stage(first, first, norm))
+        self.decoder_1 = nn.Sequential(
+            nn.Linear(4 * TOKEN, first * grid * grid), nn.Unflatten(1, (first, grid, grid)), *_stage(first, first, norm)
+        )
         for i, (a, b) in enumerate(zip(widths, widths[1:]), 2):
             last = [nn.Conv2d(b, b, 3, padding=1), nn.Tanh()] if i == len(widths) else []
             setattr(self, f"decoder_{i}", nn.Sequential(*_stage(a, b, norm, last)))
@@ -84,11 +100,11 @@ class TokenDecoder(nn.Module):
 
     def forward(
         self,
-        tokens:Tensor,            # (4,B,256) deepest level first
-    ) -> list[Tensor]:            # maps, coarsest first, each twice as large as the one before
+        tokens: Tensor,  # (4,B,256) deepest level first
+    ) -> list[Tensor]:  # maps, coarsest first, each twice as large as the one before
         "Return one map for each level."
         first, maps = self.decoder_1, []
-        with torch.autocast(tokens.device.type, enabled=False): # not worth the conversion of its many weights
+        with torch.autocast(tokens.device.type, enabled=False):  # not worth the conversion of its many weights
             x = first[0](torch.cat(tuple(tokens.flip(0)), 1).to(first[0].weight.dtype))
         x = first[1:](x)
         maps.append(x)
@@ -99,9 +115,9 @@ class TokenDecoder(nn.Module):
 
 # %% ../../nbs/52_models.tokens.ipynb #b568c0bf
 def zero_convolution(
-    inputs:int,                   # channels in
-    outputs:int,                  # channels out
-) -> nn.Conv2d:                   # a 1x1 convolution whose weights are zero
+    inputs: int,  # channels in
+    outputs: int,  # channels out
+) -> nn.Conv2d:  # a 1x1 convolution whose weights are zero
     "Return a 1x1 convolution that is silent until it is trained."
     conv = nn.Conv2d(inputs, outputs, 1)
     nn.init.zeros_(conv.weight)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 # %% ../../nbs/20_render.camera.ipynb #98f54143
 def project(
-    points:Tensor,                # (B,N,3) points, metres
-    camera:Tensor,                # (B,3) scale, and translation x, y in metres
-) -> Tensor:                      # (B,N,3) u right, v down, depth (small is near)
+    points: Tensor,  # (B,N,3) points, metres
+    camera: Tensor,  # (B,3) scale, and translation x, y in metres
+) -> Tensor:  # (B,N,3) u right, v down, depth (small is near)
     "Project points into the picture frame."
     scale = camera[:, None, :1]
     x, y = points[..., :1] + camera[:, None, 1:2], points[..., 1:2] + camera[:, None, 2:3]
@@ -21,9 +21,9 @@ def project(
 
 # %% ../../nbs/20_render.camera.ipynb #6e146087
 def unproject(
-    points_ndc:Tensor,            # (B,N,3) u, v, depth
-    camera:Tensor,                # (B,3) scale, and translation x, y in metres
-) -> Tensor:                      # (B,N,3) points, metres
+    points_ndc: Tensor,  # (B,N,3) u, v, depth
+    camera: Tensor,  # (B,3) scale, and translation x, y in metres
+) -> Tensor:  # (B,N,3) points, metres
     "Undo `project`."
     scale = camera[:, None, :1]
     x, y = points_ndc[..., :1] / scale - camera[:, None, 1:2], -points_ndc[..., 1:2] / scale - camera[:, None, 2:3]
@@ -31,9 +31,9 @@ def unproject(
 
 # %% ../../nbs/20_render.camera.ipynb #097ee741
 def ndc_to_pixels(
-    points:Tensor,                # (...,2+) u, v first; further columns pass through
-    size,                         # side in pixels, or (height, width)
-) -> Tensor:                      # same shape; pixel i is centred on i + 0.5
+    points: Tensor,  # (...,2+) u, v first; further columns pass through
+    size,  # side in pixels, or (height, width)
+) -> Tensor:  # same shape; pixel i is centred on i + 0.5
     "Convert picture coordinates to continuous pixel coordinates."
     height, width = (size, size) if isinstance(size, int) else size
     half = torch.tensor([width / 2, height / 2], dtype=points.dtype, device=points.device)
@@ -41,9 +41,9 @@ def ndc_to_pixels(
 
 # %% ../../nbs/20_render.camera.ipynb #4ad94041
 def pixels_to_ndc(
-    points:Tensor,                # (...,2+) x, y in pixels first; further columns pass through
-    size,                         # side in pixels, or (height, width)
-) -> Tensor:                      # same shape; u, v in [-1,1] inside the picture
+    points: Tensor,  # (...,2+) x, y in pixels first; further columns pass through
+    size,  # side in pixels, or (height, width)
+) -> Tensor:  # same shape; u, v in [-1,1] inside the picture
     "Convert continuous pixel coordinates to picture coordinates."
     height, width = (size, size) if isinstance(size, int) else size
     half = torch.tensor([width / 2, height / 2], dtype=points.dtype, device=points.device)
@@ -51,21 +51,22 @@ def pixels_to_ndc(
 
 # %% ../../nbs/20_render.camera.ipynb #436f76d9
 def normaliser(
-    camera:Tensor,                # (B,3) fitted camera
-) -> Tensor:                      # (B,) 62 mm in NDC units
+    camera: Tensor,  # (B,3) fitted camera
+) -> Tensor:  # (B,) 62 mm in NDC units
     "Return the length by which landmark errors are divided."
     return 0.062 * camera[:, 0]
 
 # %% ../../nbs/20_render.camera.ipynb #43ecc395
 def fit_camera(
-    points:Tensor,                # (B,L,3) points of the posed head, metres
-    target:Tensor,                # (B,L,2) where they should appear, NDC
-    weights:Tensor|None = None,   # (B,L) weight of each point; None: equal
-) -> Tensor:                      # (B,3) camera
+    points: Tensor,  # (B,L,3) points of the posed head, metres
+    target: Tensor,  # (B,L,2) where they should appear, NDC
+    weights: Tensor | None = None,  # (B,L) weight of each point; None: equal
+) -> Tensor:  # (B,3) camera
     "Find the camera with the smallest weighted squared error; raise `ValueError` if a picture has no weight."
     weights = torch.ones_like(target[..., 0]) if weights is None else weights.to(target.dtype)
     total = weights.sum(1)
-    if bool((total <= 0).any()): raise ValueError("a camera cannot be fitted to points whose weights are all zero; drop that picture first")
+    if bool((total <= 0).any()):
+        raise ValueError("a camera cannot be fitted to points whose weights are all zero; drop that picture first")
     share = (weights / total[:, None])[..., None]
     flat = points[..., :2] * torch.tensor([1.0, -1.0], dtype=points.dtype, device=points.device)
     middle, goal = (share * flat).sum(1), (share * target).sum(1)
@@ -76,8 +77,8 @@ def fit_camera(
 
 # %% ../../nbs/20_render.camera.ipynb #c09d30d8
 def to_pytorch3d(
-    points_ndc:Tensor,            # (B,N,3) u right, v down, depth
-    shift:float = 10.0,           # added to the depth, which must be positive there
-) -> Tensor:                      # (B,N,3) x left, y up, depth
+    points_ndc: Tensor,  # (B,N,3) u right, v down, depth
+    shift: float = 10.0,  # added to the depth, which must be positive there
+) -> Tensor:  # (B,N,3) x left, y up, depth
     "Convert our picture frame to PyTorch3D's."
     return torch.cat([-points_ndc[..., :2], points_ndc[..., 2:3] + shift], -1)

@@ -20,9 +20,10 @@ from .camera import to_pytorch3d
 @dataclass
 class Fragments(Batched):
     "What each pixel centre of a batch of pictures sees."
-    face_index:Tensor             # (B,H,W) nearest triangle, long; -1: background
-    barycentrics:Tensor           # (B,H,W,3) weights of its corners; 0 on the background
-    depth:Tensor                  # (B,H,W) depth, small is near; infinite on the background
+
+    face_index: Tensor  # (B,H,W) nearest triangle, long; -1: background
+    barycentrics: Tensor  # (B,H,W,3) weights of its corners; 0 on the background
+    depth: Tensor  # (B,H,W) depth, small is near; infinite on the background
 
     @property
     def mask(self):
@@ -31,25 +32,35 @@ class Fragments(Batched):
 
 # %% ../../nbs/21_render.rasterize.ipynb #bac2ad9d
 def compiled(
-    **options,                    # further options of `numba.njit`
-):                                # a decorator
+    **options,  # further options of `numba.njit`
+):  # a decorator
     "Compile a function that releases the interpreter lock; without numba it raises `ImportError` when it is called."
-    try: from numba import njit
+    try:
+        from numba import njit
     except ImportError:
+
         def refuse(function):
-            def missing(*arguments): raise ImportError("rendering on the CPU needs numba, which is not installed; pip install numba")
+            def missing(*arguments):
+                raise ImportError("rendering on the CPU needs numba, which is not installed; pip install numba")
+
             return missing
+
         return refuse
+
     def keep(function):
-        try: return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
-        except RuntimeError: return njit(nogil=True, error_model="numpy", **options)(function)  # nowhere to keep compiled code
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:
+            return njit(nogil=True, error_model="numpy", **options)(function)  # nowhere to keep compiled code
+
     return keep
 
 # %% ../../nbs/21_render.rasterize.ipynb #b26b5c74
-FAR = 2**63 - 1                  # nothing seen yet
-_INSIDE = 1e-300                  # an edge function above this counts as positive
-_FLAT = 1e-12                     # triangles with a smaller area are not drawn, square pixels
-TINY = 4e-3                       # triangles with a smaller area pass no gradient to positions, quarters of a square pixel
+FAR = 2**63 - 1  # nothing seen yet
+_INSIDE = 1e-300  # an edge function above this counts as positive
+_FLAT = 1e-12  # triangles with a smaller area are not drawn, square pixels
+TINY = 4e-3  # triangles with a smaller area pass no gradient to positions, quarters of a square pixel
+
 
 @compiled()
 def to_screen(vertices, height, width, screen):
@@ -58,6 +69,7 @@ def to_screen(vertices, height, width, screen):
         screen[i, 0] = (vertices[i, 0] + 1.0) * (width * 0.5) - 0.5
         screen[i, 1] = (vertices[i, 1] + 1.0) * (height * 0.5) - 0.5
         screen[i, 2] = vertices[i, 2]
+
 
 @compiled()
 def find_nearest(screen, faces, width, top, bottom, buffer):
@@ -70,9 +82,11 @@ def find_nearest(screen, faces, width, top, bottom, buffer):
         y0, y1, y2 = screen[i, 1], screen[j, 1], screen[k, 1]
         left, right = max(math.ceil(min(x0, x1, x2)), 0.0), min(math.floor(max(x0, x1, x2)), width - 1.0)
         y, last = max(math.ceil(min(y0, y1, y2)), float(top)), min(math.floor(max(y0, y1, y2)), bottom - 1.0)
-        if (left > right) | (y > last): continue
+        if (left > right) | (y > last):
+            continue
         area = (x1 - x0) * (y2 - y0) - (y1 - y0) * (x2 - x0)
-        if not abs(area) > _FLAT: continue
+        if not abs(area) > _FLAT:
+            continue
         sign = 1.0 if area > 0 else -1.0
         scale = sign / area
         z0, z1, z2 = screen[i, 2] * scale, screen[j, 2] * scale, screen[k, 2] * scale
@@ -89,7 +103,7 @@ def find_nearest(screen, faces, width, top, bottom, buffer):
                 x = left + q
                 e0, e1, e2 = r0 - dy0 * (x - x1), r1 - dy1 * (x - x2), r2 - dy2 * (x - x0)
                 bits = np.int64(np.float32(e0 * z0 + e1 * z1 + e2 * z2).view(np.int32))
-                key = ((bits ^ ((bits >> 31) & 0x7fffffff)) << 32) | t
+                key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | t
                 old = flat[start + q]
                 key = key if (e0 >= t0) & (e1 >= t1) & (e2 >= t2) & (x <= right) else old
                 flat[start + q] = min(key, old)
@@ -107,6 +121,7 @@ def weigh_corners(screen, i, j, k, x, y):
     w2 = (ax * (y - y0) - ay * (x - x0)) * scale
     return 1.0 - w1 - w2, w1, w2
 
+
 @compiled()
 def _rasterize(first, last, bands, vertices, faces, face_index, barycentrics, depth):
     "Rasterise the pieces [first, last) of a batch; every picture is cut into `bands` pieces."
@@ -123,7 +138,7 @@ def _rasterize(first, last, bands, vertices, faces, face_index, barycentrics, de
                     face_index[b, y, x], depth[b, y, x] = -1, np.inf
                     barycentrics[b, y, x, 0] = barycentrics[b, y, x, 1] = barycentrics[b, y, x, 2] = 0.0
                     continue
-                t = buffer[y, x] & 0xffffffff
+                t = buffer[y, x] & 0xFFFFFFFF
                 i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
                 w0, w1, w2 = weigh_corners(screen, i, j, k, x, y)
                 face_index[b, y, x] = t
@@ -132,21 +147,25 @@ def _rasterize(first, last, bands, vertices, faces, face_index, barycentrics, de
 
 # %% ../../nbs/21_render.rasterize.ipynb #a1244469
 @lru_cache(maxsize=None)
-def _pool(process, threads): return ThreadPoolExecutor(threads)
+def _pool(process, threads):
+    return ThreadPoolExecutor(threads)
+
 
 def run_pieces(
-    function,                     # compiled function (first, last, *arguments) that releases the interpreter lock
-    pieces:int,                   # number of independent pieces of work
-    *arguments,                   # further arguments
+    function,  # compiled function (first, last, *arguments) that releases the interpreter lock
+    pieces: int,  # number of independent pieces of work
+    *arguments,  # further arguments
 ):
     "Run `function` over all pieces, a share on each thread; the calling thread works too."
     threads = min(torch.get_num_threads(), pieces)
-    if threads <= 1: return function(0, pieces, *arguments)
+    if threads <= 1:
+        return function(0, pieces, *arguments)
     cuts = [pieces * n // threads for n in range(threads + 1)]
     pool = _pool(os.getpid(), torch.get_num_threads())
     rest = [pool.submit(function, cuts[n], cuts[n + 1], *arguments) for n in range(1, threads)]
     function(cuts[0], cuts[1], *arguments)
-    for r in rest: r.result()
+    for r in rest:
+        r.result()
 
 # %% ../../nbs/21_render.rasterize.ipynb #de3d95d9
 def _rasterize_cpu(vertices, faces, height, width):
@@ -175,6 +194,7 @@ def _triangles_torch(vertices, faces, height, width):
     dx, dy = sign * (end - start)
     least = torch.where((dy < 0) | ((dy == 0) & (dx > 0)), 0.0, torch.full_like(dx, _INSIDE))
     return drawn, (dx, dy, *start, z * (sign / area), least), low[drawn].long(), high[drawn].long()
+
 
 def _list_items(counts, start):
     "List groups of `counts` items: return each item's group, and its number within the group, from `start` on."
@@ -214,7 +234,7 @@ def _rasterize_torch(vertices, faces, height, width, most=2**25):
         t = part[row]
         e = r[:, row] - dy[:, t] * (x - ox[:, t])
         bits = (e[0] * z[0, t] + e[1] * z[1, t] + e[2] * z[2, t]).float().view(torch.int32).long()
-        key = ((bits ^ ((bits >> 31) & 0x7fffffff)) << 32) | face[t]
+        key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | face[t]
         buffer.scatter_reduce_(0, (image[t] * height + y[row]) * width + x, key, "amin")
     return _finish_torch(vertices, faces, buffer.view(-1, height, width))
 
@@ -223,11 +243,14 @@ def _finish_torch(vertices, faces, buffer):
     "Return the fragments of a buffer of packed integers."
     height, width = buffer.shape[1:]
     seen = buffer != FAR
-    face_index = torch.where(seen, buffer & 0xffffffff, -1)
+    face_index = torch.where(seen, buffer & 0xFFFFFFFF, -1)
     barycentrics = _barycentrics_torch(face_index, vertices.double(), faces)
-    z = vertices[..., 2].double()[torch.arange(len(vertices), device=faces.device)[:, None, None, None], faces[face_index.clamp_min(0)]]
+    z = vertices[..., 2].double()[
+        torch.arange(len(vertices), device=faces.device)[:, None, None, None], faces[face_index.clamp_min(0)]
+    ]
     depth = torch.where(seen, (barycentrics * z).sum(-1), math.inf)
     return Fragments(face_index, barycentrics.to(vertices.dtype), depth.to(vertices.dtype))
+
 
 def _barycentrics_torch(face_index, vertices, faces):
     "Return (B,H,W,3) barycentric coordinates of pixel centres, 0 on the background; differentiable in the vertices."
@@ -235,49 +258,69 @@ def _barycentrics_torch(face_index, vertices, faces):
     half = torch.tensor([width * 0.5, height * 0.5], dtype=vertices.dtype, device=vertices.device)
     screen = (vertices[..., :2] + 1.0) * half - 0.5
     corners = screen[torch.arange(B, device=faces.device)[:, None, None, None], faces[face_index.clamp_min(0)]]
-    y, x = torch.meshgrid(*(torch.arange(n, device=faces.device, dtype=vertices.dtype) for n in (height, width)), indexing="ij")
+    y, x = torch.meshgrid(
+        *(torch.arange(n, device=faces.device, dtype=vertices.dtype) for n in (height, width)), indexing="ij"
+    )
     p = torch.stack([x, y], -1) - corners[..., 0, :]
     a, b = corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
     area = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
     scale = 1.0 / torch.where(face_index >= 0, area, torch.ones_like(area))
-    w1, w2 = (p[..., 0] * b[..., 1] - p[..., 1] * b[..., 0]) * scale, (a[..., 0] * p[..., 1] - a[..., 1] * p[..., 0]) * scale
+    w1, w2 = (
+        (p[..., 0] * b[..., 1] - p[..., 1] * b[..., 0]) * scale,
+        (a[..., 0] * p[..., 1] - a[..., 1] * p[..., 0]) * scale,
+    )
     return torch.stack([1.0 - w1 - w2, w1, w2], -1) * (face_index >= 0)[..., None]
 
 # %% ../../nbs/21_render.rasterize.ipynb #3f17067d
 def _rasterize_pytorch3d(vertices, faces, height, width):
     "Rasterise with PyTorch3D; raise `ImportError` where it is not installed."
-    try: from pytorch3d.renderer.mesh.rasterize_meshes import rasterize_meshes
-    except ImportError: raise ImportError("backend='pytorch3d' needs PyTorch3D, which is not installed; use backend='auto'") from None
+    try:
+        from pytorch3d.renderer.mesh.rasterize_meshes import rasterize_meshes
+    except ImportError:
+        raise ImportError("backend='pytorch3d' needs PyTorch3D, which is not installed; use backend='auto'") from None
     from pytorch3d.structures import Meshes
+
     short = min(height, width)
     stretch = torch.tensor([width / short, height / short, 1.0], dtype=vertices.dtype, device=vertices.device)
     shift = 10.0 + float(vertices[..., 2].abs().max())
     meshes = Meshes(to_pytorch3d(vertices * stretch, shift), faces.expand(len(vertices), -1, -1))
-    index, depth, barycentrics, _ = rasterize_meshes(meshes, (height, width), blur_radius=0.0, faces_per_pixel=1, perspective_correct=False)
+    index, depth, barycentrics, _ = rasterize_meshes(
+        meshes, (height, width), blur_radius=0.0, faces_per_pixel=1, perspective_correct=False
+    )
     index, seen = index[..., 0], index[..., 0] >= 0
     first = torch.arange(len(vertices), device=faces.device)[:, None, None] * len(faces)
-    return Fragments(torch.where(seen, index - first, -1), barycentrics[..., 0, :] * seen[..., None],
-                     torch.where(seen, depth[..., 0] - shift, math.inf))
+    return Fragments(
+        torch.where(seen, index - first, -1),
+        barycentrics[..., 0, :] * seen[..., None],
+        torch.where(seen, depth[..., 0] - shift, math.inf),
+    )
 
 # %% ../../nbs/21_render.rasterize.ipynb #9f5317d8
 def rasterize(
-    vertices_ndc:Tensor,          # (B,V,3) u right, v down, depth: what `project` returns
-    faces:Tensor,                 # (F,3) triangles, long
-    size,                         # side of the picture in pixels, or (height, width)
-    backend:str = "auto",         # auto | cpu | torch | pytorch3d
-) -> Fragments:                   # what each pixel centre sees, on the device of the vertices
+    vertices_ndc: Tensor,  # (B,V,3) u right, v down, depth: what `project` returns
+    faces: Tensor,  # (F,3) triangles, long
+    size,  # side of the picture in pixels, or (height, width)
+    backend: str = "auto",  # auto | cpu | torch | pytorch3d
+) -> Fragments:  # what each pixel centre sees, on the device of the vertices
     "Find the nearest triangle at every pixel; raise `ValueError` for vertices that are not finite and faces that do not fit."
     height, width = (size, size) if isinstance(size, int) else size
     vertices = vertices_ndc.detach()
-    if vertices.dim() != 3 or vertices.shape[-1] != 3: raise ValueError(f"vertices have shape {tuple(vertices.shape)}; rasterize needs (B,V,3)")
-    if vertices.dtype not in (torch.float32, torch.float64): vertices = vertices.float()
+    if vertices.dim() != 3 or vertices.shape[-1] != 3:
+        raise ValueError(f"vertices have shape {tuple(vertices.shape)}; rasterize needs (B,V,3)")
+    if vertices.dtype not in (torch.float32, torch.float64):
+        vertices = vertices.float()
     faces = faces.to(vertices.device, torch.long).contiguous()
-    if not bool(vertices.isfinite().all()): raise ValueError("vertices contain NaN or infinite numbers; look for the step that made them")
+    if not bool(vertices.isfinite().all()):
+        raise ValueError("vertices contain NaN or infinite numbers; look for the step that made them")
     if len(faces) and (int(faces.min()) < 0 or int(faces.max()) >= vertices.shape[1]):
-        raise ValueError(f"faces refer to vertices {int(faces.min())} to {int(faces.max())}, but there are {vertices.shape[1]}")
-    if backend == "auto": backend = "cpu" if vertices.device.type == "cpu" else "torch"
+        raise ValueError(
+            f"faces refer to vertices {int(faces.min())} to {int(faces.max())}, but there are {vertices.shape[1]}"
+        )
+    if backend == "auto":
+        backend = "cpu" if vertices.device.type == "cpu" else "torch"
     functions = {"cpu": _rasterize_cpu, "torch": _rasterize_torch, "pytorch3d": _rasterize_pytorch3d}
-    if backend not in functions: raise ValueError(f"backend {backend!r} is unknown; use auto, {', '.join(functions)}")
+    if backend not in functions:
+        raise ValueError(f"backend {backend!r} is unknown; use auto, {', '.join(functions)}")
     if len(faces) == 0 or len(vertices) == 0:
         empty = vertices.new_zeros(len(vertices), height, width, 3)
         return Fragments(empty[..., 0].long() - 1, empty, empty[..., 0] + math.inf)
@@ -292,22 +335,27 @@ def _interpolate(first, last, face_index, barycentrics, attributes, faces, image
             for x in range(face_index.shape[2]):
                 t = face_index[b, y, x]
                 if t < 0:
-                    for c in range(attributes.shape[2]): image[b, c, y, x] = 0.0
+                    for c in range(attributes.shape[2]):
+                        image[b, c, y, x] = 0.0
                     continue
                 i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
                 w0, w1, w2 = barycentrics[b, y, x, 0], barycentrics[b, y, x, 1], barycentrics[b, y, x, 2]
                 for c in range(attributes.shape[2]):
                     image[b, c, y, x] = w0 * attributes[b, i, c] + w1 * attributes[b, j, c] + w2 * attributes[b, k, c]
 
+
 @compiled()
-def _interpolate_back(first, last, face_index, barycentrics, attributes, faces, vertices, gradient, to_attributes, to_vertices):
+def _interpolate_back(
+    first, last, face_index, barycentrics, attributes, faces, vertices, gradient, to_attributes, to_vertices
+):
     "Add the gradient of pictures to that of attributes and, unless it is empty, of vertices."
     height, width = face_index.shape[1], face_index.shape[2]
     for b in range(first, last):
         for y in range(height):
             for x in range(width):
                 t = face_index[b, y, x]
-                if t < 0: continue
+                if t < 0:
+                    continue
                 i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
                 w0, w1, w2 = barycentrics[b, y, x, 0], barycentrics[b, y, x, 1], barycentrics[b, y, x, 2]
                 s1, s2 = 0.0, 0.0
@@ -318,16 +366,26 @@ def _interpolate_back(first, last, face_index, barycentrics, attributes, faces, 
                     to_attributes[b, k, c] += w2 * g
                     s1 += g * (attributes[b, j, c] - attributes[b, i, c])
                     s2 += g * (attributes[b, k, c] - attributes[b, i, c])
-                if to_vertices.shape[0] == 0: continue
+                if to_vertices.shape[0] == 0:
+                    continue
                 x0, y0 = np.float64(vertices[b, i, 0]), np.float64(vertices[b, i, 1])
-                ax, ay, bx, by = vertices[b, j, 0] - x0, vertices[b, j, 1] - y0, vertices[b, k, 0] - x0, vertices[b, k, 1] - y0
+                ax, ay, bx, by = (
+                    vertices[b, j, 0] - x0,
+                    vertices[b, j, 1] - y0,
+                    vertices[b, k, 0] - x0,
+                    vertices[b, k, 1] - y0,
+                )
                 area = ax * by - ay * bx
-                if not abs(area) * height * width > TINY: continue
+                if not abs(area) * height * width > TINY:
+                    continue
                 scale = -1.0 / area
                 gx, gy = (s1 * by - s2 * ay) * scale, (s2 * ax - s1 * bx) * scale
-                to_vertices[b, i, 0] += w0 * gx; to_vertices[b, i, 1] += w0 * gy
-                to_vertices[b, j, 0] += w1 * gx; to_vertices[b, j, 1] += w1 * gy
-                to_vertices[b, k, 0] += w2 * gx; to_vertices[b, k, 1] += w2 * gy
+                to_vertices[b, i, 0] += w0 * gx
+                to_vertices[b, i, 1] += w0 * gy
+                to_vertices[b, j, 0] += w1 * gx
+                to_vertices[b, j, 1] += w1 * gy
+                to_vertices[b, k, 0] += w2 * gx
+                to_vertices[b, k, 1] += w2 * gy
 
 # %% ../../nbs/21_render.rasterize.ipynb #609fe68a
 def _interpolate_back_torch(face_index, barycentrics, attributes, faces, vertices, gradient, moves):
@@ -338,27 +396,36 @@ def _interpolate_back_torch(face_index, barycentrics, attributes, faces, vertice
     g, rows = gradient[b, :, y, x], (b[:, None] * V + corners).reshape(-1)
     to_attributes = torch.zeros(B * V, C, dtype=attributes.dtype, device=attributes.device)
     to_attributes.index_add_(0, rows, (weights[..., None] * g[:, None]).reshape(-1, C))
-    if not moves: return to_attributes.view(B, V, C), None
+    if not moves:
+        return to_attributes.view(B, V, C), None
     a, p = attributes[b[:, None], corners], vertices[b[:, None], corners].double()
     slopes = ((a[:, 1:] - a[:, :1]) * g[:, None]).sum(-1)
     d = p[:, 1:, :2] - p[:, :1, :2]
     area = d[:, 0, 0] * d[:, 1, 1] - d[:, 0, 1] * d[:, 1, 0]
     scale = torch.where(area.abs() * face_index[0].numel() > TINY, -1.0 / area, 0.0)
-    gx, gy = slopes[:, 0] * d[:, 1, 1] - slopes[:, 1] * d[:, 0, 1], slopes[:, 1] * d[:, 0, 0] - slopes[:, 0] * d[:, 1, 0]
+    gx, gy = (
+        slopes[:, 0] * d[:, 1, 1] - slopes[:, 1] * d[:, 0, 1],
+        slopes[:, 1] * d[:, 0, 0] - slopes[:, 0] * d[:, 1, 0],
+    )
     field = torch.stack([gx * scale, gy * scale, torch.zeros_like(gx)], -1).to(attributes.dtype)
     to_vertices = torch.zeros(B * V, 3, dtype=attributes.dtype, device=attributes.device)
-    return to_attributes.view(B, V, C), to_vertices.index_add_(0, rows, (weights[..., None] * field[:, None]).reshape(-1, 3)).view(B, V, 3)
+    return to_attributes.view(B, V, C), to_vertices.index_add_(
+        0, rows, (weights[..., None] * field[:, None]).reshape(-1, 3)
+    ).view(B, V, 3)
 
 # %% ../../nbs/21_render.rasterize.ipynb #6bf981f0
 class _Interpolate(torch.autograd.Function):
     "Barycentric interpolation with a scattered sum as its gradient."
+
     @staticmethod
     def forward(context, attributes, vertices, face_index, barycentrics, faces):
         attributes, (B, H, W) = attributes.contiguous(), face_index.shape
         context.save_for_backward(attributes, vertices, face_index, barycentrics, faces)
         if attributes.device.type == "cpu":
             image = attributes.new_empty(B, attributes.shape[2], H, W)
-            run_pieces(_interpolate, B, *(t.detach().numpy() for t in (face_index, barycentrics, attributes, faces, image)))
+            run_pieces(
+                _interpolate, B, *(t.detach().numpy() for t in (face_index, barycentrics, attributes, faces, image))
+            )
             return image
         corners = faces[face_index.clamp_min(0)]
         values = attributes[torch.arange(B, device=faces.device)[:, None, None, None], corners]
@@ -370,28 +437,45 @@ class _Interpolate(torch.autograd.Function):
         attributes, vertices, face_index, barycentrics, faces = context.saved_tensors
         moves = vertices is not None and context.needs_input_grad[1]
         if attributes.device.type != "cpu":
-            first, second = _interpolate_back_torch(face_index, barycentrics, attributes, faces, vertices, gradient, moves)
+            first, second = _interpolate_back_torch(
+                face_index, barycentrics, attributes, faces, vertices, gradient, moves
+            )
             return first, second, None, None, None
         first = torch.zeros_like(attributes)
         second = torch.zeros_like(vertices) if moves else attributes.new_empty(0, 0, 3)
         vertices = vertices if moves else attributes.new_empty(0, 0, 3)
-        run_pieces(_interpolate_back, len(attributes), *(t.detach().numpy() for t in (face_index, barycentrics, attributes, faces, vertices,
-                                                         gradient.contiguous(), first, second)))
+        run_pieces(
+            _interpolate_back,
+            len(attributes),
+            *(
+                t.detach().numpy()
+                for t in (face_index, barycentrics, attributes, faces, vertices, gradient.contiguous(), first, second)
+            ),
+        )
         return first, second if moves else None, None, None, None
 
 # %% ../../nbs/21_render.rasterize.ipynb #a1484f5e
 def interpolate(
-    fragments:Fragments,          # what `rasterize` returned
-    attributes:Tensor,            # (B,V,C) one row for each vertex; (V,C) or (1,V,C): the same for all pictures
-    faces:Tensor,                 # (F,3) the triangles that were rasterised
-    vertices_ndc:Tensor|None = None, # (B,V,3) give these to send gradients to the vertices' positions as well
-) -> Tensor:                      # (B,C,H,W) attributes over the picture, 0 on the background
+    fragments: Fragments,  # what `rasterize` returned
+    attributes: Tensor,  # (B,V,C) one row for each vertex; (V,C) or (1,V,C): the same for all pictures
+    faces: Tensor,  # (F,3) the triangles that were rasterised
+    vertices_ndc: Tensor | None = None,  # (B,V,3) give these to send gradients to the vertices' positions as well
+) -> Tensor:  # (B,C,H,W) attributes over the picture, 0 on the background
     "Spread vertex attributes over the picture; differentiable in the attributes and, if given, in the vertices."
     B = len(fragments.face_index)
-    if attributes.dim() == 2: attributes = attributes[None]
-    if attributes.dtype not in (torch.float32, torch.float64): attributes = attributes.float()
-    faces, barycentrics = faces.to(attributes.device, torch.long).contiguous(), fragments.barycentrics.to(attributes.dtype)
+    if attributes.dim() == 2:
+        attributes = attributes[None]
+    if attributes.dtype not in (torch.float32, torch.float64):
+        attributes = attributes.float()
+    faces, barycentrics = (
+        faces.to(attributes.device, torch.long).contiguous(),
+        fragments.barycentrics.to(attributes.dtype),
+    )
     if vertices_ndc is not None:
         vertices_ndc = vertices_ndc.to(attributes.dtype).contiguous()
-        barycentrics = _barycentrics_torch(fragments.face_index, vertices_ndc.detach().double(), faces).to(attributes.dtype)
-    return _Interpolate.apply(attributes.expand(B, -1, -1), vertices_ndc, fragments.face_index.contiguous(), barycentrics.contiguous(), faces)
+        barycentrics = _barycentrics_torch(fragments.face_index, vertices_ndc.detach().double(), faces).to(
+            attributes.dtype
+        )
+    return _Interpolate.apply(
+        attributes.expand(B, -1, -1), vertices_ndc, fragments.face_index.contiguous(), barycentrics.contiguous(), faces
+    )

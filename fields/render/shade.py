@@ -14,14 +14,15 @@ from .camera import project
 from .rasterize import TINY, compiled, interpolate, rasterize, run_pieces
 
 # %% ../../nbs/22_render.shade.ipynb #5b361b10
-ALBEDO = 180 / 255                # grey of the surface
-INTENSITY = 1.7                   # of each light
+ALBEDO = 180 / 255  # grey of the surface
+INTENSITY = 1.7  # of each light
 LIGHTS = np.array([[-1, 1, 1], [1, 1, 1], [-1, -1, 1], [1, -1, 1], [0, 0, math.sqrt(3)]]) / math.sqrt(3)
 
+
 def shade_normals(
-    normals:Tensor,               # (B,3,H,W) normals in the world frame
-    mask:Tensor|None = None,      # (B,1,H,W) 0 where the picture is to be black
-) -> Tensor:                      # (B,1,H,W) brightness
+    normals: Tensor,  # (B,3,H,W) normals in the world frame
+    mask: Tensor | None = None,  # (B,1,H,W) 0 where the picture is to be black
+) -> Tensor:  # (B,1,H,W) brightness
     "Light normals with the five lights."
     lights = torch.as_tensor(LIGHTS, dtype=normals.dtype, device=normals.device)
     grey = torch.einsum("bchw,lc->blhw", normals, lights).clamp(0, 1).mean(1, keepdim=True) * (ALBEDO * INTENSITY)
@@ -45,9 +46,10 @@ def sum_normals(first, last, vertices, faces, normals, inverse):
                 total[corner, 1] += y
                 total[corner, 2] += z
         for i in range(total.shape[0]):
-            length = math.sqrt(total[i, 0]**2 + total[i, 1]**2 + total[i, 2]**2)
+            length = math.sqrt(total[i, 0] ** 2 + total[i, 1] ** 2 + total[i, 2] ** 2)
             inverse[b, i] = 1.0 / length if length > 1e-30 else 0.0
-            for c in range(3): normals[b, i, c] = total[i, c] * inverse[b, i]
+            for c in range(3):
+                normals[b, i, c] = total[i, c] * inverse[b, i]
 
 # %% ../../nbs/22_render.shade.ipynb #b0946c68
 @compiled()
@@ -56,19 +58,27 @@ def _normals_back(b, vertices, faces, normals, inverse, total, gradient):
     v = vertices[b]
     for i in range(total.shape[0]):
         along = normals[b, i, 0] * total[i, 0] + normals[b, i, 1] * total[i, 1] + normals[b, i, 2] * total[i, 2]
-        for c in range(3): total[i, c] = (total[i, c] - normals[b, i, c] * along) * inverse[b, i]
+        for c in range(3):
+            total[i, c] = (total[i, c] - normals[b, i, c] * along) * inverse[b, i]
     for t in range(faces.shape[0]):
         i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
         gx, gy = total[i, 0] + total[j, 0] + total[k, 0], total[i, 1] + total[j, 1] + total[k, 1]
         gz = total[i, 2] + total[j, 2] + total[k, 2]
-        if gx == 0.0 and gy == 0.0 and gz == 0.0: continue
+        if gx == 0.0 and gy == 0.0 and gz == 0.0:
+            continue
         ax, ay, az = v[j, 0] - v[i, 0], v[j, 1] - v[i, 1], v[j, 2] - v[i, 2]
         bx, by, bz = v[k, 0] - v[i, 0], v[k, 1] - v[i, 1], v[k, 2] - v[i, 2]
         px, py, pz = by * gz - bz * gy, bz * gx - bx * gz, bx * gy - by * gx
         qx, qy, qz = gy * az - gz * ay, gz * ax - gx * az, gx * ay - gy * ax
-        gradient[b, j, 0] += px; gradient[b, j, 1] += py; gradient[b, j, 2] += pz
-        gradient[b, k, 0] += qx; gradient[b, k, 1] += qy; gradient[b, k, 2] += qz
-        gradient[b, i, 0] -= px + qx; gradient[b, i, 1] -= py + qy; gradient[b, i, 2] -= pz + qz
+        gradient[b, j, 0] += px
+        gradient[b, j, 1] += py
+        gradient[b, j, 2] += pz
+        gradient[b, k, 0] += qx
+        gradient[b, k, 1] += qy
+        gradient[b, k, 2] += qz
+        gradient[b, i, 0] -= px + qx
+        gradient[b, i, 1] -= py + qy
+        gradient[b, i, 2] -= pz + qz
 
 # %% ../../nbs/22_render.shade.ipynb #02fcc418
 @compiled()
@@ -92,8 +102,22 @@ def _shade(first, last, face_index, barycentrics, normals, faces, normalise, lig
 
 # %% ../../nbs/22_render.shade.ipynb #ce30b871
 @compiled()
-def _shade_back(first, last, face_index, barycentrics, vertices, normals, inverse, faces, normalise, lights, corners, image_gradient,
-                gradient, corner_gradient):
+def _shade_back(
+    first,
+    last,
+    face_index,
+    barycentrics,
+    vertices,
+    normals,
+    inverse,
+    faces,
+    normalise,
+    lights,
+    corners,
+    image_gradient,
+    gradient,
+    corner_gradient,
+):
     "Add the gradient of the pictures to that of vertices (B,V,3) and, unless it is empty, of corners."
     total = np.empty((vertices.shape[1], 3))
     for b in range(first, last):
@@ -101,8 +125,11 @@ def _shade_back(first, last, face_index, barycentrics, vertices, normals, invers
         for y in range(face_index.shape[1]):
             for x in range(face_index.shape[2]):
                 t = face_index[b, y, x]
-                if t < 0: continue
-                grey = (image_gradient[b, 0, y, x] + image_gradient[b, 1, y, x] + image_gradient[b, 2, y, x]) * (ALBEDO * INTENSITY / 5)
+                if t < 0:
+                    continue
+                grey = (image_gradient[b, 0, y, x] + image_gradient[b, 1, y, x] + image_gradient[b, 2, y, x]) * (
+                    ALBEDO * INTENSITY / 5
+                )
                 i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
                 w0, w1, w2 = barycentrics[b, y, x, 0], barycentrics[b, y, x, 1], barycentrics[b, y, x, 2]
                 nx = w0 * normals[b, i, 0] + w1 * normals[b, j, 0] + w2 * normals[b, k, 0]
@@ -116,35 +143,65 @@ def _shade_back(first, last, face_index, barycentrics, vertices, normals, invers
                     scale = 1.0 / max(math.sqrt(nx * nx + ny * ny + nz * nz), 1e-12)
                     along = (nx * gx + ny * gy + nz * gz) * scale * scale
                     gx, gy, gz = (gx - nx * along) * scale, (gy - ny * along) * scale, (gz - nz * along) * scale
-                total[i, 0] += w0 * gx; total[i, 1] += w0 * gy; total[i, 2] += w0 * gz
-                total[j, 0] += w1 * gx; total[j, 1] += w1 * gy; total[j, 2] += w1 * gz
-                total[k, 0] += w2 * gx; total[k, 1] += w2 * gy; total[k, 2] += w2 * gz
-                if corner_gradient.shape[0] == 0: continue
-                s1 = (gx * (normals[b, j, 0] - normals[b, i, 0]) + gy * (normals[b, j, 1] - normals[b, i, 1])
-                      + gz * (normals[b, j, 2] - normals[b, i, 2]))
-                s2 = (gx * (normals[b, k, 0] - normals[b, i, 0]) + gy * (normals[b, k, 1] - normals[b, i, 1])
-                      + gz * (normals[b, k, 2] - normals[b, i, 2]))
+                total[i, 0] += w0 * gx
+                total[i, 1] += w0 * gy
+                total[i, 2] += w0 * gz
+                total[j, 0] += w1 * gx
+                total[j, 1] += w1 * gy
+                total[j, 2] += w1 * gz
+                total[k, 0] += w2 * gx
+                total[k, 1] += w2 * gy
+                total[k, 2] += w2 * gz
+                if corner_gradient.shape[0] == 0:
+                    continue
+                s1 = (
+                    gx * (normals[b, j, 0] - normals[b, i, 0])
+                    + gy * (normals[b, j, 1] - normals[b, i, 1])
+                    + gz * (normals[b, j, 2] - normals[b, i, 2])
+                )
+                s2 = (
+                    gx * (normals[b, k, 0] - normals[b, i, 0])
+                    + gy * (normals[b, k, 1] - normals[b, i, 1])
+                    + gz * (normals[b, k, 2] - normals[b, i, 2])
+                )
                 x0, y0 = np.float64(corners[b, i, 0]), np.float64(corners[b, i, 1])
-                ax, ay, bx, by = corners[b, j, 0] - x0, corners[b, j, 1] - y0, corners[b, k, 0] - x0, corners[b, k, 1] - y0
+                ax, ay, bx, by = (
+                    corners[b, j, 0] - x0,
+                    corners[b, j, 1] - y0,
+                    corners[b, k, 0] - x0,
+                    corners[b, k, 1] - y0,
+                )
                 area = ax * by - ay * bx
-                if not abs(area) * face_index.shape[1] * face_index.shape[2] > TINY: continue
+                if not abs(area) * face_index.shape[1] * face_index.shape[2] > TINY:
+                    continue
                 scale = -1.0 / area
                 px, py = (s1 * by - s2 * ay) * scale, (s2 * ax - s1 * bx) * scale
-                corner_gradient[b, i, 0] += w0 * px; corner_gradient[b, i, 1] += w0 * py
-                corner_gradient[b, j, 0] += w1 * px; corner_gradient[b, j, 1] += w1 * py
-                corner_gradient[b, k, 0] += w2 * px; corner_gradient[b, k, 1] += w2 * py
+                corner_gradient[b, i, 0] += w0 * px
+                corner_gradient[b, i, 1] += w0 * py
+                corner_gradient[b, j, 0] += w1 * px
+                corner_gradient[b, j, 1] += w1 * py
+                corner_gradient[b, k, 0] += w2 * px
+                corner_gradient[b, k, 1] += w2 * py
         _normals_back(b, vertices, faces, normals, inverse, total, gradient)
 
 # %% ../../nbs/22_render.shade.ipynb #28e0759a
 class _Shade(torch.autograd.Function):
     "Grey pictures on the CPU: normals, interpolation and lighting in compiled loops."
+
     @staticmethod
     def forward(context, vertices, corners, face_index, barycentrics, faces, normalise):
         B, H, W = face_index.shape
         normals, inverse = torch.empty_like(vertices), vertices.new_empty(vertices.shape[:2])
         run_pieces(sum_normals, B, *(t.detach().numpy() for t in (vertices, faces, normals, inverse)))
         image = vertices.new_empty(B, 3, H, W)
-        run_pieces(_shade, B, *(t.numpy() for t in (face_index, barycentrics, normals, faces)), normalise, LIGHTS, image.numpy())
+        run_pieces(
+            _shade,
+            B,
+            *(t.numpy() for t in (face_index, barycentrics, normals, faces)),
+            normalise,
+            LIGHTS,
+            image.numpy(),
+        )
         context.save_for_backward(vertices, corners, face_index, barycentrics, faces, normals, inverse)
         context.normalise = normalise
         return image
@@ -157,40 +214,55 @@ class _Shade(torch.autograd.Function):
         gradient = torch.zeros_like(vertices)
         corner_gradient = torch.zeros_like(vertices) if moves else vertices.new_empty(0, 0, 3)
         corners = corners if moves else vertices.new_empty(0, 0, 3)
-        run_pieces(_shade_back, len(vertices), *(t.detach().numpy() for t in (face_index, barycentrics, vertices, normals, inverse, faces)),
-                   context.normalise, LIGHTS, *(t.detach().numpy() for t in (corners, image_gradient.contiguous(), gradient, corner_gradient)))
+        run_pieces(
+            _shade_back,
+            len(vertices),
+            *(t.detach().numpy() for t in (face_index, barycentrics, vertices, normals, inverse, faces)),
+            context.normalise,
+            LIGHTS,
+            *(t.detach().numpy() for t in (corners, image_gradient.contiguous(), gradient, corner_gradient)),
+        )
         return gradient, corner_gradient if moves else None, None, None, None, None
 
 # %% ../../nbs/22_render.shade.ipynb #e3cd3695
 def geometry_image(
-    vertices:Tensor,              # (B,V,3) posed vertices, metres
-    faces:Tensor,                 # (F,3) triangles to draw
-    camera:Tensor,                # (B,3) scale, and translation in metres
-    size,                         # side of the picture in pixels, or (height, width)
-    normalise:bool = False,       # make interpolated normals unit vectors again
-    through_position:bool = True, # let gradients flow through the position of pixels in their triangles, to vertices and camera
-    backend:str = "auto",         # of `rasterize`
-) -> tuple[Tensor, Tensor]:       # (B,3,H,W) grey picture, background exactly 0, and (B,1,H,W) 1 where the head is
+    vertices: Tensor,  # (B,V,3) posed vertices, metres
+    faces: Tensor,  # (F,3) triangles to draw
+    camera: Tensor,  # (B,3) scale, and translation in metres
+    size,  # side of the picture in pixels, or (height, width)
+    normalise: bool = False,  # make interpolated normals unit vectors again
+    through_position: bool = True,  # let gradients flow through the position of pixels in their triangles, to vertices and camera
+    backend: str = "auto",  # of `rasterize`
+) -> tuple[Tensor, Tensor]:  # (B,3,H,W) grey picture, background exactly 0, and (B,1,H,W) 1 where the head is
     "Draw the head with five lights; raise `ValueError` for vertices that are not finite."
-    if vertices.dtype not in (torch.float32, torch.float64): vertices = vertices.float()
+    if vertices.dtype not in (torch.float32, torch.float64):
+        vertices = vertices.float()
     vertices, faces = vertices.contiguous(), faces.to(vertices.device, torch.long).contiguous()
     corners = project(vertices, camera.to(vertices.dtype))
     fragments = rasterize(corners, faces, size, backend)
     through = corners.contiguous() if through_position and corners.requires_grad else None
     if vertices.device.type == "cpu":
-        return _Shade.apply(vertices, through, fragments.face_index, fragments.barycentrics.contiguous(), faces, normalise), fragments.mask
+        return _Shade.apply(
+            vertices, through, fragments.face_index, fragments.barycentrics.contiguous(), faces, normalise
+        ), fragments.mask
     normals = interpolate(fragments, vertex_normals(vertices, faces), faces, through)
-    if normalise: normals = torch.nn.functional.normalize(normals, dim=1)
+    if normalise:
+        normals = torch.nn.functional.normalize(normals, dim=1)
     return shade_normals(normals, fragments.mask).expand(-1, 3, -1, -1).contiguous(), fragments.mask
 
 # %% ../../nbs/22_render.shade.ipynb #0f8a7160
 def smooth_geometry_image(
-    vertices:Tensor,              # (B,V,3) posed vertices, metres
-    faces:Tensor,                 # (F,3) triangles to draw
-    camera:Tensor,                # (B,3) scale, and translation in metres
-    size:int,                     # side of the picture in pixels
-    samples:int = 2,              # a side of each pixel
-    **options,                    # of `geometry_image`
-) -> tuple[Tensor, Tensor]:       # (B,3,S,S) grey picture on black, and (B,1,S,S) the share of each pixel that the head covers
+    vertices: Tensor,  # (B,V,3) posed vertices, metres
+    faces: Tensor,  # (F,3) triangles to draw
+    camera: Tensor,  # (B,3) scale, and translation in metres
+    size: int,  # side of the picture in pixels
+    samples: int = 2,  # a side of each pixel
+    **options,  # of `geometry_image`
+) -> tuple[
+    Tensor, Tensor
+]:  # (B,3,S,S) grey picture on black, and (B,1,S,S) the share of each pixel that the head covers
     "Draw the head with soft edges, for pictures that people look at."
-    return tuple(torch.nn.functional.avg_pool2d(t, samples) for t in geometry_image(vertices, faces, camera, samples*size, **options))
+    return tuple(
+        torch.nn.functional.avg_pool2d(t, samples)
+        for t in geometry_image(vertices, faces, camera, samples * size, **options)
+    )

@@ -13,31 +13,47 @@ from .shade import sum_normals
 
 # %% ../../nbs/24_render.textured.ipynb #0080c412
 def harmonics(
-    normals:np.ndarray,           # (...,3) unit vectors in the world frame
-) -> np.ndarray:                  # (...,9) values of the basis
+    normals: np.ndarray,  # (...,3) unit vectors in the world frame
+) -> np.ndarray:  # (...,9) values of the basis
     "Evaluate the spherical harmonics up to the second band."
     x, y, z = np.moveaxis(np.asarray(normals, np.float64), -1, 0)
     a, b, c = math.sqrt(3), math.sqrt(15), math.sqrt(5) / 2
-    return np.stack([np.ones_like(x), a * y, a * z, a * x, b * x * y, b * y * z, c * (3 * z * z - 1), b * x * z, b / 2 * (x * x - y * y)], -1) / (2 * math.sqrt(math.pi))
+    return np.stack(
+        [
+            np.ones_like(x),
+            a * y,
+            a * z,
+            a * x,
+            b * x * y,
+            b * y * z,
+            c * (3 * z * z - 1),
+            b * x * z,
+            b / 2 * (x * x - y * y),
+        ],
+        -1,
+    ) / (2 * math.sqrt(math.pi))
 
 # %% ../../nbs/24_render.textured.ipynb #19110011
 def directional_light(
-    direction,                    # (3,) toward the light: x to the subject's left, y up, z toward the viewer
-    colour = (1.0, 1.0, 1.0),     # (3,) brightness of white that faces the light
-) -> np.ndarray:                  # (9,3) coefficients
+    direction,  # (3,) toward the light: x to the subject's left, y up, z toward the viewer
+    colour=(1.0, 1.0, 1.0),  # (3,) brightness of white that faces the light
+) -> np.ndarray:  # (9,3) coefficients
     "Return the spherical harmonics of a light from one direction."
     direction = np.asarray(direction, np.float64)
     bands = np.repeat([math.pi, 2 * math.pi / 3, math.pi / 4], [1, 3, 5])
     return (bands * harmonics(direction / np.linalg.norm(direction)))[:, None] * np.asarray(colour, np.float64)
 
+
 def ambient_light(
-    colour = (1.0, 1.0, 1.0),     # (3,) brightness of white
-) -> np.ndarray:                  # (9,3) coefficients
+    colour=(1.0, 1.0, 1.0),  # (3,) brightness of white
+) -> np.ndarray:  # (9,3) coefficients
     "Return the spherical harmonics of light that comes equally from everywhere."
     return np.eye(9)[:, :1] * (2 * math.sqrt(math.pi)) * np.asarray(colour, np.float64)
 
 # %% ../../nbs/24_render.textured.ipynb #03910950
-def _array(value, dtype): return np.ascontiguousarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value, dtype)
+def _array(value, dtype):
+    return np.ascontiguousarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value, dtype)
+
 
 @compiled(fastmath=True)
 def _matt(normals, light, received):
@@ -47,15 +63,25 @@ def _matt(normals, light, received):
         x, y, z = normals[v, 0], normals[v, 1], normals[v, 2]
         for k in range(3):
             first = light[0, k] + a * (y * light[1, k] + z * light[2, k] + x * light[3, k])
-            second = b * (x * y * light[4, k] + y * z * light[5, k] + x * z * light[7, k] + 0.5 * (x * x - y * y) * light[8, k]) + c * (3 * z * z - 1) * light[6, k]
+            second = (
+                b
+                * (
+                    x * y * light[4, k]
+                    + y * z * light[5, k]
+                    + x * z * light[7, k]
+                    + 0.5 * (x * x - y * y) * light[8, k]
+                )
+                + c * (3 * z * z - 1) * light[6, k]
+            )
             received[v, k] = max(scale * (first + second), 0.0)
 
+
 def light_vertices(
-    normals:np.ndarray,           # (V,3) unit normals
-    light:np.ndarray,             # (9,3) spherical harmonics
-    occlusion = None,             # (V,) factor on all light that reaches a vertex
-    shininess:float|None = 32.0,  # exponent of the highlight; None: none
-) -> np.ndarray:                  # (V,4) red, green, blue light, and the highlight's share of its peak
+    normals: np.ndarray,  # (V,3) unit normals
+    light: np.ndarray,  # (9,3) spherical harmonics
+    occlusion=None,  # (V,) factor on all light that reaches a vertex
+    shininess: float | None = 32.0,  # exponent of the highlight; None: none
+) -> np.ndarray:  # (V,4) red, green, blue light, and the highlight's share of its peak
     "Return the light that vertices receive."
     normals, light, received = _array(normals, np.float64), _array(light, np.float64), np.zeros((len(normals), 4))
     _matt(normals, light, received)
@@ -72,21 +98,34 @@ def _planes(screen, faces, uv, uv_faces, received, planes):
     for t in range(faces.shape[0]):
         i, j, k = faces[t, 0], faces[t, 1], faces[t, 2]
         p, q, r = uv_faces[t, 0], uv_faces[t, 1], uv_faces[t, 2]
-        ax, ay, bx, by = screen[j, 0] - screen[i, 0], screen[j, 1] - screen[i, 1], screen[k, 0] - screen[i, 0], screen[k, 1] - screen[i, 1]
+        ax, ay, bx, by = (
+            screen[j, 0] - screen[i, 0],
+            screen[j, 1] - screen[i, 1],
+            screen[k, 0] - screen[i, 0],
+            screen[k, 1] - screen[i, 1],
+        )
         scale = 1.0 / (ax * by - ay * bx)
         planes[t, 0, 6], planes[t, 0, 7] = screen[i, 0], screen[i, 1]
         planes[t, 1:, 6:] = 0.0
         for c in range(6):
-            if c < 2: first, second, third = np.float64(uv[p, c]), np.float64(uv[q, c]), np.float64(uv[r, c])
-            else: first, second, third = received[i, c - 2], received[j, c - 2], received[k, c - 2]
+            if c < 2:
+                first, second, third = np.float64(uv[p, c]), np.float64(uv[q, c]), np.float64(uv[r, c])
+            else:
+                first, second, third = received[i, c - 2], received[j, c - 2], received[k, c - 2]
             second, third = (second - first) * scale, (third - first) * scale
-            planes[t, 0, c], planes[t, 1, c], planes[t, 2, c] = first, second * by - third * ay, third * ax - second * bx
+            planes[t, 0, c], planes[t, 1, c], planes[t, 2, c] = (
+                first,
+                second * by - third * ay,
+                third * ax - second * bx,
+            )
+
 
 @compiled(fastmath=True, inline="always")
 def _point(planes, t, column, row, point):
     "Write u, v, received light and highlight of the point (column, row) in triangle t to the first six of `point` (8,)."
     x, y = np.float32(column) - planes[t, 0, 6], np.float32(row) - planes[t, 0, 7]
-    for c in range(8): point[c] = planes[t, 0, c] + planes[t, 1, c] * x + planes[t, 2, c] * y
+    for c in range(8):
+        point[c] = planes[t, 0, c] + planes[t, 1, c] * x + planes[t, 2, c] * y
 
 # %% ../../nbs/24_render.textured.ipynb #16025dda
 @compiled(fastmath=True, inline="always")
@@ -97,11 +136,31 @@ def _texel(texture, u, v):
     left, top = int(min(x, width - 2.0)), int(min(y, height - 2.0))
     a, b, gloss = x - left, y - top, 1.0
     p, q, r, s = (1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b
-    red = p * texture[top, left, 0] + q * texture[top, left + 1, 0] + r * texture[top + 1, left, 0] + s * texture[top + 1, left + 1, 0]
-    green = p * texture[top, left, 1] + q * texture[top, left + 1, 1] + r * texture[top + 1, left, 1] + s * texture[top + 1, left + 1, 1]
-    blue = p * texture[top, left, 2] + q * texture[top, left + 1, 2] + r * texture[top + 1, left, 2] + s * texture[top + 1, left + 1, 2]
+    red = (
+        p * texture[top, left, 0]
+        + q * texture[top, left + 1, 0]
+        + r * texture[top + 1, left, 0]
+        + s * texture[top + 1, left + 1, 0]
+    )
+    green = (
+        p * texture[top, left, 1]
+        + q * texture[top, left + 1, 1]
+        + r * texture[top + 1, left, 1]
+        + s * texture[top + 1, left + 1, 1]
+    )
+    blue = (
+        p * texture[top, left, 2]
+        + q * texture[top, left + 1, 2]
+        + r * texture[top + 1, left, 2]
+        + s * texture[top + 1, left + 1, 2]
+    )
     if texture.shape[2] == 4:
-        gloss = p * texture[top, left, 3] + q * texture[top, left + 1, 3] + r * texture[top + 1, left, 3] + s * texture[top + 1, left + 1, 3]
+        gloss = (
+            p * texture[top, left, 3]
+            + q * texture[top, left + 1, 3]
+            + r * texture[top + 1, left, 3]
+            + s * texture[top + 1, left + 1, 3]
+        )
     return red, green, blue, gloss
 
 # %% ../../nbs/24_render.textured.ipynb #67bcf013
@@ -114,31 +173,42 @@ def _paint(buffer, samples, planes, texture, highlight, image, mask):
             top, left = y * samples, x * samples
             first, same, alike, count = buffer[top, left], True, True, samples * samples
             for row in range(top, top + samples):
-                for column in range(left, left + samples): same = same & (((buffer[row, column] ^ first) & 0xffffffff) == 0)
+                for column in range(left, left + samples):
+                    same = same & (((buffer[row, column] ^ first) & 0xFFFFFFFF) == 0)
             if same:
-                if first == FAR: continue
-                _point(planes, first & 0xffffffff, left + 0.5 * (samples - 1), top + 0.5 * (samples - 1), mean)
+                if first == FAR:
+                    continue
+                _point(planes, first & 0xFFFFFFFF, left + 0.5 * (samples - 1), top + 0.5 * (samples - 1), mean)
             else:
                 count, u0, v0, b0 = 0, np.float32(0), np.float32(0), np.float32(0)
                 mean[:] = 0
                 for row in range(top, top + samples):
                     for column in range(left, left + samples):
-                        if buffer[row, column] == FAR: continue
-                        _point(planes, buffer[row, column] & 0xffffffff, column, row, point)
-                        if count == 0: u0, v0, b0 = point[0], point[1], point[3]
+                        if buffer[row, column] == FAR:
+                            continue
+                        _point(planes, buffer[row, column] & 0xFFFFFFFF, column, row, point)
+                        if count == 0:
+                            u0, v0, b0 = point[0], point[1], point[3]
                         alike = alike & (abs(point[0] - u0) + abs(point[1] - v0) < near) & (abs(point[3] - b0) < 0.1)
-                        for c in range(8): mean[c] += point[c]
+                        for c in range(8):
+                            mean[c] += point[c]
                         count += 1
-                for c in range(8): mean[c] /= np.float32(count)
+                for c in range(8):
+                    mean[c] /= np.float32(count)
             red = green = blue = 0.0
             for n in range(1 if alike else samples * samples):
                 if not alike:
                     row, column = top + n // samples, left + n % samples
-                    if buffer[row, column] == FAR: continue
-                    _point(planes, buffer[row, column] & 0xffffffff, column, row, mean)
+                    if buffer[row, column] == FAR:
+                        continue
+                    _point(planes, buffer[row, column] & 0xFFFFFFFF, column, row, mean)
                 d, e, f, gloss = _texel(texture, mean[0], mean[1])
                 s = mean[5] * gloss
-                red, green, blue = red + d * mean[2] + s * highlight[0], green + e * mean[3] + s * highlight[1], blue + f * mean[4] + s * highlight[2]
+                red, green, blue = (
+                    red + d * mean[2] + s * highlight[0],
+                    green + e * mean[3] + s * highlight[1],
+                    blue + f * mean[4] + s * highlight[2],
+                )
             cover, share = count / (samples * samples), 1.0 if alike else 1.0 / count
             mask[y, x] = cover
             image[y, x, 0] = min(max(image[y, x, 0] * (1 - cover) + red * share * cover, 0.0), 1.0)
@@ -156,39 +226,51 @@ def _find(vertices, faces, camera, height, width):
 
 # %% ../../nbs/24_render.textured.ipynb #2d4b8ebf
 def render_textured(
-    vertices,                     # (V,3) posed vertices, metres; (B,V,3) gives a batch of pictures
-    faces,                        # (F,3) triangles
-    uv,                           # (V,2) texture position of each vertex, u right and v up in [0,1]; (N,2) with `uv_faces`
-    texture,                      # (Ht,Wt,3) albedo in [0,1], or (Ht,Wt,4) with gloss
-    camera,                       # (3,) scale, and translation in metres
-    light,                        # (9,3) spherical harmonics
-    background,                   # (H,W,3) in [0,1]; its size is the picture's
-    samples:int = 2,              # points a pixel along each axis
-    specular:float = 0.0,         # strength of the highlight
-    shininess:float = 32.0,       # exponent of the highlight
-    occlusion = None,             # (V,) factor on the light that reaches each vertex; None: 1
-    normals = None,               # (V,3) unit vertex normals; None: computed
-    uv_faces = None,              # (F,3) rows of `uv` at each triangle's corners, where the texture has seams; None: `faces`
-):                                # (H,W,3) picture and (H,W) coverage in [0,1], float32; for a batch (B,...) of both
+    vertices,  # (V,3) posed vertices, metres; (B,V,3) gives a batch of pictures
+    faces,  # (F,3) triangles
+    uv,  # (V,2) texture position of each vertex, u right and v up in [0,1]; (N,2) with `uv_faces`
+    texture,  # (Ht,Wt,3) albedo in [0,1], or (Ht,Wt,4) with gloss
+    camera,  # (3,) scale, and translation in metres
+    light,  # (9,3) spherical harmonics
+    background,  # (H,W,3) in [0,1]; its size is the picture's
+    samples: int = 2,  # points a pixel along each axis
+    specular: float = 0.0,  # strength of the highlight
+    shininess: float = 32.0,  # exponent of the highlight
+    occlusion=None,  # (V,) factor on the light that reaches each vertex; None: 1
+    normals=None,  # (V,3) unit vertex normals; None: computed
+    uv_faces=None,  # (F,3) rows of `uv` at each triangle's corners, where the texture has seams; None: `faces`
+):  # (H,W,3) picture and (H,W) coverage in [0,1], float32; for a batch (B,...) of both
     "Draw a textured head over a background, in one thread; raise `ValueError` for numbers that are not finite and faces that do not fit."
     vertices, faces = _array(vertices, np.float64), _array(faces, np.int64)
     if vertices.ndim == 3:
-        both = [render_textured(v, faces, uv, texture, camera, light, background, samples, specular, shininess, occlusion, n, uv_faces)
-                for v, n in zip(vertices, [None] * len(vertices) if normals is None else normals)]
+        both = [
+            render_textured(
+                v, faces, uv, texture, camera, light, background, samples, specular, shininess, occlusion, n, uv_faces
+            )
+            for v, n in zip(vertices, [None] * len(vertices) if normals is None else normals)
+        ]
         return tuple(np.stack(part) for part in zip(*both))
-    uv, texture, light, camera = (_array(a, t) for a, t in ((uv, np.float32), (texture, np.float32), (light, np.float64), (camera, np.float64)))
+    uv, texture, light, camera = (
+        _array(a, t) for a, t in ((uv, np.float32), (texture, np.float32), (light, np.float64), (camera, np.float64))
+    )
     uv_faces = faces if uv_faces is None else _array(uv_faces, np.int64)
     if not (np.isfinite(vertices).all() and np.isfinite(camera).all()):
         raise ValueError("vertices or camera contain NaN or infinite numbers; look for the step that made them")
-    if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices) or uv_faces.min() < 0 or uv_faces.max() >= len(uv)):
-        raise ValueError(f"faces refer to vertices that are not there: there are {len(vertices)} vertices and {len(uv)} texture positions")
+    if len(faces) and (
+        faces.min() < 0 or faces.max() >= len(vertices) or uv_faces.min() < 0 or uv_faces.max() >= len(uv)
+    ):
+        raise ValueError(
+            f"faces refer to vertices that are not there: there are {len(vertices)} vertices and {len(uv)} texture positions"
+        )
     image = _array(background, np.float32).copy()
     mask, planes = np.zeros(image.shape[:2], np.float32), np.empty((len(faces), 3, 8), np.float32)
     screen, buffer = _find(vertices, faces, camera, image.shape[0] * samples, image.shape[1] * samples)
     if normals is None:
         normals, inverse = np.empty((1, *vertices.shape)), np.empty((1, len(vertices)))
         sum_normals(0, 1, vertices[None], faces, normals, inverse)
-    received = light_vertices(_array(normals, np.float64).reshape(-1, 3), light, occlusion, shininess if specular else None)
+    received = light_vertices(
+        _array(normals, np.float64).reshape(-1, 3), light, occlusion, shininess if specular else None
+    )
     _planes(screen, faces, uv, uv_faces, received, planes)
     _paint(buffer, samples, planes, texture, specular * np.linalg.norm(light[1:4], axis=0), image, mask)
     return image, mask

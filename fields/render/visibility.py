@@ -13,11 +13,11 @@ from .rasterize import Fragments, rasterize
 
 # %% ../../nbs/23_render.visibility.ipynb #46cd4ce5
 def point_visibility(
-    points_ndc:Tensor,            # (B,L,3) points in the picture frame
-    fragments:Fragments,          # what `rasterize` found for the head
-    bias,                         # depth that a point may lie behind the surface seen, NDC; a number or (B,)
-    softness = 0.0,               # width of the transition, NDC; a number or (B,); 0: a hard test
-) -> Tensor:                      # (B,L) 1 visible, 0 hidden; no gradient
+    points_ndc: Tensor,  # (B,L,3) points in the picture frame
+    fragments: Fragments,  # what `rasterize` found for the head
+    bias,  # depth that a point may lie behind the surface seen, NDC; a number or (B,)
+    softness=0.0,  # width of the transition, NDC; a number or (B,); 0: a hard test
+) -> Tensor:  # (B,L) 1 visible, 0 hidden; no gradient
     "Compare points with the depth of the picture."
     depth, points = fragments.depth, points_ndc.detach()
     B, H, W = depth.shape
@@ -39,15 +39,17 @@ def point_visibility(
 
 # %% ../../nbs/23_render.visibility.ipynb #b6afd5e3
 def landmark_visibility(
-    landmarks:Tensor,             # (B,L,3) points on the posed head, metres
-    vertices:Tensor,              # (B,V,3) posed vertices, metres
-    faces:Tensor,                 # (F,3) triangles that can hide something: all of the head
-    camera:Tensor,                # (B,3) scale, and translation in metres
-    size:int = 112,               # side of the depth picture, pixels
-    bias:float = 0.005,           # metres
-    softness:float = 0.0,         # metres; 0: a hard test
-) -> Tensor:                      # (B,L) 1 visible, 0 hidden; no gradient
+    landmarks: Tensor,  # (B,L,3) points on the posed head, metres
+    vertices: Tensor,  # (B,V,3) posed vertices, metres
+    faces: Tensor,  # (F,3) triangles that can hide something: all of the head
+    camera: Tensor,  # (B,3) scale, and translation in metres
+    size: int = 112,  # side of the depth picture, pixels
+    bias: float = 0.005,  # metres
+    softness: float = 0.0,  # metres; 0: a hard test
+) -> Tensor:  # (B,L) 1 visible, 0 hidden; no gradient
     "Return which landmarks the viewer sees; raise `ValueError` for vertices that are not finite."
-    landmarks, vertices, camera = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (landmarks, vertices, camera))
+    landmarks, vertices, camera = (
+        t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (landmarks, vertices, camera)
+    )
     fragments = rasterize(project(vertices, camera), faces, size)
     return point_visibility(project(landmarks, camera), fragments, bias * camera[:, 0], softness * camera[:, 0])

@@ -23,29 +23,32 @@ from .surface import HeadModel
 @dataclass
 class Problem:
     "A batch of B scans, ready to be solved; n identities are solved, or none."
-    template:Tensor               # (B,V,3), or (1,V,3)
-    faces:Tensor                  # (F,3)
-    basis:Tensor                  # (V,3,P)
-    joints:Tensor                 # (B,2,3) or (1,2,3)
-    joint_basis:Tensor            # (2,3,P)
-    jaw_weights:Tensor            # (V,)
-    correctives:Tensor|None       # (V,3,9)
-    points:Tensor                 # (B,N,3)
-    share:Tensor                  # (B,N) weight of each point in the mean, 0 for padding
-    landmarks:Tensor              # (B,L,3)
-    corners:Tensor                # (L,3)
-    weights:Tensor                # (L,3)
-    prior:Tensor                  # (P+9,)
-    identities:int
-    surface:SurfaceTorch
+
+    template: Tensor  # (B,V,3), or (1,V,3)
+    faces: Tensor  # (F,3)
+    basis: Tensor  # (V,3,P)
+    joints: Tensor  # (B,2,3) or (1,2,3)
+    joint_basis: Tensor  # (2,3,P)
+    jaw_weights: Tensor  # (V,)
+    correctives: Tensor | None  # (V,3,9)
+    points: Tensor  # (B,N,3)
+    share: Tensor  # (B,N) weight of each point in the mean, 0 for padding
+    landmarks: Tensor  # (B,L,3)
+    corners: Tensor  # (L,3)
+    weights: Tensor  # (L,3)
+    prior: Tensor  # (P+9,)
+    identities: int
+    surface: SurfaceTorch
+
 
 @dataclass
 class BatchState:
     "Parameters of B scans."
-    coefficients:Tensor           # (B,P)
-    rotation:Tensor               # (B,3,3)
-    translation:Tensor            # (B,3)
-    jaw:Tensor                    # (B,3)
+
+    coefficients: Tensor  # (B,P)
+    rotation: Tensor  # (B,3,3)
+    translation: Tensor  # (B,3)
+    jaw: Tensor  # (B,3)
 
     def moved(self, step):
         "Return the state after a step (B,P+9)."
@@ -62,7 +65,10 @@ def _padded(scans, device):
     "Stack point clouds of different sizes (B,N,3), with a mask (B,N)."
     size = max(map(len, scans))
     points = np.stack([np.concatenate([s, np.repeat(s[:1], size - len(s), 0)]) for s in scans])
-    return torch.tensor(points, dtype=torch.float32, device=device), torch.tensor(np.stack([np.arange(size) < len(s) for s in scans]), device=device)
+    return torch.tensor(points, dtype=torch.float32, device=device), torch.tensor(
+        np.stack([np.arange(size) < len(s) for s in scans]), device=device
+    )
+
 
 def _problem(model, targets, centres, shapes, config, device):
     "Put a model and prepared scans on a device."
@@ -77,62 +83,93 @@ def _problem(model, targets, centres, shapes, config, device):
         basis, joint_basis, n = basis[..., n:], joint_basis[..., n:], 0
     points, mask = _padded([s.points[s.used] - c for s, c in zip(targets, centres)], device)
     free = basis.shape[-1] - n
-    prior = np.r_[np.full(n, config.shape_weight ** 2), np.full(free, config.expression_weight ** 2), np.zeros(6), np.full(3, config.pose_weight ** 2)]
-    return Problem(template, torch.tensor(model.faces, device=device).long(), t(basis), joints, t(joint_basis), t(model.jaw_weights),
-                   None if model.correctives is None else t(model.correctives), points, mask / mask.sum(1, keepdim=True),
-                   t(np.stack([s.landmarks - c for s, c in zip(targets, centres)])), torch.tensor(targets[0].corners, device=device), t(targets[0].weights),
-                   t(prior), n, SurfaceTorch(model.template, model.faces))
+    prior = np.r_[
+        np.full(n, config.shape_weight**2),
+        np.full(free, config.expression_weight**2),
+        np.zeros(6),
+        np.full(3, config.pose_weight**2),
+    ]
+    return Problem(
+        template,
+        torch.tensor(model.faces, device=device).long(),
+        t(basis),
+        joints,
+        t(joint_basis),
+        t(model.jaw_weights),
+        None if model.correctives is None else t(model.correctives),
+        points,
+        mask / mask.sum(1, keepdim=True),
+        t(np.stack([s.landmarks - c for s, c in zip(targets, centres)])),
+        torch.tensor(targets[0].corners, device=device),
+        t(targets[0].weights),
+        t(prior),
+        n,
+        SurfaceTorch(model.template, model.faces),
+    )
 
 # %% ../../nbs/46_scans.batched.ipynb #08a8b229
 def pose_batch(
-    problem:Problem,
-    state:BatchState,
-) -> tuple:                       # vertices (B,V,3), before skinning (B,V,3), joints (B,2,3), rotation of the jaw (B,3,3)
+    problem: Problem,
+    state: BatchState,
+) -> tuple:  # vertices (B,V,3), before skinning (B,V,3), joints (B,2,3), rotation of the jaw (B,3,3)
     "Pose the heads; see `fields.scans.surface.pose`."
     turn = rodrigues(state.jaw)
     swing = turn - torch.eye(3, device=turn.device)
     u = problem.template + torch.einsum("vcp,bp->bvc", problem.basis, state.coefficients)
     joints = problem.joints + torch.einsum("jcp,bp->bjc", problem.joint_basis, state.coefficients)
-    if problem.correctives is not None: u = u + torch.einsum("vck,bk->bvc", problem.correctives, swing.flatten(1))
+    if problem.correctives is not None:
+        u = u + torch.einsum("vck,bk->bvc", problem.correctives, swing.flatten(1))
     y = u + problem.jaw_weights[:, None] * ((u - joints[:, 1:]) @ swing.mT)
     return (y - joints[:, :1]) @ state.rotation.mT + joints[:, :1] + state.translation[:, None], u, joints, turn
 
+
 def energy_batch(
-    problem:Problem,
-    state:BatchState,
-    config:ScanConfig,
-) -> tuple:                       # energy (B,), posed head, closest points, landmarks (B,L,3)
+    problem: Problem,
+    state: BatchState,
+    config: ScanConfig,
+) -> tuple:  # energy (B,), posed head, closest points, landmarks (B,L,3)
     "Return the energy of every scan, without that of known identities."
     posed = pose_batch(problem, state)
     found = problem.surface.closest(problem.points, posed[0])
     squared, sigma = found[0].square(), config.sigma
     marks = torch.einsum("lk,blkc->blc", problem.weights, posed[0][:, problem.corners])
     solved = torch.cat([state.coefficients, torch.zeros_like(state.translation).repeat(1, 2), state.jaw], 1)
-    energy = (config.scan_weight ** 2 * (problem.share * sigma * squared / (sigma ** 2 + squared.square()).sqrt()).sum(1)
-              + config.landmark_weight ** 2 * (marks - problem.landmarks).square().sum((1, 2)) + solved.square() @ problem.prior)
+    energy = (
+        config.scan_weight**2 * (problem.share * sigma * squared / (sigma**2 + squared.square()).sqrt()).sum(1)
+        + config.landmark_weight**2 * (marks - problem.landmarks).square().sum((1, 2))
+        + solved.square() @ problem.prior
+    )
     return energy, posed, found, marks
 
 # %% ../../nbs/46_scans.batched.ipynb #0044b19f
 def turn_derivative(
-    v:Tensor,                     # (B,3) axis-angle
-    R:Tensor,                     # (B,3,3) its rotation
-) -> Tensor:                      # (B,3,3,3) derivative of R, last axis the component of v
+    v: Tensor,  # (B,3) axis-angle
+    R: Tensor,  # (B,3,3) its rotation
+) -> Tensor:  # (B,3,3,3) derivative of R, last axis the component of v
     "Return the derivative of a rotation with respect to its axis-angle vector."
     squared, unit = v.square().sum(-1)[:, None, None], torch.eye(3, device=v.device, dtype=v.dtype)
     cross = lambda x: torch.linalg.cross(x[:, None].expand(-1, 3, -1), unit[None], dim=-1).mT
-    parts = [torch.where(squared > 1e-8, (v[:, i, None, None] * cross(v) + cross(torch.linalg.cross(v, unit[i] - R[:, :, i]))) / squared.clamp_min(1e-8) @ R,
-                         cross(unit[i].expand_as(v))) for i in range(3)]
+    parts = [
+        torch.where(
+            squared > 1e-8,
+            (v[:, i, None, None] * cross(v) + cross(torch.linalg.cross(v, unit[i] - R[:, :, i])))
+            / squared.clamp_min(1e-8)
+            @ R,
+            cross(unit[i].expand_as(v)),
+        )
+        for i in range(3)
+    ]
     return torch.stack(parts, -1)
 
 # %% ../../nbs/46_scans.batched.ipynb #0d1a56b8
 def jacobian_batch(
-    problem:Problem,
-    state:BatchState,
-    posed:tuple,                  # from `pose_batch`
-    corners:Tensor,               # (B,N,3)
-    weights:Tensor,               # (B,N,3)
-    direction:Tensor,             # (B,N,3)
-) -> Tensor:                      # (B,N,P+9)
+    problem: Problem,
+    state: BatchState,
+    posed: tuple,  # from `pose_batch`
+    corners: Tensor,  # (B,N,3)
+    weights: Tensor,  # (B,N,3)
+    direction: Tensor,  # (B,N,3)
+) -> Tensor:  # (B,N,P+9)
     "Return the derivative of direction . point with respect to all parameters."
     vertices, u, joints, turn = posed
     B, N = corners.shape[:2]
@@ -152,32 +189,46 @@ def jacobian_batch(
         jaw = jaw + torch.stack([torch.einsum("nkc,nkci->ni", m[b], change[b][corners[b]]) for b in range(B)])
     return torch.cat([rows, torch.linalg.cross(lever, direction), direction, jaw], -1)
 
+
 def normal_batch(
-    problem:Problem,
-    state:BatchState,
-    value:tuple,                  # from `energy_batch`
-    config:ScanConfig,
-) -> tuple:                       # (B,P+9,P+9), (B,P+9)
+    problem: Problem,
+    state: BatchState,
+    value: tuple,  # from `energy_batch`
+    config: ScanConfig,
+) -> tuple:  # (B,P+9,P+9), (B,P+9)
     "Return Gauss-Newton matrices and gradients."
     _, posed, (distance, face, weights), marks = value
     corners = problem.faces[face]
     B, N = face.shape
     of = posed[0].gather(1, corners.flatten(1)[..., None].expand(-1, -1, 3)).view(B, N, 3, 3)
     line = (weights[..., None] * of).sum(2) - problem.points
-    normal = torch.nn.functional.normalize(torch.linalg.cross(of[:, :, 1] - of[:, :, 0], of[:, :, 2] - of[:, :, 0]), dim=-1)
+    normal = torch.nn.functional.normalize(
+        torch.linalg.cross(of[:, :, 1] - of[:, :, 0], of[:, :, 2] - of[:, :, 0]), dim=-1
+    )
     touching = distance < 1e-6
     line = torch.where(touching[..., None], normal, line / distance.clamp_min(1e-6)[..., None])
     sigma = config.sigma
-    slope = (sigma / (sigma ** 2 + distance.pow(4)).sqrt()).pow(3)
+    slope = (sigma / (sigma**2 + distance.pow(4)).sqrt()).pow(3)
     J = jacobian_batch(problem, state, posed, corners, weights, line)
-    w = config.scan_weight ** 2 * problem.share * slope
+    w = config.scan_weight**2 * problem.share * slope
     L, k = len(problem.corners), config.landmark_weight
     spread = lambda x: x.repeat(3, 1)[None].expand(B, -1, -1)
-    K = jacobian_batch(problem, state, posed, spread(problem.corners), spread(problem.weights), torch.eye(3, device=J.device).repeat_interleave(L, 0)[None].expand(B, -1, -1))
+    K = jacobian_batch(
+        problem,
+        state,
+        posed,
+        spread(problem.corners),
+        spread(problem.weights),
+        torch.eye(3, device=J.device).repeat_interleave(L, 0)[None].expand(B, -1, -1),
+    )
     gap = (marks - problem.landmarks).mT.flatten(1)
     solved = torch.cat([state.coefficients, torch.zeros_like(state.translation).repeat(1, 2), state.jaw], 1)
-    H = (J * w[..., None]).mT @ J + k ** 2 * K.mT @ K + torch.diag(problem.prior)
-    g = torch.einsum("bnp,bn->bp", J, w * distance * ~touching) + k ** 2 * torch.einsum("bnp,bn->bp", K, gap) + problem.prior * solved
+    H = (J * w[..., None]).mT @ J + k**2 * K.mT @ K + torch.diag(problem.prior)
+    g = (
+        torch.einsum("bnp,bn->bp", J, w * distance * ~touching)
+        + k**2 * torch.einsum("bnp,bn->bp", K, gap)
+        + problem.prior * solved
+    )
     return H, g
 
 # %% ../../nbs/46_scans.batched.ipynb #50ca4280
@@ -191,7 +242,12 @@ def _steps(H, g, damping, n, subjects):
     A[:, :n, :n], r[:, :n] = H[:, :, :n, :n].sum(1), g[:, :, :n].sum(1)
     for k in range(K):
         own = slice(n + k * q, n + (k + 1) * q)
-        A[:, :n, own], A[:, own, :n], A[:, own, own], r[:, own] = H[:, k, :n, n:], H[:, k, n:, :n], H[:, k, n:, n:], g[:, k, n:]
+        A[:, :n, own], A[:, own, :n], A[:, own, own], r[:, own] = (
+            H[:, k, :n, n:],
+            H[:, k, n:, :n],
+            H[:, k, n:, n:],
+            g[:, k, n:],
+        )
     A, r = A.double(), r.double()
     diagonal = A.diagonal(dim1=1, dim2=2)
     A = A + torch.diag_embed(damping[:, None] * diagonal + 1e-9 * diagonal.amax(1, keepdim=True))
@@ -199,11 +255,17 @@ def _steps(H, g, damping, n, subjects):
     own = step[:, n:].view(subjects, K, q)
     return torch.cat([step[:, None, :n].expand(-1, K, -1), own], -1).reshape(B, p).float()
 
+
 def _start(problem, B):
     "Return the rigid fit of the landmarks."
     device, P = problem.points.device, problem.basis.shape[-1]
     eye = torch.eye(3, device=device)
-    state = BatchState(torch.zeros(B, P, device=device), eye.repeat(B, 1, 1), torch.zeros(B, 3, device=device), torch.zeros(B, 3, device=device))
+    state = BatchState(
+        torch.zeros(B, P, device=device),
+        eye.repeat(B, 1, 1),
+        torch.zeros(B, 3, device=device),
+        torch.zeros(B, 3, device=device),
+    )
     vertices, _, joints, _ = pose_batch(problem, state)
     source = torch.einsum("lk,blkc->blc", problem.weights, vertices[:, problem.corners]).expand(B, -1, -1)
     a, b = source.mean(1), problem.landmarks.mean(1)
@@ -216,18 +278,20 @@ def _start(problem, B):
 
 # %% ../../nbs/46_scans.batched.ipynb #23ba811f
 def solve_batch(
-    problem:Problem,
-    config:ScanConfig,
-    subjects:int,                 # who share identities, or simply the number of scans
-    tolerance:float=1e-3,         # a subject is done when a step gains less than this part of its energy
-) -> tuple:                       # state, energy (B,), steps (S,), converged (S,)
+    problem: Problem,
+    config: ScanConfig,
+    subjects: int,  # who share identities, or simply the number of scans
+    tolerance: float = 1e-3,  # a subject is done when a step gains less than this part of its energy
+) -> tuple:  # state, energy (B,), steps (S,), converged (S,)
     "Minimise the energies of all subjects."
     B = len(problem.points)
     state = _start(problem, B)
     value = energy_batch(problem, state, config)
     total = lambda v: v[0].view(subjects, -1).sum(1)
     damping = torch.full((subjects,), 1e-3, device=problem.points.device, dtype=torch.float64)
-    steps, done, failed = (torch.zeros(subjects, device=damping.device, dtype=d) for d in (torch.long, torch.bool, torch.long))
+    steps, done, failed = (
+        torch.zeros(subjects, device=damping.device, dtype=d) for d in (torch.long, torch.bool, torch.long)
+    )
     for _ in range(2 * config.max_steps):
         H, g = normal_batch(problem, state, value, config)
         new = state.moved(_steps(H, g, damping, problem.identities, subjects))
@@ -240,23 +304,25 @@ def solve_batch(
         damping = torch.where(better, damping / 10, (damping * 10).clamp_min(1e-6))
         done = done | better & (gain < tolerance * total(energy)) | (failed >= 6)
         value = energy_batch(problem, state, config) if not better.all() else energy
-        if (done | (steps >= config.max_steps)).all(): break
+        if (done | (steps >= config.max_steps)).all():
+            break
     return state, value, steps, done
 
 # %% ../../nbs/46_scans.batched.ipynb #5ab83f85
 def fit_batch(
-    model:HeadModel,              # with identity coefficients
-    scans:list,                   # (points, landmarks) of cropped scans, metres
-    which:str="static51",         # landmark set
-    config:ScanConfig=ScanConfig(),
-    shapes=None,                  # (B,300) known identities; None: they are solved
-    frames:int=1,                 # consecutive scans that share an identity, where it is solved
+    model: HeadModel,  # with identity coefficients
+    scans: list,  # (points, landmarks) of cropped scans, metres
+    which: str = "static51",  # landmark set
+    config: ScanConfig = ScanConfig(),
+    shapes=None,  # (B,300) known identities; None: they are solved
+    frames: int = 1,  # consecutive scans that share an identity, where it is solved
     device="cpu",
-    tolerance:float=1e-3,         # stop when a step gains less than this part of the energy
-) -> list:                        # one `Fit` a scan
+    tolerance: float = 1e-3,  # stop when a step gains less than this part of the energy
+) -> list:  # one `Fit` a scan
     "Fit many scans at once; raise `ScanError` if one cannot be used."
     check_config(config)
-    if len(scans) % frames: raise ValueError(f"{len(scans)} scans are not a multiple of {frames} frames a subject")
+    if len(scans) % frames:
+        raise ValueError(f"{len(scans)} scans are not a multiple of {frames} frames a subject")
     begin, targets = time.perf_counter(), [prepare_target(model, *s, which, config) for s in scans]
     centres = [t.landmarks.mean(0) for t in targets]
     problem = _problem(model, targets, centres, shapes, config, device)
@@ -264,16 +330,51 @@ def fit_batch(
     state, value, steps, done = solve_batch(problem, config, subjects, tolerance)
     points, mask = _padded([t.points - c for t, c in zip(targets, centres)], device)
     distance = problem.surface.closest(points, value[1][0])[0].masked_fill(~mask, float("nan"))
-    median, mean, p95 = distance.nanmedian(1).values, distance.nanmean(1), distance.nanquantile(.95, 1)
+    median, mean, p95 = distance.nanmedian(1).values, distance.nanmean(1), distance.nanquantile(0.95, 1)
     gap = (value[3] - problem.landmarks).norm(dim=-1).mean(1)
     cpu = lambda x: x.detach().cpu().numpy()
-    c, R, t, jaw, median, mean, p95, gap, energy, steps, done, distance = map(cpu, (state.coefficients, matrix_to_axis_angle(state.rotation), state.translation, state.jaw, median, mean, p95, gap, value[0], steps, done, distance))
+    c, R, t, jaw, median, mean, p95, gap, energy, steps, done, distance = map(
+        cpu,
+        (
+            state.coefficients,
+            matrix_to_axis_angle(state.rotation),
+            state.translation,
+            state.jaw,
+            median,
+            mean,
+            p95,
+            gap,
+            value[0],
+            steps,
+            done,
+            distance,
+        ),
+    )
     n, e, seconds, out = problem.identities, model.expressions, (time.perf_counter() - begin) / len(scans), []
     pad = lambda x, size: np.pad(np.asarray(x, np.float32), (0, max(0, size - len(x))))
     for k, target in enumerate(targets):
         s = k * subjects // len(scans)
-        fixed = 0 if shapes is None else config.shape_weight ** 2 * float(np.square(shapes[k]).sum())
-        out.append(Fit(pad(c[k, :n] if shapes is None else shapes[k], 300), pad(c[k, n:n + e], 50), pad(c[k, n + e:], 2), jaw[k], R[k], t[k] + centres[k],
-                       float(median[k]), float(mean[k]), float(p95[k]), float(gap[k]), len(target.points), float(energy[k]) + fixed, int(steps[s]), bool(done[s]),
-                       seconds, model.sha256, which, distance[k, :len(target.points)]))
+        fixed = 0 if shapes is None else config.shape_weight**2 * float(np.square(shapes[k]).sum())
+        out.append(
+            Fit(
+                pad(c[k, :n] if shapes is None else shapes[k], 300),
+                pad(c[k, n : n + e], 50),
+                pad(c[k, n + e :], 2),
+                jaw[k],
+                R[k],
+                t[k] + centres[k],
+                float(median[k]),
+                float(mean[k]),
+                float(p95[k]),
+                float(gap[k]),
+                len(target.points),
+                float(energy[k]) + fixed,
+                int(steps[s]),
+                bool(done[s]),
+                seconds,
+                model.sha256,
+                which,
+                distance[k, : len(target.points)],
+            )
+        )
     return out

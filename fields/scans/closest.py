@@ -9,10 +9,13 @@ __all__ = ['Surface', 'SurfaceTorch', 'closest_points']
 import numpy as np
 
 # %% ../../nbs/41_scans.closest.ipynb #eb6ed433
-try: from numba import njit, prange
+try:
+    from numba import njit, prange
 except ImportError:
     prange = range
-    def njit(*_, **__): return lambda function: function
+
+    def njit(*_, **__):
+        return lambda function: function
 
 # %% ../../nbs/41_scans.closest.ipynb #10fc083c
 @njit(cache=True, inline="always")
@@ -24,6 +27,7 @@ def _edge(px, py, pz, ax, ay, az, bx, by, bz):
         along = min(1.0, max(0.0, ((px - ax) * ux + (py - ay) * uy + (pz - az) * uz) / length))
     dx, dy, dz = px - ax - along * ux, py - ay - along * uy, pz - az - along * uz
     return dx * dx + dy * dy + dz * dz, along
+
 
 @njit(cache=True)
 def _triangle(p, corners):
@@ -42,9 +46,11 @@ def _triangle(p, corners):
     best, s = _edge(px, py, pz, ax, ay, az, bx, by, bz)
     t = 0.0
     d, r = _edge(px, py, pz, ax, ay, az, cx, cy, cz)
-    if d < best: best, s, t = d, 0.0, r
+    if d < best:
+        best, s, t = d, 0.0, r
     d, r = _edge(px, py, pz, bx, by, bz, cx, cy, cz)
-    if d < best: best, s, t = d, 1.0 - r, r
+    if d < best:
+        best, s, t = d, 1.0 - r, r
     return best, s, t
 
 # %% ../../nbs/41_scans.closest.ipynb #bf43f33f
@@ -62,7 +68,8 @@ def _build(centres, leaf):
             part, axis, width = order[first:last].copy(), 0, -1.0
             for k in range(3):
                 values = centres[part, k]
-                if values.max() - values.min() > width: axis, width = k, values.max() - values.min()
+                if values.max() - values.min() > width:
+                    axis, width = k, values.max() - values.min()
             order[first:last] = part[np.argsort(centres[part, axis], kind="mergesort")]
             middle = (first + last) // 2
             child[node, 0], child[node, 1] = count, count + 1
@@ -72,12 +79,14 @@ def _build(centres, leaf):
         node += 1
     return order, child[:count].copy(), span[:count].copy()
 
+
 @njit(cache=True)
 def _boxes(vertices, faces, order, child, span, corners, boxes):
     "Fill the corners of the triangles in the order of the tree, and the boxes (lower, upper corner) from the leaves to the root."
     for i in range(order.shape[0]):
         for j in range(3):
-            for k in range(3): corners[i, 3 * j + k] = vertices[faces[order[i], j], k]
+            for k in range(3):
+                corners[i, 3 * j + k] = vertices[faces[order[i], j], k]
     for node in range(child.shape[0] - 1, -1, -1):
         left, right = child[node, 0], child[node, 1]
         for k in range(3):
@@ -86,7 +95,8 @@ def _boxes(vertices, faces, order, child, span, corners, boxes):
                 low, high = min(boxes[left, k], boxes[right, k]), max(boxes[left, 3 + k], boxes[right, 3 + k])
             else:
                 for i in range(span[node, 0], span[node, 1]):
-                    for j in range(k, 9, 3): low, high = min(low, corners[i, j]), max(high, corners[i, j])
+                    for j in range(k, 9, 3):
+                        low, high = min(low, corners[i, j]), max(high, corners[i, j])
             boxes[node, k], boxes[node, 3 + k] = low, high
 
 # %% ../../nbs/41_scans.closest.ipynb #ecfa394b
@@ -95,6 +105,7 @@ def _outside(px, py, pz, box):
     "Return the squared distance of p to a box; 0 inside."
     x, y, z = max(box[0] - px, px - box[3], 0.0), max(box[1] - py, py - box[4], 0.0), max(box[2] - pz, pz - box[5], 0.0)
     return x * x + y * y + z * z
+
 
 @njit(cache=True, parallel=True)
 def _search(points, corners, child, span, boxes, guess, distance, found, weights):
@@ -107,28 +118,35 @@ def _search(points, corners, child, span, boxes, guess, distance, found, weights
         stack[0], bound[0] = 0, _outside(px, py, pz, boxes[0])
         while top > 0:
             top -= 1
-            if bound[top] >= best: continue
+            if bound[top] >= best:
+                continue
             node = stack[top]
             left, right = child[node, 0], child[node, 1]
             if left < 0:
                 for g in range(span[node, 0], span[node, 1]):
                     d, x, y = _triangle(p, corners[g])
-                    if d < best: best, s, t, f = d, x, y, g
+                    if d < best:
+                        best, s, t, f = d, x, y, g
                 continue
             near, far = _outside(px, py, pz, boxes[left]), _outside(px, py, pz, boxes[right])
-            if near > far: left, right, near, far = right, left, far, near
-            if far < best: stack[top], bound[top], top = right, far, top + 1
-            if near < best: stack[top], bound[top], top = left, near, top + 1
+            if near > far:
+                left, right, near, far = right, left, far, near
+            if far < best:
+                stack[top], bound[top], top = right, far, top + 1
+            if near < best:
+                stack[top], bound[top], top = left, near, top + 1
         distance[i], found[i] = np.sqrt(best), f
         weights[i, 0], weights[i, 1], weights[i, 2] = 1.0 - s - t, s, t
 
 # %% ../../nbs/41_scans.closest.ipynb #cda05ca6
 class Surface:
     "Exact closest points on a triangle mesh whose vertices may move."
-    def __init__(self,
-        vertices,                 # (V,3)
-        faces,                    # (F,3) vertex indices
-        leaf:int=3,               # triangles in a leaf of the tree
+
+    def __init__(
+        self,
+        vertices,  # (V,3)
+        faces,  # (F,3) vertex indices
+        leaf: int = 3,  # triangles in a leaf of the tree
     ):
         self.faces = np.ascontiguousarray(faces, np.int32)
         vertices = np.asarray(vertices, np.float64)
@@ -157,8 +175,10 @@ class Surface:
     def closest(self, points, guess=None):
         "Return distance (N,), face (N,) and weights (N,3) of the closest points; `guess` are faces to start from."
         points = np.ascontiguousarray(points, np.float64)
-        if points.ndim != 2 or points.shape[1] != 3: raise ValueError(f"points have shape {points.shape}, not (N, 3)")
-        if not np.isfinite(points).all(): raise ValueError("a point to search from is not a finite number")
+        if points.ndim != 2 or points.shape[1] != 3:
+            raise ValueError(f"points have shape {points.shape}, not (N, 3)")
+        if not np.isfinite(points).all():
+            raise ValueError("a point to search from is not a finite number")
         n = len(points)
         distance, found, weights = np.empty(n), np.empty(n, np.int64), np.empty((n, 3))
         guess = np.zeros(n, np.int64) if guess is None else self.place[guess]
@@ -169,6 +189,7 @@ class Surface:
 def _triangle_torch(p, a, b, c):
     "Return squared distance, and weights of b and c, at the closest points of triangles a, b, c to p; all (...,3)."
     import torch
+
     dot = lambda x, y: (x * y).sum(-1)
     u, v, w = b - a, c - a, p - a
     uu, vv, uv, wu, wv, ww = dot(u, u), dot(v, v), dot(u, v), dot(w, u), dot(w, v), dot(w, w)
@@ -189,20 +210,23 @@ def _triangle_torch(p, a, b, c):
 # %% ../../nbs/41_scans.closest.ipynb #ad4bc90e
 class SurfaceTorch:
     "Exact closest points on a batch of meshes with common triangles, on the device of the vertices."
-    def __init__(self,
-        vertices,                 # (V,3) numpy, any shape of the mesh; decides how triangles are grouped
-        faces,                    # (F,3) vertex indices
-        size:int=32,              # triangles in a group
-        nearest:int=8,            # groups that are tried first
+
+    def __init__(
+        self,
+        vertices,  # (V,3) numpy, any shape of the mesh; decides how triangles are grouped
+        faces,  # (F,3) vertex indices
+        size: int = 32,  # triangles in a group
+        nearest: int = 8,  # groups that are tried first
     ):
         vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
         order = _build(vertices[faces].mean(1), size)[0]
         order = np.concatenate([order, np.repeat(order[-1:], -len(order) % size)]).reshape(-1, size)
         self.order, self.faces, self.nearest = order, faces, min(nearest, len(order))
 
-    def closest(self, points, vertices, rows:int=1 << 21):
+    def closest(self, points, vertices, rows: int = 1 << 21):
         "Return distance (B,N), face (B,N) and weights (B,N,3) for points (B,N,3) and vertices (B,V,3)."
         import torch
+
         if not (torch.isfinite(points).all() and torch.isfinite(vertices).all()):
             raise ValueError("a point or a vertex is not a finite number")
         order, faces = (torch.as_tensor(x, device=points.device) for x in (self.order, self.faces))
@@ -213,14 +237,20 @@ class SurfaceTorch:
         bound = torch.cdist(points, centre, compute_mode="donot_use_mm_for_euclid_dist") - radius[:, None]
         flat, bound = points.reshape(-1, 3), bound.flatten(0, 1)
         frame = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
-        squared, face, weights = flat.new_full((len(flat),), torch.inf), order.new_zeros(len(flat)), torch.zeros_like(flat)
+        squared, face, weights = (
+            flat.new_full((len(flat),), torch.inf),
+            order.new_zeros(len(flat)),
+            torch.zeros_like(flat),
+        )
         rest, done = torch.arange(len(flat), device=points.device), 0
         while len(rest):
             low, near = bound[rest].topk(min(k + 1, len(order)), -1, largest=False)
             best = self._try(flat[rest], frame[rest], order[near[:, done:k]].flatten(1), corners, rows)
             closer = best[0] < squared[rest]
-            for kept, new in zip((squared, face, weights), best): kept[rest[closer]] = new[closer]
-            if low.shape[1] <= k: break
+            for kept, new in zip((squared, face, weights), best):
+                kept[rest[closer]] = new[closer]
+            if low.shape[1] <= k:
+                break
             rest = rest[low[:, k].clamp_min(0).square() < squared[rest]]
             done, k = k, min(4 * k, len(order))
         return squared.sqrt().view(points.shape[:2]), face.view(points.shape[:2]), weights.view(points.shape)
@@ -229,9 +259,10 @@ class SurfaceTorch:
     def _try(points, frame, faces, corners, rows):
         "Return the best of the triangles `faces` (M,K) for every point (M,3), in pieces of `rows` pairs."
         import torch
+
         parts, step = [], max(1, rows // faces.shape[1])
         for i in range(0, len(points), step):
-            f, k, p = faces[i:i + step], frame[i:i + step], points[i:i + step]
+            f, k, p = faces[i : i + step], frame[i : i + step], points[i : i + step]
             squared, s, t = _triangle_torch(p[:, None], *corners[k[:, None], f].unbind(2))
             index = squared.argmin(1, keepdim=True)
             f, s, t = (x.gather(1, index)[:, 0] for x in (f, s, t))
@@ -242,18 +273,21 @@ class SurfaceTorch:
 
 # %% ../../nbs/41_scans.closest.ipynb #a3e766b7
 def closest_points(
-    query,                        # (N,3) or (B,N,3) points, numpy or tensor
-    vertices,                     # (V,3), or (B,V,3) for a batch of meshes with common triangles
-    faces,                        # (F,3) vertex indices
-) -> tuple:                       # distance (B,N), point (B,N,3), face (B,N), weights (B,N,3); without B for a single query
+    query,  # (N,3) or (B,N,3) points, numpy or tensor
+    vertices,  # (V,3), or (B,V,3) for a batch of meshes with common triangles
+    faces,  # (F,3) vertex indices
+) -> tuple:  # distance (B,N), point (B,N,3), face (B,N), weights (B,N,3); without B for a single query
     "Return the exact closest points of a mesh; tensors on a GPU stay there. Raise `ValueError` for numbers that are not finite."
     tensor, single = hasattr(query, "detach"), query.ndim == 2
     if tensor and query.device.type != "cpu":
         import torch
+
         points = query[None] if single else query
         meshes = torch.as_tensor(vertices, device=points.device, dtype=points.dtype)
         meshes = (meshes[None] if meshes.ndim == 2 else meshes).expand(len(points), -1, -1)
-        found = SurfaceTorch(meshes[0].cpu().numpy(), np.asarray(getattr(faces, "cpu", lambda: faces)())).closest(points, meshes)
+        found = SurfaceTorch(meshes[0].cpu().numpy(), np.asarray(getattr(faces, "cpu", lambda: faces)())).closest(
+            points, meshes
+        )
         index = torch.as_tensor(faces, device=points.device)[found[1]]
         corners = meshes.gather(1, index.flatten(1)[..., None].expand(-1, -1, 3)).unflatten(1, index.shape[1:])
         result = found[0], (corners * found[2][..., None]).sum(-2), found[1], found[2]
@@ -267,6 +301,7 @@ def closest_points(
     result = [np.stack(x) for x in ([f[0] for f in found], at, [f[1] for f in found], [f[2] for f in found])]
     if tensor:
         import torch
+
         result = [torch.from_numpy(r) for r in result]
         result = [r.to(query.dtype) if r.is_floating_point() else r for r in result]
     return tuple(r[0] for r in result) if single else tuple(result)

@@ -14,13 +14,15 @@ from ..viz import figure
 class ScanError(ValueError):
     "A scan or its landmarks cannot be used; the message says why and what to do."
 
+
 @dataclass
 class Crop:
     "Which points of a scan are kept, and the ellipse that decided."
-    mask:np.ndarray               # (N,) bool, True where a point is kept
-    axes:np.ndarray               # (3,3) rows: first and second principal axis, normal of the plane
-    centre:np.ndarray             # (3,) mean of the landmarks
-    radii:np.ndarray              # (2,) radii of the ellipse, margin included
+
+    mask: np.ndarray  # (N,) bool, True where a point is kept
+    axes: np.ndarray  # (3,3) rows: first and second principal axis, normal of the plane
+    centre: np.ndarray  # (3,) mean of the landmarks
+    radii: np.ndarray  # (2,) radii of the ellipse, margin included
 
     def plane(self, points):
         "Return (N,3) coordinates u, v in the plane and w along its normal."
@@ -33,48 +35,56 @@ def _finite(values, columns, name):
     if values.ndim != 2 or values.shape[1] != columns:
         raise ScanError(f"{name} have shape {values.shape}, not (N, {columns}); give one point a row")
     bad = int((~np.isfinite(values)).any(1).sum())
-    if bad: raise ScanError(f"{bad} of {len(values)} {name} are not finite numbers; remove them or repair the file")
+    if bad:
+        raise ScanError(f"{bad} of {len(values)} {name} are not finite numbers; remove them or repair the file")
     return values
 
+
 def ellipse_crop(
-    points,                       # (N,3) points of the scan
-    landmarks,                    # (L,3) landmarks in the same unit and frame
-    margin:float=1.0,             # factor on both radii; 1 is Eq. 13
-    depth:float=0.0,              # keep points within this distance of the plane; 0: no limit, as in Eq. 13
-) -> Crop:                        # mask of the kept points, and the ellipse
+    points,  # (N,3) points of the scan
+    landmarks,  # (L,3) landmarks in the same unit and frame
+    margin: float = 1.0,  # factor on both radii; 1 is Eq. 13
+    depth: float = 0.0,  # keep points within this distance of the plane; 0: no limit, as in Eq. 13
+) -> Crop:  # mask of the kept points, and the ellipse
     "Keep the points inside the landmarks' ellipse; raise `ScanError` if that cannot be done or keeps nothing."
     points, landmarks = _finite(points, 3, "scan points"), _finite(landmarks, 3, "landmarks")
-    if not margin > 0 or not depth >= 0: raise ValueError(f"margin={margin} must be positive and depth={depth} not negative")
+    if not margin > 0 or not depth >= 0:
+        raise ValueError(f"margin={margin} must be positive and depth={depth} not negative")
     centre = landmarks.mean(0)
     _, width, axes = np.linalg.svd(landmarks - centre, full_matrices=False)
     if len(landmarks) < 4 or width[1] < 1e-6 * max(width[0], 1e-300):
-        raise ScanError(f"{len(landmarks)} landmarks do not span a plane; at least four that are not on one line are needed")
+        raise ScanError(
+            f"{len(landmarks)} landmarks do not span a plane; at least four that are not on one line are needed"
+        )
     axes *= np.where(axes[np.arange(3), np.abs(axes).argmax(1)] < 0, -1.0, 1.0)[:, None]
     axes[2] *= np.sign(np.linalg.det(axes))
     crop = Crop(np.zeros(len(points), bool), axes, centre, margin * np.abs((landmarks - centre) @ axes[:2].T).max(0))
     place = crop.plane(points)
     crop.mask = ((place[:, :2] / crop.radii) ** 2).sum(1) <= 1
-    if depth: crop.mask &= np.abs(place[:, 2]) <= depth
+    if depth:
+        crop.mask &= np.abs(place[:, 2]) <= depth
     if not crop.mask.any():
-        raise ScanError("no scan point lies inside the ellipse of the landmarks; scan and landmarks differ in unit or in frame")
+        raise ScanError(
+            "no scan point lies inside the ellipse of the landmarks; scan and landmarks differ in unit or in frame"
+        )
     return crop
 
 # %% ../../nbs/40_scans.crop.ipynb #d2e1cc7d
 def crop_faces(
-    mask,                         # (N,) bool, points that are kept
-    faces,                        # (F,3) vertex indices
-) -> np.ndarray:                  # (K,3) triangles among the kept points, in the new numbering
+    mask,  # (N,) bool, points that are kept
+    faces,  # (F,3) vertex indices
+) -> np.ndarray:  # (K,3) triangles among the kept points, in the new numbering
     "Return the triangles whose three corners are kept."
     faces = np.asarray(faces)
     return (np.cumsum(mask) - 1)[faces[np.asarray(mask)[faces].all(1)]]
 
 # %% ../../nbs/40_scans.crop.ipynb #b1b625a3
 def crop_picture(
-    points,                       # (N,3) points of the scan
-    landmarks,                    # (L,3) landmarks
-    crop:Crop,                    # result of `ellipse_crop`
-    most:int=6000,                # points drawn, evenly picked
-):                                # matplotlib figure
+    points,  # (N,3) points of the scan
+    landmarks,  # (L,3) landmarks
+    crop: Crop,  # result of `ellipse_crop`
+    most: int = 6000,  # points drawn, evenly picked
+):  # matplotlib figure
     "Draw the raw scan, the ellipse with the landmarks, and the kept points, as in Fig. 10."
     step = max(1, len(points) // most)
     place, marks, kept = crop.plane(points)[::step], crop.plane(landmarks), crop.mask[::step]
@@ -88,7 +98,8 @@ def crop_picture(
         ax.scatter(place[~kept, x], place[~kept, up] * flip, s=1, c="#b0b0b0", linewidths=0)
         ax.scatter(place[kept, x], place[kept, up] * flip, s=1, c="#2a63c8", linewidths=0)
         ax.scatter(marks[:, x], marks[:, up] * flip, s=5, c="#d62728", linewidths=0)
-        if x == across: ax.plot(ring[:, across], ring[:, up] * flip, c="#d62728", lw=1)
+        if x == across:
+            ax.plot(ring[:, across], ring[:, up] * flip, c="#d62728", lw=1)
         ax.set(aspect="equal", title=title)
         ax.axis("off")
     return fig

@@ -18,73 +18,104 @@ from .surface import HeadModel, Posed, State, jacobian, pose
 
 # %% ../../nbs/43_scans.energy.ipynb #581aae1e
 def robust(
-    squared,                      # squared distances, square metres
-    sigma:float,                  # scale, square metres
-):                                # value and slope
+    squared,  # squared distances, square metres
+    sigma: float,  # scale, square metres
+):  # value and slope
     "Return the Geman-McClure function of the official tool and its derivative."
     root = np.sqrt(sigma * sigma + squared * squared)
     return sigma * squared / root, (sigma / root) ** 3
 
 # %% ../../nbs/43_scans.energy.ipynb #ae21c64a
 def align(
-    source,                       # (L,3)
-    target,                       # (L,3)
-    mirror:bool=False,            # allow a reflection
-) -> tuple:                       # rotation (3,3), translation (3,)
+    source,  # (L,3)
+    target,  # (L,3)
+    mirror: bool = False,  # allow a reflection
+) -> tuple:  # rotation (3,3), translation (3,)
     "Return the rigid motion that best takes one set of points to another (closed form)."
     a, b = source.mean(0), target.mean(0)
     U, _, V = np.linalg.svd((target - b).T @ (source - a))
     R = U @ np.diag([1, 1, 1 if mirror else np.sign(np.linalg.det(U @ V))]) @ V
     return R, b - R @ a
 
-STEADY = {"static51": range(31), "bp4d83": range(48)} # brows, eyes, nose: hardly moved by an expression
+
+STEADY = {"static51": range(31), "bp4d83": range(48)}  # brows, eyes, nose: hardly moved by an expression
+
 
 def check_landmarks(
-    landmarks,                    # (L,3) of the scan
-    expected,                     # (L,3) of the mean head, metres
-    which:str,                    # name of the set
+    landmarks,  # (L,3) of the scan
+    expected,  # (L,3) of the mean head, metres
+    which: str,  # name of the set
 ):
     "Raise `ScanError` unless these can be the landmarks of a face, in metres and in the right order."
     if landmarks.shape != expected.shape:
-        raise ScanError(f"{len(landmarks)} landmarks were given, but the set {which} has {len(expected)}; name the set that was annotated")
+        raise ScanError(
+            f"{len(landmarks)} landmarks were given, but the set {which} has {len(expected)}; name the set that was annotated"
+        )
     steady = list(STEADY.get(which, range(len(expected))))
     size = lambda p: np.sqrt(((p[steady] - p[steady].mean(0)) ** 2).sum(1).mean())
+
     def misfit(points, mirror=False):
         R, t = align(expected[steady], points[steady], mirror)
         return np.linalg.norm(expected[steady] @ R.T + t - points[steady], axis=1)
+
     ratio = size(landmarks) / size(expected)
-    if not .75 < ratio < 1.35:
-        for unit, factor in (("millimetres", 1e-3), ("centimetres", 1e-2), ("inches", .0254), ("decimetres", .1)):
-            if .75 < ratio * factor < 1.35:
-                raise ScanError(f"the landmarks seem to be in {unit}; multiply scan and landmarks by {factor:g} to get metres")
-        raise ScanError(f"the landmarks span {ratio:.3g} times a face in metres; the unit is wrong or they are not a face's landmarks")
+    if not 0.75 < ratio < 1.35:
+        for unit, factor in (("millimetres", 1e-3), ("centimetres", 1e-2), ("inches", 0.0254), ("decimetres", 0.1)):
+            if 0.75 < ratio * factor < 1.35:
+                raise ScanError(
+                    f"the landmarks seem to be in {unit}; multiply scan and landmarks by {factor:g} to get metres"
+                )
+        raise ScanError(
+            f"the landmarks span {ratio:.3g} times a face in metres; the unit is wrong or they are not a face's landmarks"
+        )
     error, mirrored = misfit(landmarks), misfit(landmarks, True)
-    if mirrored.mean() < min(.6 * error.mean(), .012):
-        raise ScanError("the landmarks fit only a mirrored face; one axis of the scan is flipped, or left and right are exchanged")
-    if error.mean() > .01 or error.max() > .03:
-        if which == "bp4d83" and misfit(np.r_[landmarks[16:36], landmarks[:16], landmarks[36:]]).mean() < .6 * error.mean():
-            raise ScanError("the 83 landmarks begin with the eyes, as in BU-3DFE; bp4d83 begins with the brows: give rows 16-35, 0-15, 36-82")
-        raise ScanError(f"brows, eyes and nose lie {1000 * error.mean():.0f} mm from those of a face after alignment; the landmarks' order is not that of {which}")
+    if mirrored.mean() < min(0.6 * error.mean(), 0.012):
+        raise ScanError(
+            "the landmarks fit only a mirrored face; one axis of the scan is flipped, or left and right are exchanged"
+        )
+    if error.mean() > 0.01 or error.max() > 0.03:
+        if (
+            which == "bp4d83"
+            and misfit(np.r_[landmarks[16:36], landmarks[:16], landmarks[36:]]).mean() < 0.6 * error.mean()
+        ):
+            raise ScanError(
+                "the 83 landmarks begin with the eyes, as in BU-3DFE; bp4d83 begins with the brows: give rows 16-35, 0-15, 36-82"
+            )
+        raise ScanError(
+            f"brows, eyes and nose lie {1000 * error.mean():.0f} mm from those of a face after alignment; the landmarks' order is not that of {which}"
+        )
 
 # %% ../../nbs/43_scans.energy.ipynb #b1898d53
-PARTS83 = ((range(0, 10), True), (range(10, 20), True), (range(20, 28), True), (range(28, 36), True), (range(36, 48), False),
-           (range(48, 60), True), (range(60, 68), True), (range(68, 83), False)) # rows, and whether they close
+PARTS83 = (
+    (range(0, 10), True),
+    (range(10, 20), True),
+    (range(20, 28), True),
+    (range(28, 36), True),
+    (range(36, 48), False),
+    (range(48, 60), True),
+    (range(60, 68), True),
+    (range(68, 83), False),
+)  # rows, and whether they close
+
 
 def _runs(rows, closed):
     "Return the orders in which a contour may be read: forwards from each start, then backwards."
     rows = np.array(rows)
     return [np.roll(way, -shift) for way in (rows, rows[::-1]) for shift in range(len(rows) if closed else 1)]
 
+
 def match_order(
-    frames,                       # (F,83,3) landmarks of several frames, metres
-    expected,                     # (83,3) of the mean head
-    better:float=.8,              # an order must bring the squared distance below this part to be taken
-) -> np.ndarray:                  # (83,) rows: frames[:, order] is in the expected order
+    frames,  # (F,83,3) landmarks of several frames, metres
+    expected,  # (83,3) of the mean head
+    better: float = 0.8,  # an order must bring the squared distance below this part to be taken
+) -> np.ndarray:  # (83,) rows: frames[:, order] is in the expected order
     "Return the order in which BP4D's 83 landmarks fit the head best."
     frames, plain = np.asarray(frames, np.float64), np.arange(83)
+
     def squared(order):
         moved = [align(expected, f[order]) for f in frames]
         return np.stack([((expected @ R.T + t - f[order]) ** 2).sum(1) for f, (R, t) in zip(frames, moved)]).mean(0)
+
     best, lowest = plain, squared(plain).sum()
     exchanged = np.r_[10:20, 0:10, 28:36, 20:28, 36:83]
     for begin in (plain, exchanged):
@@ -95,107 +126,139 @@ def match_order(
             order = order.copy()
             for rows, closed in PARTS83:
                 rows, usual = np.array(rows), 0
-                if rows[0] == 60: usual = round(lips % 12 * 8 / 12) % 8 + 8 * (lips // 12)
+                if rows[0] == 60:
+                    usual = round(lips % 12 * 8 / 12) % 8 + 8 * (lips // 12)
                 form, runs = expected[rows] - expected[rows].mean(0), _runs(begin[rows], closed)
                 misfit = np.array([((home[:, r].mean(0) - home[:, r].mean((0, 1)) - form) ** 2).sum() for r in runs])
                 best_run = int(misfit.argmin()) if misfit.min() < better * misfit[usual] else usual
                 order[rows] = runs[best_run]
-                if rows[0] == 48: lips = best_run
+                if rows[0] == 48:
+                    lips = best_run
         total = squared(order).sum()
-        if total < better * lowest: best, lowest = order, total
+        if total < better * lowest:
+            best, lowest = order, total
     return best
 
 # %% ../../nbs/43_scans.energy.ipynb #13823d67
 def check_config(
-    config:ScanConfig,            # settings of a fit
+    config: ScanConfig,  # settings of a fit
 ):
     "Raise `ValueError` for weights that are negative or a sigma that cannot be in square metres."
     if not 1e-6 <= config.sigma <= 1e-3:
-        raise ValueError(f"scans.sigma={config.sigma:g} must be in square metres, between 1e-6 (1 mm) and 1e-3 (3 cm); the official tool's is 1e-4 (1 cm)")
-    weights = (config.scan_weight, config.landmark_weight, config.shape_weight, config.pose_weight, config.expression_weight)
+        raise ValueError(
+            f"scans.sigma={config.sigma:g} must be in square metres, between 1e-6 (1 mm) and 1e-3 (3 cm); the official tool's is 1e-4 (1 cm)"
+        )
+    weights = (
+        config.scan_weight,
+        config.landmark_weight,
+        config.shape_weight,
+        config.pose_weight,
+        config.expression_weight,
+    )
     if not all(np.isfinite(w) and w >= 0 for w in weights) or not config.scan_weight:
-        raise ValueError(f"weights of the scan energy must not be negative, and scan_weight must be positive; they are {weights}")
+        raise ValueError(
+            f"weights of the scan energy must not be negative, and scan_weight must be positive; they are {weights}"
+        )
 
 # %% ../../nbs/43_scans.energy.ipynb #61ad50a9
 @dataclass
 class Target:
     "A cropped scan and its landmarks, checked."
-    points:np.ndarray             # (N,3) all points, metres
-    used:np.ndarray               # (M,) indices of the points that take part in the fit
-    landmarks:np.ndarray          # (L,3) metres
-    corners:np.ndarray            # (L,3) vertices of the head's landmark triangles
-    weights:np.ndarray            # (L,3)
-    which:str                     # landmark set
+
+    points: np.ndarray  # (N,3) all points, metres
+    used: np.ndarray  # (M,) indices of the points that take part in the fit
+    landmarks: np.ndarray  # (L,3) metres
+    corners: np.ndarray  # (L,3) vertices of the head's landmark triangles
+    weights: np.ndarray  # (L,3)
+    which: str  # landmark set
+
 
 def prepare_target(
-    model:HeadModel,              # the head
-    points,                       # (N,3) cropped scan, metres
-    landmarks,                    # (L,3) metres
-    which:str,                    # static51 | bp4d83
-    config:ScanConfig,            # settings
-) -> Target:                      # checked
+    model: HeadModel,  # the head
+    points,  # (N,3) cropped scan, metres
+    landmarks,  # (L,3) metres
+    which: str,  # static51 | bp4d83
+    config: ScanConfig,  # settings
+) -> Target:  # checked
     "Check a scan and its landmarks; raise `ScanError` with the reason if they cannot be fitted."
     points, landmarks = np.ascontiguousarray(points, np.float64), np.asarray(landmarks, np.float64)
     for what, values in (("scan points", points), ("landmarks", landmarks)):
-        if values.ndim != 2 or values.shape[1] != 3: raise ScanError(f"{what} have shape {values.shape}, not (N, 3)")
+        if values.ndim != 2 or values.shape[1] != 3:
+            raise ScanError(f"{what} have shape {values.shape}, not (N, 3)")
         bad = int((~np.isfinite(values)).any(1).sum())
-        if bad: raise ScanError(f"{bad} of {len(values)} {what} are not finite numbers")
+        if bad:
+            raise ScanError(f"{bad} of {len(values)} {what} are not finite numbers")
     if which not in model.landmarks:
         raise ValueError(f"this head has no landmark set {which!r}; it has {', '.join(model.landmarks) or 'none'}")
     corners, weights = model.landmarks[which]
     check_landmarks(landmarks, np.einsum("lk,lkc->lc", weights, model.template[corners]), which)
-    if len(points) < 200: raise ScanError(f"only {len(points)} scan points are left after cropping; at least 200 are needed")
+    if len(points) < 200:
+        raise ScanError(f"only {len(points)} scan points are left after cropping; at least 200 are needed")
     order = np.random.default_rng(0).permutation(len(points))
     near = cdist(landmarks, points[order[:5000]]).min(1)
-    if np.median(near) > .01:
-        raise ScanError(f"the landmarks lie {1000 * np.median(near):.0f} mm from the scan (median); they belong to another scan, unit or frame")
-    used = np.sort(order[:config.max_points]) if config.max_points else np.arange(len(points))
+    if np.median(near) > 0.01:
+        raise ScanError(
+            f"the landmarks lie {1000 * np.median(near):.0f} mm from the scan (median); they belong to another scan, unit or frame"
+        )
+    used = np.sort(order[: config.max_points]) if config.max_points else np.arange(len(points))
     return Target(points, used, landmarks, corners, weights, which)
 
 # %% ../../nbs/43_scans.energy.ipynb #8dce170d
 @dataclass
 class Value:
     "The energy of one scan at one state, and what its derivative needs."
-    energy:float
-    posed:Posed
-    distance:np.ndarray           # (M,) metres
-    face:np.ndarray               # (M,) closest triangle
-    weights:np.ndarray            # (M,3) where on it
-    landmarks:np.ndarray          # (L,3) of the posed head
+
+    energy: float
+    posed: Posed
+    distance: np.ndarray  # (M,) metres
+    face: np.ndarray  # (M,) closest triangle
+    weights: np.ndarray  # (M,3) where on it
+    landmarks: np.ndarray  # (L,3) of the posed head
+
 
 def prior_weights(
-    model:HeadModel,              # the head
-    config:ScanConfig,            # settings
-) -> np.ndarray:                  # (P+9,)
+    model: HeadModel,  # the head
+    config: ScanConfig,  # settings
+) -> np.ndarray:  # (P+9,)
     "Return the squared weights of the quadratic priors; pose of the whole head has none."
     free = model.basis.shape[1] - model.identities
-    return np.r_[np.full(model.identities, config.shape_weight ** 2), np.full(free, config.expression_weight ** 2), np.zeros(6), np.full(3, config.pose_weight ** 2)]
+    return np.r_[
+        np.full(model.identities, config.shape_weight**2),
+        np.full(free, config.expression_weight**2),
+        np.zeros(6),
+        np.full(3, config.pose_weight**2),
+    ]
+
 
 def evaluate(
-    model:HeadModel,              # the head
-    surface:Surface,              # its tree
-    target:Target,                # the scan
-    state:State,                  # parameters
-    config:ScanConfig,            # settings
-    guess=None,                   # (M,) triangles to start the search from
-) -> Value:                       # energy and its parts
+    model: HeadModel,  # the head
+    surface: Surface,  # its tree
+    target: Target,  # the scan
+    state: State,  # parameters
+    config: ScanConfig,  # settings
+    guess=None,  # (M,) triangles to start the search from
+) -> Value:  # energy and its parts
     "Return the energy at a state."
     posed = pose(model, state)
     distance, face, weights = surface.move(posed.vertices).closest(target.points[target.used], guess)
     landmarks = np.einsum("lk,lkc->lc", target.weights, posed.vertices[target.corners])
-    fixed = 0 if model.shape is None else config.shape_weight ** 2 * (model.shape @ model.shape)
+    fixed = 0 if model.shape is None else config.shape_weight**2 * (model.shape @ model.shape)
     solved = np.r_[state.coefficients, np.zeros(6), state.jaw]
-    energy = (config.scan_weight ** 2 * robust(distance ** 2, config.sigma)[0].mean() + config.landmark_weight ** 2 * ((landmarks - target.landmarks) ** 2).sum()
-              + prior_weights(model, config) @ solved ** 2 + fixed)
+    energy = (
+        config.scan_weight**2 * robust(distance**2, config.sigma)[0].mean()
+        + config.landmark_weight**2 * ((landmarks - target.landmarks) ** 2).sum()
+        + prior_weights(model, config) @ solved**2
+        + fixed
+    )
     return Value(float(energy), posed, distance, face, weights, landmarks)
 
 # %% ../../nbs/43_scans.energy.ipynb #6aacc135
 def normal_equations(
-    model:HeadModel,              # the head
-    target:Target,                # the scan
-    value:Value,                  # energy at the current state
-    config:ScanConfig,            # settings
-) -> tuple:                       # matrix (P+9,P+9) and gradient (P+9,), halves of the derivatives of E
+    model: HeadModel,  # the head
+    target: Target,  # the scan
+    value: Value,  # energy at the current state
+    config: ScanConfig,  # settings
+) -> tuple:  # matrix (P+9,P+9) and gradient (P+9,), halves of the derivatives of E
     "Return Gauss-Newton matrix and exact gradient of the energy."
     posed, corners, distance = value.posed, model.faces[value.face].astype(np.int64), value.distance.copy()
     place = np.einsum("nk,nkc->nc", value.weights, posed.vertices[corners])
@@ -205,11 +268,13 @@ def normal_equations(
     normal = np.cross(b - a, c - a)
     line[touching] = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
     distance[touching] = 0
-    root = config.scan_weight * np.sqrt(robust(distance ** 2, config.sigma)[1] / len(distance))
+    root = config.scan_weight * np.sqrt(robust(distance**2, config.sigma)[1] / len(distance))
     J = jacobian(model, posed, corners, value.weights, line)
     J *= root[:, None].astype(J.dtype)
     L = len(target.landmarks)
-    K = jacobian(model, posed, np.tile(target.corners, (3, 1)), np.tile(target.weights, (3, 1)), np.repeat(np.eye(3), L, 0))
+    K = jacobian(
+        model, posed, np.tile(target.corners, (3, 1)), np.tile(target.weights, (3, 1)), np.repeat(np.eye(3), L, 0)
+    )
     K *= K.dtype.type(config.landmark_weight)
     gap = config.landmark_weight * (value.landmarks - target.landmarks).T.ravel()
     prior, solved = prior_weights(model, config), np.r_[posed.state.coefficients, np.zeros(6), posed.state.jaw]
@@ -221,9 +286,11 @@ def normal_equations(
 @dataclass
 class Solution:
     "End of an iteration over one or several scans."
-    values:list                   # one `Value` a scan
-    energies:list                 # total energy at the start and after each step
-    converged:bool
+
+    values: list  # one `Value` a scan
+    energies: list  # total energy at the start and after each step
+    converged: bool
+
 
 def _step(model, systems, damping):
     "Return one step for each scan from the damped normal equations, with shared identities."
@@ -239,15 +306,16 @@ def _step(model, systems, damping):
     diagonal = H.diagonal().copy()
     H[np.diag_indices(total)] += damping * diagonal + 1e-12 * diagonal.max()
     step = -cho_solve(cho_factor(H, overwrite_a=True, check_finite=False), g, check_finite=False)
-    return [np.r_[step[:n], step[n + k * size:n + (k + 1) * size]] for k in range(len(systems))]
+    return [np.r_[step[:n], step[n + k * size : n + (k + 1) * size]] for k in range(len(systems))]
+
 
 def solve(
-    model:HeadModel,              # the head
-    targets:list,                 # scans of one person
-    states:list,                  # where to start, one for each
-    config:ScanConfig,            # settings
-    tolerance:float=1e-3,         # stop when a step lowers the energy by less than this part of it
-) -> Solution:                    # final states with their energies
+    model: HeadModel,  # the head
+    targets: list,  # scans of one person
+    states: list,  # where to start, one for each
+    config: ScanConfig,  # settings
+    tolerance: float = 1e-3,  # stop when a step lowers the energy by less than this part of it
+) -> Solution:  # final states with their energies
     "Minimise the sum of the scans' energies."
     surface, damping, converged = model.tree.copy(), 1e-3, False
     values = [evaluate(model, surface, t, s, config) for t, s in zip(targets, states)]
@@ -256,11 +324,16 @@ def solve(
         systems = [normal_equations(model, t, v, config) for t, v in zip(targets, values)]
         for _ in range(8):
             steps = _step(model, systems, damping)
-            new = [evaluate(model, surface, t, v.posed.state.moved(d), config, v.face) for t, v, d in zip(targets, values, steps)]
+            new = [
+                evaluate(model, surface, t, v.posed.state.moved(d), config, v.face)
+                for t, v, d in zip(targets, values, steps)
+            ]
             energy = sum(v.energy for v in new)
-            if energy < energies[-1]: break
+            if energy < energies[-1]:
+                break
             damping = max(10 * damping, 1e-6)
-        else: return Solution(values, energies, True)
+        else:
+            return Solution(values, energies, True)
         converged = energies[-1] - energy < tolerance * energy
         values, damping = new, damping / 10
         energies.append(energy)

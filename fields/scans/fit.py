@@ -23,31 +23,43 @@ from ..viz import figure, save_figure
 @dataclass
 class Fit:
     "Parameters that explain a scan, and how well they do."
-    shape:np.ndarray              # (300,) identity, standard deviations
-    expression:np.ndarray         # (50,) expression, standard deviations
-    eyelids:np.ndarray            # (2,) zero unless they were fitted
-    jaw:np.ndarray                # (3,) axis-angle
-    rotation:np.ndarray           # (3,) axis-angle of the whole head about its root joint
-    translation:np.ndarray        # (3,) metres
-    residual_median:float         # scan to surface over all points, metres
-    residual_mean:float
-    residual_p95:float
-    landmark_error:float          # mean distance of the landmarks, metres
-    points:int                    # scan points after cropping
-    energy:float                  # final energy over the points that took part
-    steps:int                     # Gauss-Newton steps
-    converged:bool
-    seconds:float                 # time of the fit
-    head_sha256:str               # the head these coefficients belong to
-    landmark_set:str
-    residuals:np.ndarray|None = None # (N,) distance of every point, metres; not saved
+
+    shape: np.ndarray  # (300,) identity, standard deviations
+    expression: np.ndarray  # (50,) expression, standard deviations
+    eyelids: np.ndarray  # (2,) zero unless they were fitted
+    jaw: np.ndarray  # (3,) axis-angle
+    rotation: np.ndarray  # (3,) axis-angle of the whole head about its root joint
+    translation: np.ndarray  # (3,) metres
+    residual_median: float  # scan to surface over all points, metres
+    residual_mean: float
+    residual_p95: float
+    landmark_error: float  # mean distance of the landmarks, metres
+    points: int  # scan points after cropping
+    energy: float  # final energy over the points that took part
+    steps: int  # Gauss-Newton steps
+    converged: bool
+    seconds: float  # time of the fit
+    head_sha256: str  # the head these coefficients belong to
+    landmark_set: str
+    residuals: np.ndarray | None = None  # (N,) distance of every point, metres; not saved
 
     def summary(self) -> dict:
         "Return the measures of `fit.json`."
         mm = lambda x: round(1000 * float(x), 4)
-        return {"scan_to_surface_mm": {"median": mm(self.residual_median), "mean": mm(self.residual_mean), "p95": mm(self.residual_p95)},
-                "landmarks_mm": mm(self.landmark_error), "landmark_set": self.landmark_set, "points": self.points, "steps": self.steps,
-                "converged": self.converged, "seconds": round(self.seconds, 3), "head_sha256": self.head_sha256}
+        return {
+            "scan_to_surface_mm": {
+                "median": mm(self.residual_median),
+                "mean": mm(self.residual_mean),
+                "p95": mm(self.residual_p95),
+            },
+            "landmarks_mm": mm(self.landmark_error),
+            "landmark_set": self.landmark_set,
+            "points": self.points,
+            "steps": self.steps,
+            "converged": self.converged,
+            "seconds": round(self.seconds, 3),
+            "head_sha256": self.head_sha256,
+        }
 
     def to_json(self, path):
         "Write `fit.json`."
@@ -56,27 +68,42 @@ class Fit:
     def save(self, path):
         "Write everything but the residuals of single points to a plain `.npz`."
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "residuals"}
-        with atomic(path) as part, open(part, "wb") as file: np.savez(file, **values)
+        with atomic(path) as part, open(part, "wb") as file:
+            np.savez(file, **values)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; raise `ValueError` if the file is something else."
         try:
             with np.load(path, allow_pickle=False) as z:
-                return cls(**{f.name: z[f.name] if z[f.name].ndim else z[f.name].item() for f in dataclasses.fields(cls) if f.name != "residuals"})
+                return cls(
+                    **{
+                        f.name: z[f.name] if z[f.name].ndim else z[f.name].item()
+                        for f in dataclasses.fields(cls)
+                        if f.name != "residuals"
+                    }
+                )
         except (KeyError, OSError, ValueError, EOFError) as e:
             raise ValueError(f"{path} is not a fit ({e}); make it again with `fields fit-scan`") from None
 
 # %% ../../nbs/44_scans.fit.ipynb #b30fc1a8
 def state_of(
-    model:HeadModel,              # the head
-    fit:Fit,                      # a fit with the same head
-) -> State:                       # its parameters
+    model: HeadModel,  # the head
+    fit: Fit,  # a fit with the same head
+) -> State:  # its parameters
     "Return the state of a fit; raise `ValueError` if it belongs to another head."
     if fit.head_sha256 != model.sha256:
-        raise ValueError(f"this fit belongs to head {fit.head_sha256[:12]}, not {model.sha256[:12]}; coefficients of two heads are not interchangeable")
-    parts = [fit.shape[:model.identities], fit.expression[:model.expressions], fit.eyelids[:model.lids]]
-    return State(np.concatenate(parts).astype(np.float64), Rotation.from_rotvec(fit.rotation).as_matrix(), np.array(fit.translation), np.array(fit.jaw))
+        raise ValueError(
+            f"this fit belongs to head {fit.head_sha256[:12]}, not {model.sha256[:12]}; coefficients of two heads are not interchangeable"
+        )
+    parts = [fit.shape[: model.identities], fit.expression[: model.expressions], fit.eyelids[: model.lids]]
+    return State(
+        np.concatenate(parts).astype(np.float64),
+        Rotation.from_rotvec(fit.rotation).as_matrix(),
+        np.array(fit.translation),
+        np.array(fit.jaw),
+    )
+
 
 def _result(model, target, value, solution, seconds):
     "Measure a final state on all points of its scan."
@@ -84,26 +111,44 @@ def _result(model, target, value, solution, seconds):
     residuals = model.tree.copy().move(value.posed.vertices).closest(target.points)[0]
     padded = lambda x, size: np.pad(np.asarray(x, np.float32), (0, size - len(x)))
     shape = padded(state.coefficients[:n], max(300, n)) if model.shape is None else model.shape.astype(np.float32)
-    return Fit(shape, padded(state.coefficients[n:n + e], max(50, e)), padded(state.coefficients[n + e:], 2), state.jaw,
-               Rotation.from_matrix(state.rotation).as_rotvec(), state.translation, float(np.median(residuals)), float(residuals.mean()),
-               float(np.quantile(residuals, .95)), float(np.linalg.norm(value.landmarks - target.landmarks, axis=1).mean()), len(residuals),
-               value.energy, len(solution.energies) - 1, bool(solution.converged), seconds, model.sha256, target.which, residuals)
+    return Fit(
+        shape,
+        padded(state.coefficients[n : n + e], max(50, e)),
+        padded(state.coefficients[n + e :], 2),
+        state.jaw,
+        Rotation.from_matrix(state.rotation).as_rotvec(),
+        state.translation,
+        float(np.median(residuals)),
+        float(residuals.mean()),
+        float(np.quantile(residuals, 0.95)),
+        float(np.linalg.norm(value.landmarks - target.landmarks, axis=1).mean()),
+        len(residuals),
+        value.energy,
+        len(solution.energies) - 1,
+        bool(solution.converged),
+        seconds,
+        model.sha256,
+        target.which,
+        residuals,
+    )
 
 # %% ../../nbs/44_scans.fit.ipynb #ed3a3d61
 def as_model(
-    head,                         # `Head`, or a `HeadModel` made of one
-    config:ScanConfig,            # settings
-    lids:bool=False,              # solve the lids too
-) -> HeadModel:                   # plain arrays
+    head,  # `Head`, or a `HeadModel` made of one
+    config: ScanConfig,  # settings
+    lids: bool = False,  # solve the lids too
+) -> HeadModel:  # plain arrays
     "Return the arrays a fit needs; give a `HeadModel` where many scans are fitted."
-    if isinstance(head, HeadModel): return head
+    if isinstance(head, HeadModel):
+        return head
     return head_model(head, config.shape_components, config.expression_components, lids)
 
+
 def start_state(
-    model:HeadModel,              # the head
-    target:Target,                # the scan
-    start:Fit|State|None=None,    # what to begin with
-) -> State:                       # expression and jaw of the start, rigidly aligned
+    model: HeadModel,  # the head
+    target: Target,  # the scan
+    start: Fit | State | None = None,  # what to begin with
+) -> State:  # expression and jaw of the start, rigidly aligned
     "Return where an iteration begins: the rigid fit of the landmarks."
     state = rest_state(model)
     if start is not None:
@@ -113,102 +158,122 @@ def start_state(
     R, t = align(np.einsum("lk,lkc->lc", target.weights, posed.vertices[target.corners]), target.landmarks)
     return dataclasses.replace(state, rotation=R, translation=t + R @ posed.joints[0] - posed.joints[0])
 
+
 def fit_scan(
-    head,                         # `Head` or `HeadModel`
-    scan_points,                  # (N,3) cropped scan, metres
-    landmarks,                    # (L,3) metres
-    which:str="static51",         # landmark set: static51 | bp4d83
-    config:ScanConfig=ScanConfig(), # settings
-    shape=None,                   # (300,) identity that is known; None: it is solved
-    start:Fit|State|None=None,    # what to begin with, such as the frame before
-    lids:bool=False,              # solve the lids too; the official tool has none
-    tolerance:float=1e-3,         # stop when a step gains less than this part of the energy
-    check:bool=True,              # a bad fit is an error
-) -> Fit:                         # parameters and residuals
+    head,  # `Head` or `HeadModel`
+    scan_points,  # (N,3) cropped scan, metres
+    landmarks,  # (L,3) metres
+    which: str = "static51",  # landmark set: static51 | bp4d83
+    config: ScanConfig = ScanConfig(),  # settings
+    shape=None,  # (300,) identity that is known; None: it is solved
+    start: Fit | State | None = None,  # what to begin with, such as the frame before
+    lids: bool = False,  # solve the lids too; the official tool has none
+    tolerance: float = 1e-3,  # stop when a step gains less than this part of the energy
+    check: bool = True,  # a bad fit is an error
+) -> Fit:  # parameters and residuals
     "Fit the head to one cropped scan; raise `ScanError` if unit, axes or landmarks cannot be right, or the fit is bad."
     check_config(config)
     model, begin = as_model(head, config, lids), time.perf_counter()
-    if shape is not None and model.shape is None: model = at_shape(model, shape)
+    if shape is not None and model.shape is None:
+        model = at_shape(model, shape)
     target = prepare_target(model, scan_points, landmarks, which, config)
     fits = []
     for first in (start, None) if start is not None else (None,):
         solution = solve(model, [target], [start_state(model, target, first)], config, tolerance)
         fits.append(_result(model, target, solution.values[0], solution, time.perf_counter() - begin))
-        if fits[-1].residual_median <= config.max_residual: break
+        if fits[-1].residual_median <= config.max_residual:
+            break
     best = min(fits, key=lambda f: f.energy)
     return checked(best, config) if check else best
 
 # %% ../../nbs/44_scans.fit.ipynb #75e4aedc
 def checked(
-    fit:Fit,                      # result
-    config:ScanConfig,            # settings
-) -> Fit:                         # the same
+    fit: Fit,  # result
+    config: ScanConfig,  # settings
+) -> Fit:  # the same
     "Raise `ScanError` if a fit is bad: far from its scan, or its landmarks far from theirs."
-    if fit.landmark_error > .008:
-        raise ScanError(f"after the fit the landmarks are {1000 * fit.landmark_error:.1f} mm from their places on the surface (mean); "
-                        f"their order is not that of {fit.landmark_set}, or the scan is not a face")
+    if fit.landmark_error > 0.008:
+        raise ScanError(
+            f"after the fit the landmarks are {1000 * fit.landmark_error:.1f} mm from their places on the surface (mean); "
+            f"their order is not that of {fit.landmark_set}, or the scan is not a face"
+        )
     if fit.residual_median > config.max_residual:
-        raise ScanError(f"the fitted head stays {1000 * fit.residual_median:.1f} mm from the scan (median), more than the {1000 * config.max_residual:.1f} mm "
-                        "of scans.max_residual; the scan is incomplete, badly cropped or not a face")
+        raise ScanError(
+            f"the fitted head stays {1000 * fit.residual_median:.1f} mm from the scan (median), more than the {1000 * config.max_residual:.1f} mm "
+            "of scans.max_residual; the scan is incomplete, badly cropped or not a face"
+        )
     return fit
 
 # %% ../../nbs/44_scans.fit.ipynb #5d8dd270
 def fit_shape(
-    head,                         # `Head` or `HeadModel`
-    scans:list,                   # (points, landmarks) of one person, metres
-    which:str="static51",         # landmark set
-    config:ScanConfig=ScanConfig(), # settings
-    neutral:bool=False,           # the scans show a neutral face: leave expressions at zero
-    check:bool=True,              # a bad fit is an error
-) -> tuple:                       # shape (300,), one `Fit` a scan
+    head,  # `Head` or `HeadModel`
+    scans: list,  # (points, landmarks) of one person, metres
+    which: str = "static51",  # landmark set
+    config: ScanConfig = ScanConfig(),  # settings
+    neutral: bool = False,  # the scans show a neutral face: leave expressions at zero
+    check: bool = True,  # a bad fit is an error
+) -> tuple:  # shape (300,), one `Fit` a scan
     "Fit one identity to several scans of a person; raise `ScanError` if one cannot be used."
     check_config(config)
     model, begin = as_model(head, config), time.perf_counter()
-    if neutral: model = without_expression(model)
+    if neutral:
+        model = without_expression(model)
     targets = [prepare_target(model, *scan, which, config) for scan in scans]
     solution = solve(model, targets, [start_state(model, t) for t in targets], config)
     seconds = (time.perf_counter() - begin) / len(scans)
     fits = [_result(model, t, v, solution, seconds) for t, v in zip(targets, solution.values)]
     return fits[0].shape, [checked(f, config) for f in fits] if check else fits
 
+
 def without_expression(
-    model:HeadModel,              # the head
-) -> HeadModel:                   # with identity coefficients only
+    model: HeadModel,  # the head
+) -> HeadModel:  # with identity coefficients only
     "Return the model of a neutral face."
     P = model.identities
-    return dataclasses.replace(model, basis=np.ascontiguousarray(model.basis[:, :P]), joint_basis=model.joint_basis[..., :P], expressions=0, lids=0)
+    return dataclasses.replace(
+        model,
+        basis=np.ascontiguousarray(model.basis[:, :P]),
+        joint_basis=model.joint_basis[..., :P],
+        expressions=0,
+        lids=0,
+    )
+
 
 def spread(
-    count:int,                    # frames there are
-    wanted:int,                   # frames to pick
-) -> list:                        # indices
+    count: int,  # frames there are
+    wanted: int,  # frames to pick
+) -> list:  # indices
     "Pick frames evenly over a sequence."
     return sorted({int(i) for i in np.linspace(0, count - 1, min(wanted, count)).round()})
 
+
 def fit_sequence(
-    head,                         # `Head` or `HeadModel`
-    scans:list,                   # (points, landmarks) in the order of time, metres
-    which:str="static51",         # landmark set
-    config:ScanConfig=ScanConfig(), # settings
-    shape=None,                   # (300,) identity; None: from `config.subject_frames` of the scans
-    lids:bool=False,              # solve the lids too
-) -> list:                        # one `Fit` a scan
+    head,  # `Head` or `HeadModel`
+    scans: list,  # (points, landmarks) in the order of time, metres
+    which: str = "static51",  # landmark set
+    config: ScanConfig = ScanConfig(),  # settings
+    shape=None,  # (300,) identity; None: from `config.subject_frames` of the scans
+    lids: bool = False,  # solve the lids too
+) -> list:  # one `Fit` a scan
     "Fit a sequence of one person; raise `ScanError` that names the frame which cannot be used."
     model = as_model(head, config, lids)
-    if shape is None: shape = fit_shape(model, [scans[i] for i in spread(len(scans), config.subject_frames)], which, config)[0]
+    if shape is None:
+        shape = fit_shape(model, [scans[i] for i in spread(len(scans), config.subject_frames)], which, config)[0]
     model, fits = at_shape(model, shape), []
     for k, (points, landmarks) in enumerate(scans):
-        try: fits.append(fit_scan(model, points, landmarks, which, config, start=fits[-1] if fits else None))
-        except ScanError as problem: raise ScanError(f"frame {k}: {problem}") from None
+        try:
+            fits.append(fit_scan(model, points, landmarks, which, config, start=fits[-1] if fits else None))
+        except ScanError as problem:
+            raise ScanError(f"frame {k}: {problem}") from None
     return fits
 
 # %% ../../nbs/44_scans.fit.ipynb #783e707f
 def residual_picture(
-    model:HeadModel,              # the head of the fit
-    fit:Fit,                      # with residuals
-    points,                       # (N,3) the cropped scan that was fitted, metres
-    most:int=12000,               # points drawn, evenly picked
-):                                # matplotlib figure
+    model: HeadModel,  # the head of the fit
+    fit: Fit,  # with residuals
+    points,  # (N,3) the cropped scan that was fitted, metres
+    most: int = 12000,  # points drawn, evenly picked
+):  # matplotlib figure
     "Draw the scan from the front and from the side in colours of its distance to the fitted head."
     if fit.residuals is None or len(fit.residuals) != len(points):
         raise ValueError("residuals and points of this picture differ; fit the scan again")
@@ -217,29 +282,35 @@ def residual_picture(
     place, color, back = upright(np.asarray(points)[::step]), 1000 * fit.residuals[::step], upright(posed.vertices)
     fig, axes = figure(1, 2, 5.5, 3.4, sharey=True)
     for ax, x in zip(axes, (0, 2)):
-        ax.scatter(back[:, x], back[:, 1], s=.6, c="#d5d5d5", linewidths=0)
+        ax.scatter(back[:, x], back[:, 1], s=0.6, c="#d5d5d5", linewidths=0)
         order = np.argsort(place[:, 2 if x == 0 else 0])
-        drawn = ax.scatter(place[order, x], place[order, 1], s=1.5, c=color[order], vmin=0, vmax=2, cmap="viridis", linewidths=0)
+        drawn = ax.scatter(
+            place[order, x], place[order, 1], s=1.5, c=color[order], vmin=0, vmax=2, cmap="viridis", linewidths=0
+        )
         ax.set(aspect="equal")
         ax.axis("off")
-    fig.colorbar(drawn, ax=axes, label="mm", shrink=.8)
-    fig.suptitle(f"scan to surface: median {1000 * fit.residual_median:.2f} mm, mean {1000 * fit.residual_mean:.2f} mm", fontsize=9)
+    fig.colorbar(drawn, ax=axes, label="mm", shrink=0.8)
+    fig.suptitle(
+        f"scan to surface: median {1000 * fit.residual_median:.2f} mm, mean {1000 * fit.residual_mean:.2f} mm",
+        fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/44_scans.fit.ipynb #33c23c5e
 def fit_file(
-    scan,                         # obj, ply or wrl file
-    landmarks,                    # npy, mat, bnd or txt file with 51 or 83 landmarks
-    head="open",                  # "open", the path of a FLAME file, or a `Head`
-    unit:str="auto",              # mm | cm | m | auto
-    out=None,                     # folder for fit.json, fit.npz, fit.obj and residual.png; None: write nothing
-    which:str|None=None,          # landmark set; None: by their number
-    config:ScanConfig=ScanConfig(), # settings of crop and fit
-) -> Fit:                         # parameters and residuals
+    scan,  # obj, ply or wrl file
+    landmarks,  # npy, mat, bnd or txt file with 51 or 83 landmarks
+    head="open",  # "open", the path of a FLAME file, or a `Head`
+    unit: str = "auto",  # mm | cm | m | auto
+    out=None,  # folder for fit.json, fit.npz, fit.obj and residual.png; None: write nothing
+    which: str | None = None,  # landmark set; None: by their number
+    config: ScanConfig = ScanConfig(),  # settings of crop and fit
+) -> Fit:  # parameters and residuals
     "Crop a scan file, fit a head and write the result; raise `ScanError` if the scan cannot be fitted well."
     from fields.data.scanfiles import convention_of, detect_axes, detect_unit, read_landmarks, read_scan
     from fields.head.flame import Head
     from fields.head.geometry import write_mesh
+
     raw, marks = read_scan(scan).vertices, read_landmarks(landmarks)
     try:
         which = which or convention_of(marks)
@@ -249,13 +320,16 @@ def fit_file(
         head = head if hasattr(head, "template") else Head.load(head)
         model = head_model(head, config.shape_components, config.expression_components)
         fit = fit_scan(model, raw[crop.mask] * factor, marks * factor, which, config, check=False)
-    except ValueError as problem: raise ScanError(f"{scan} with {landmarks}: {problem}") from None
+    except ValueError as problem:
+        raise ScanError(f"{scan} with {landmarks}: {problem}") from None
     if out is not None:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        fit.to_json(out/"fit.json")
-        fit.save(out/"fit.npz")
-        write_mesh(out/"fit.obj", pose(model, state_of(model, fit)).vertices, model.faces)
-        save_figure(residual_picture(model, fit, raw[crop.mask] * factor), out/"residual.png")
-    try: return checked(fit, config)
-    except ScanError as problem: raise ScanError(f"{scan} with {landmarks}: {problem}") from None
+        fit.to_json(out / "fit.json")
+        fit.save(out / "fit.npz")
+        write_mesh(out / "fit.obj", pose(model, state_of(model, fit)).vertices, model.faces)
+        save_figure(residual_picture(model, fit, raw[crop.mask] * factor), out / "residual.png")
+    try:
+        return checked(fit, config)
+    except ScanError as problem:
+        raise ScanError(f"{scan} with {landmarks}: {problem}") from None

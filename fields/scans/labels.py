@@ -21,42 +21,57 @@ from ..stage import atomic, read_json, write_json
 @dataclass
 class ExpressionLabels:
     "Fits of a dataset's scans, one row a frame; a rejected row is zero and has its reason."
-    ids:np.ndarray                # (N,) ids of the samples
-    subject:np.ndarray            # (N,) who it is
-    shape:np.ndarray              # (N,300) identity, the same for all frames of a subject
-    expression:np.ndarray         # (N,50)
-    jaw:np.ndarray                # (N,3) axis-angle
-    rotation:np.ndarray           # (N,3) axis-angle of the whole head
-    translation:np.ndarray        # (N,3) metres
-    residual:np.ndarray           # (N,) median distance of the scan to the surface, metres
-    landmark_error:np.ndarray     # (N,) mean distance of the landmarks, metres
-    converged:np.ndarray          # (N,) bool
-    rejected:np.ndarray           # (N,) reason, empty for a fit that is used
-    head_sha256:str               # the head these coefficients belong to
-    eyelids:np.ndarray|None = None # (N,2) closing of the lids, zero where they were not fitted
+
+    ids: np.ndarray  # (N,) ids of the samples
+    subject: np.ndarray  # (N,) who it is
+    shape: np.ndarray  # (N,300) identity, the same for all frames of a subject
+    expression: np.ndarray  # (N,50)
+    jaw: np.ndarray  # (N,3) axis-angle
+    rotation: np.ndarray  # (N,3) axis-angle of the whole head
+    translation: np.ndarray  # (N,3) metres
+    residual: np.ndarray  # (N,) median distance of the scan to the surface, metres
+    landmark_error: np.ndarray  # (N,) mean distance of the landmarks, metres
+    converged: np.ndarray  # (N,) bool
+    rejected: np.ndarray  # (N,) reason, empty for a fit that is used
+    head_sha256: str  # the head these coefficients belong to
+    eyelids: np.ndarray | None = None  # (N,2) closing of the lids, zero where they were not fitted
 
     def __post_init__(self):
-        if self.eyelids is None: self.eyelids = np.zeros((len(self.ids), 2), np.float32)
+        if self.eyelids is None:
+            self.eyelids = np.zeros((len(self.ids), 2), np.float32)
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     @property
-    def accepted(self): return self.rejected == ""
+    def accepted(self):
+        return self.rejected == ""
 
     def summary(self) -> dict:
         "Return counts, reasons and residuals, for a report."
         ok = self.accepted
         kinds = Counter(r.split(":")[0] for r in self.rejected[~ok])
         mm = lambda x: round(float(1000 * x), 4) if ok.any() else None
-        return {"frames": len(self), "accepted": int(ok.sum()), "rejected": dict(sorted(kinds.items())), "subjects": len(set(self.subject)),
-                "converged": int(self.converged.sum()), "head_sha256": self.head_sha256,
-                "scan_to_surface_mm": {"median": mm(np.median(self.residual[ok])) if ok.any() else None, "p95": mm(np.quantile(self.residual[ok], .95)) if ok.any() else None},
-                "landmarks_mm": mm(np.mean(self.landmark_error[ok])) if ok.any() else None}
+        return {
+            "frames": len(self),
+            "accepted": int(ok.sum()),
+            "rejected": dict(sorted(kinds.items())),
+            "subjects": len(set(self.subject)),
+            "converged": int(self.converged.sum()),
+            "head_sha256": self.head_sha256,
+            "scan_to_surface_mm": {
+                "median": mm(np.median(self.residual[ok])) if ok.any() else None,
+                "p95": mm(np.quantile(self.residual[ok], 0.95)) if ok.any() else None,
+            },
+            "landmarks_mm": mm(np.mean(self.landmark_error[ok])) if ok.any() else None,
+        }
 
     def check_head(self, sha256):
         "Raise `ValueError` unless the labels belong to the head with this sha256."
         if self.head_sha256 != sha256:
-            raise ValueError(f"the scan labels belong to head {self.head_sha256[:12]}, not {sha256[:12]}; run the `fit_scans` step again with this head")
+            raise ValueError(
+                f"the scan labels belong to head {self.head_sha256[:12]}, not {sha256[:12]}; run the `fit_scans` step again with this head"
+            )
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -67,24 +82,29 @@ class ExpressionLabels:
     def load(cls, path):
         "Read what `save` wrote; raise `ValueError` if the file is something else."
         try:
-            with np.load(path, allow_pickle=False) as z: values = {f.name: z[f.name] for f in dataclasses.fields(cls)}
+            with np.load(path, allow_pickle=False) as z:
+                values = {f.name: z[f.name] for f in dataclasses.fields(cls)}
         except (KeyError, OSError, ValueError, EOFError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} is not a file of expression labels ({e}); run the `fit_scans` step again") from None
+            raise ValueError(
+                f"{path} is not a file of expression labels ({e}); run the `fit_scans` step again"
+            ) from None
         return cls(**{**values, "head_sha256": str(values["head_sha256"])})
 
 # %% ../../nbs/47_scans.labels.ipynb #5354d7de
 @dataclass
 class CroppedScan:
     "The points of one scan inside the ellipse of Eq. 13, metres."
-    points:np.ndarray             # (N,3) float32
-    landmarks:np.ndarray          # (L,3) float64
-    which:str = ""                # landmark set
-    total:int = 0                 # points of the raw scan
-    rejected:str = ""             # reason why it cannot be used
+
+    points: np.ndarray  # (N,3) float32
+    landmarks: np.ndarray  # (L,3) float64
+    which: str = ""  # landmark set
+    total: int = 0  # points of the raw scan
+    rejected: str = ""  # reason why it cannot be used
 
     def save(self, path):
         "Write a plain `.npz`."
-        with atomic(path) as part, open(part, "wb") as file: np.savez(file, **vars(self))
+        with atomic(path) as part, open(part, "wb") as file:
+            np.savez(file, **vars(self))
 
     @classmethod
     def load(cls, path):
@@ -92,15 +112,19 @@ class CroppedScan:
         with np.load(path, allow_pickle=False) as z:
             return cls(z["points"], z["landmarks"], str(z["which"]), int(z["total"]), str(z["rejected"]))
 
+
 def crop_item(
-    item,                         # sample with `read_scan` and `read_landmarks3d`
-    config:ScanConfig,            # margin and depth
-) -> CroppedScan:                 # with a reason in `rejected` if it cannot be used
+    item,  # sample with `read_scan` and `read_landmarks3d`
+    config: ScanConfig,  # margin and depth
+) -> CroppedScan:  # with a reason in `rejected` if it cannot be used
     "Read and crop one scan; a scan that cannot be used is returned empty, with the reason."
     from fields.data.scanfiles import convention_of, detect_axes, detect_unit
+
     try:
-        if getattr(item, "scan", None) is None: raise ScanError("no scan: the frame has none")
-        if getattr(item, "landmarks3d", None) is None: raise ScanError("no landmarks: the scan has none")
+        if getattr(item, "scan", None) is None:
+            raise ScanError("no scan: the frame has none")
+        if getattr(item, "landmarks3d", None) is None:
+            raise ScanError("no landmarks: the scan has none")
         raw, landmarks = item.read_scan().vertices, item.read_landmarks3d()
         which = convention_of(landmarks)
         factor = detect_unit(landmarks, which)
@@ -110,59 +134,73 @@ def crop_item(
     except (ValueError, OSError) as problem:
         return CroppedScan(np.zeros((0, 3), np.float32), np.zeros((0, 3)), rejected=_reason("unusable", problem))
 
+
 def _reason(kind, problem):
     "Return one line that begins with a kind, by which rejects are counted."
     text = " ".join(str(problem).split())
     return text if text.split(":")[0] in ("no scan", "no landmarks") else f"{kind}: {text}"
 
+
 def place(
-    folder,                       # folder of a dataset's files
-    id:str,                       # id of a sample, `dataset/...`
-    suffix:str=".npz",
-) -> Path:                        # file of this sample
+    folder,  # folder of a dataset's files
+    id: str,  # id of a sample, `dataset/...`
+    suffix: str = ".npz",
+) -> Path:  # file of this sample
     "Return the file of a sample; raise `ValueError` for an id that would leave the folder."
     path = PurePosixPath(id)
-    if path.is_absolute() or ".." in path.parts or not path.parts: raise ValueError(f"{id!r} is not a usable id")
-    return Path(folder)/f"{path}{suffix}"
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{id!r} is not a usable id")
+    return Path(folder) / f"{path}{suffix}"
 
 # %% ../../nbs/47_scans.labels.ipynb #30c8cb83
 @dataclass
 class Job:
     "What all tasks of a run share."
-    model:object                  # fields.scans.surface.HeadModel
-    config:ScanConfig
-    out:Path                      # folder of shapes and fits
-    cropped:Path|None = None      # folder of `crop_dataset`; None: crop while fitting
-    neutral:bool = False          # neutral scans: expressions stay at zero
-    order:np.ndarray|None = None  # rows that put the landmarks into the expected order
+
+    model: object  # fields.scans.surface.HeadModel
+    config: ScanConfig
+    out: Path  # folder of shapes and fits
+    cropped: Path | None = None  # folder of `crop_dataset`; None: crop while fitting
+    neutral: bool = False  # neutral scans: expressions stay at zero
+    order: np.ndarray | None = None  # rows that put the landmarks into the expected order
 
     def read(self, item):
         "Return the cropped scan of an item."
         path = None if self.cropped is None else place(self.cropped, item.id)
         scan = CroppedScan.load(path) if path is not None and path.is_file() else crop_item(item, self.config)
-        return scan if self.order is None or scan.rejected else dataclasses.replace(scan, landmarks=scan.landmarks[self.order])
+        return (
+            scan
+            if self.order is None or scan.rejected
+            else dataclasses.replace(scan, landmarks=scan.landmarks[self.order])
+        )
+
 
 def _write(path, values):
     "Write arrays atomically."
-    with atomic(path) as part, open(part, "wb") as file: np.savez(file, **values)
+    with atomic(path) as part, open(part, "wb") as file:
+        np.savez(file, **values)
     return values
+
 
 def _read(path):
     "Return the arrays of a file, or None if it is missing or was cut off."
     try:
-        with np.load(path, allow_pickle=False) as z: return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError): return None
+        with np.load(path, allow_pickle=False) as z:
+            return {k: z[k] for k in z.files}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
 
 # %% ../../nbs/47_scans.labels.ipynb #25ce5e49
 def shape_task(
-    job:Job,                      # common arguments
-    subject:str,                  # whose identity
-    items:list,                   # the subject's samples
-) -> tuple:                       # "shape", subject, (300,) or None, reason
+    job: Job,  # common arguments
+    subject: str,  # whose identity
+    items: list,  # the subject's samples
+) -> tuple:  # "shape", subject, (300,) or None, reason
     "Solve the identity of one subject, or read it if it is there."
     from fields.scans.energy import prepare_target
     from fields.scans.fit import checked, fit_shape, spread
-    path = place(job.out/"shapes", f"{items[0].id.split('/')[0]}/{subject}")
+
+    path = place(job.out / "shapes", f"{items[0].id.split('/')[0]}/{subject}")
     known = _read(path)
     if known is None:
         wanted = 1 if job.neutral else job.config.subject_frames
@@ -170,186 +208,264 @@ def shape_task(
         for k in [*first, *(k for k in range(len(items)) if k not in first)]:
             scan = job.read(items[k])
             try:
-                if scan.rejected: raise ScanError(scan.rejected)
+                if scan.rejected:
+                    raise ScanError(scan.rejected)
                 prepare_target(job.model, scan.points, scan.landmarks, scan.which, job.config)
                 usable[items[k].id] = scan
-            except ValueError as problem: reason = reason or str(problem)
-            if len(usable) == wanted: break
+            except ValueError as problem:
+                reason = reason or str(problem)
+            if len(usable) == wanted:
+                break
         while usable:
             scans, which = [(s.points, s.landmarks) for s in usable.values()], next(iter(usable.values())).which
             shape, fits = fit_shape(job.model, scans, which, job.config, check=False)
             bad = []
             for id, fit in zip(list(usable), fits):
-                try: checked(fit, job.config)
-                except ScanError as problem: bad, reason = [*bad, id], reason or str(problem)
-            if not bad: break
-            for id in bad: del usable[id]
-        known = _write(path, {"shape": shape, "used": np.array(list(usable), np.str_), "rejected": np.array("" if usable else reason or "no scan")})
+                try:
+                    checked(fit, job.config)
+                except ScanError as problem:
+                    bad, reason = [*bad, id], reason or str(problem)
+            if not bad:
+                break
+            for id in bad:
+                del usable[id]
+        known = _write(
+            path,
+            {
+                "shape": shape,
+                "used": np.array(list(usable), np.str_),
+                "rejected": np.array("" if usable else reason or "no scan"),
+            },
+        )
     reason = str(known["rejected"])
     return "shape", subject, None if reason else known["shape"], reason
 
 # %% ../../nbs/47_scans.labels.ipynb #6898c6a7
 def frame_task(
-    job:Job,                      # common arguments
-    subject:str,                  # who it is
-    items:list,                   # frames of one sequence in the order of time
-    shape,                        # (300,) the subject's identity, or None
-    reason:str="",                # why there is none
-) -> tuple:                       # "frames", subject, number of frames, seconds of those fitted now
+    job: Job,  # common arguments
+    subject: str,  # who it is
+    items: list,  # frames of one sequence in the order of time
+    shape,  # (300,) the subject's identity, or None
+    reason: str = "",  # why there is none
+) -> tuple:  # "frames", subject, number of frames, seconds of those fitted now
     "Fit the frames of one sequence that are not done yet."
     from fields.scans.surface import State, at_shape
+
     model = None if shape is None else at_shape(job.model, shape)
     before, seconds = None, []
     for item in items:
-        path, begin = place(job.out/"fits", item.id), time.perf_counter()
+        path, begin = place(job.out / "fits", item.id), time.perf_counter()
         row = _read(path)
         if row is None:
             row = _write(path, fit_frame(job, model, item, before, reason))
             seconds.append(time.perf_counter() - begin)
         if not str(row["rejected"]):
-            known = np.r_[row["expression"][:model.expressions], row["eyelids"][:model.lids]].astype(np.float64)
+            known = np.r_[row["expression"][: model.expressions], row["eyelids"][: model.lids]].astype(np.float64)
             before = State(known, np.eye(3), np.zeros(3), row["jaw"])
     return "frames", subject, len(items), seconds
 
+
 def fit_frame(
-    job:Job,                      # common arguments
-    model,                        # the head of this subject, or None
-    item,                         # one sample
-    before,                       # State of the frame before, or None
-    reason:str="",                # why there is no model
-) -> dict:                        # arrays of one row of the labels
+    job: Job,  # common arguments
+    model,  # the head of this subject, or None
+    item,  # one sample
+    before,  # State of the frame before, or None
+    reason: str = "",  # why there is no model
+) -> dict:  # arrays of one row of the labels
     "Fit one frame; whatever goes wrong becomes the reason of a rejected row."
     from fields.scans.fit import checked, fit_scan
-    row = {"expression": np.zeros(50, np.float32), "eyelids": np.zeros(2, np.float32), "jaw": np.zeros(3), "rotation": np.zeros(3), "translation": np.zeros(3),
-           "residual": np.array(np.nan), "landmark_error": np.array(np.nan), "converged": np.array(False), "rejected": np.array("")}
+
+    row = {
+        "expression": np.zeros(50, np.float32),
+        "eyelids": np.zeros(2, np.float32),
+        "jaw": np.zeros(3),
+        "rotation": np.zeros(3),
+        "translation": np.zeros(3),
+        "residual": np.array(np.nan),
+        "landmark_error": np.array(np.nan),
+        "converged": np.array(False),
+        "rejected": np.array(""),
+    }
     try:
         scan = job.read(item)
-        if scan.rejected: return {**row, "rejected": np.array(scan.rejected)}
-        if model is None: return {**row, "rejected": np.array(_reason("no identity", reason))}
+        if scan.rejected:
+            return {**row, "rejected": np.array(scan.rejected)}
+        if model is None:
+            return {**row, "rejected": np.array(_reason("no identity", reason))}
         fit = fit_scan(model, scan.points, scan.landmarks, scan.which, job.config, start=before, check=False)
-        row.update(residual=np.array(fit.residual_median), landmark_error=np.array(fit.landmark_error), converged=np.array(fit.converged))
+        row.update(
+            residual=np.array(fit.residual_median),
+            landmark_error=np.array(fit.landmark_error),
+            converged=np.array(fit.converged),
+        )
         checked(fit, job.config)
-    except ScanError as problem: return {**row, "rejected": np.array(_reason("not fitted", problem))}
-    except Exception as problem: return {**row, "rejected": np.array(_reason("error", f"{type(problem).__name__} {problem}"))}
-    return {**row, "expression": fit.expression[:50], "eyelids": fit.eyelids, "jaw": fit.jaw, "rotation": fit.rotation, "translation": fit.translation}
+    except ScanError as problem:
+        return {**row, "rejected": np.array(_reason("not fitted", problem))}
+    except Exception as problem:
+        return {**row, "rejected": np.array(_reason("error", f"{type(problem).__name__} {problem}"))}
+    return {
+        **row,
+        "expression": fit.expression[:50],
+        "eyelids": fit.eyelids,
+        "jaw": fit.jaw,
+        "rotation": fit.rotation,
+        "translation": fit.translation,
+    }
 
 # %% ../../nbs/47_scans.labels.ipynb #59e0ea6b
 def _claim(folder, values, remedy):
     "Note what the files of a folder were made with; raise `ValueError` if it was something else."
-    path = Path(folder)/"made_with.json"
+    path = Path(folder) / "made_with.json"
     if path.is_file():
         known = read_json(path)
         if known != values:
             other = ", ".join(k for k in values if known.get(k) != values[k])
             raise ValueError(f"{folder} holds files made with another {other}; {remedy}")
-    else: write_json(path, values)
+    else:
+        write_json(path, values)
+
 
 def _by_subject(items):
     "Return subjects with their samples, both in order."
     groups = {}
-    for item in sorted(items, key=lambda i: i.id): groups.setdefault(item.subject or item.id, []).append(item)
+    for item in sorted(items, key=lambda i: i.id):
+        groups.setdefault(item.subject or item.id, []).append(item)
     return dict(sorted(groups.items()))
+
 
 def crop_task(job, items):
     "Crop those of a list of samples that are not cropped yet; return their number."
     for item in items:
         path = place(job.cropped, item.id)
-        if _read(path) is None: crop_item(item, job.config).save(path)
+        if _read(path) is None:
+            crop_item(item, job.config).save(path)
     return len(items)
 
+
 def crop_dataset(
-    items:list,                   # samples of a reader
-    config:ScanConfig,            # margin and depth
-    out,                          # folder for one file a sample
-    workers:int=1,                # processes
-    scheduler:str="processes",    # processes | dask | address of a Dask scheduler
-    progress=None,                # called with (done, total, label)
-) -> dict:                        # counts: scans, usable, reasons, points
+    items: list,  # samples of a reader
+    config: ScanConfig,  # margin and depth
+    out,  # folder for one file a sample
+    workers: int = 1,  # processes
+    scheduler: str = "processes",  # processes | dask | address of a Dask scheduler
+    progress=None,  # called with (done, total, label)
+) -> dict:  # counts: scans, usable, reasons, points
     "Crop all scans that are not cropped yet; raise `ValueError` if the folder holds crops with other settings."
     _claim(out, {"margin": config.margin, "depth": config.depth}, "choose another folder or delete it")
     items = sorted(items, key=lambda i: i.id)
-    pieces = [(crop_task, (items[k:k + 16],)) for k in range(0, len(items), 16)]
+    pieces = [(crop_task, (items[k : k + 16],)) for k in range(0, len(items), 16)]
     done = 0
     for count in run_tasks(Job(None, config, Path(out), Path(out)), pieces, lambda _: [], workers, scheduler):
         done += count
-        if progress: progress(done, len(items), "scans cropped")
+        if progress:
+            progress(done, len(items), "scans cropped")
     scans = [CroppedScan.load(place(out, i.id)) for i in items]
     bad = Counter(s.rejected.split(":")[0] for s in scans if s.rejected)
-    report = {"scans": len(items), "usable": len(items) - sum(bad.values()), "rejected": dict(sorted(bad.items())),
-              "points_before": int(sum(s.total for s in scans)), "points_kept": int(sum(len(s.points) for s in scans))}
-    write_json(Path(out)/"report.json", report)
+    report = {
+        "scans": len(items),
+        "usable": len(items) - sum(bad.values()),
+        "rejected": dict(sorted(bad.items())),
+        "points_before": int(sum(s.total for s in scans)),
+        "points_kept": int(sum(len(s.points) for s in scans)),
+    }
+    write_json(Path(out) / "report.json", report)
     return report
 
 # %% ../../nbs/47_scans.labels.ipynb #91d45394
 def landmark_order(
-    job:Job,                      # common arguments
-    groups:dict,                  # subject -> samples
-    most:int=12,                  # frames that are looked at
-):                                # (83,) rows, or None if the landmarks are in order
+    job: Job,  # common arguments
+    groups: dict,  # subject -> samples
+    most: int = 12,  # frames that are looked at
+):  # (83,) rows, or None if the landmarks are in order
     "Find the order of a dataset's 83 landmarks from frames of several subjects, once for a folder of fits."
     from fields.scans.energy import match_order
-    path, expected = job.out/"landmark_order.json", job.model.landmarks.get("bp4d83")
-    if path.is_file(): order = np.array(read_json(path)["order"])
+
+    path, expected = job.out / "landmark_order.json", job.model.landmarks.get("bp4d83")
+    if path.is_file():
+        order = np.array(read_json(path)["order"])
     else:
         frames = []
-        for subject in list(groups)[::max(1, len(groups) // most)]:
+        for subject in list(groups)[:: max(1, len(groups) // most)]:
             scan = next((s for s in map(job.read, groups[subject][:4]) if not s.rejected), None)
-            if scan is not None and scan.which == "bp4d83": frames.append(scan.landmarks)
-        if not frames or expected is None: return None
+            if scan is not None and scan.which == "bp4d83":
+                frames.append(scan.landmarks)
+        if not frames or expected is None:
+            return None
         order = match_order(frames, np.einsum("lk,lkc->lc", expected[1], job.model.template[expected[0]]))
         write_json(path, {"order": order})
     return None if (order == np.arange(len(order))).all() else order
 
+
 def collect(
-    items:list,                   # samples
-    sha256:str,                   # of the head
-    out,                          # folder of shapes and fits
-) -> ExpressionLabels:            # one row a sample, in the order of their ids
+    items: list,  # samples
+    sha256: str,  # of the head
+    out,  # folder of shapes and fits
+) -> ExpressionLabels:  # one row a sample, in the order of their ids
     "Gather the files of a finished run; raise `ValueError` if one is missing."
     rows, shapes, items = [], {}, sorted(items, key=lambda i: i.id)
     for item in items:
         subject = f"{item.id.split('/')[0]}/{item.subject or item.id}"
-        row = _read(place(Path(out)/"fits", item.id))
-        if row is None: raise ValueError(f"{place(Path(out)/'fits', item.id)} is missing or damaged; run the fit again")
-        if subject not in shapes: shapes[subject] = _read(place(Path(out)/"shapes", subject))["shape"]
+        row = _read(place(Path(out) / "fits", item.id))
+        if row is None:
+            raise ValueError(f"{place(Path(out) / 'fits', item.id)} is missing or damaged; run the fit again")
+        if subject not in shapes:
+            shapes[subject] = _read(place(Path(out) / "shapes", subject))["shape"]
         rows.append({**row, "shape": shapes[subject] * (str(row["rejected"]) == "")})
     stack = lambda name, dtype, width: np.array([r[name] for r in rows], dtype).reshape(len(rows), *width)
-    return ExpressionLabels(np.array([i.id for i in items], np.str_), np.array([i.subject for i in items], np.str_), stack("shape", np.float32, (300,)),
-                            stack("expression", np.float32, (50,)), stack("jaw", np.float32, (3,)), stack("rotation", np.float32, (3,)),
-                            stack("translation", np.float32, (3,)), stack("residual", np.float64, ()), stack("landmark_error", np.float64, ()),
-                            stack("converged", bool, ()), np.array([str(r["rejected"]) for r in rows], np.str_), sha256,
-                            stack("eyelids", np.float32, (2,)))
+    return ExpressionLabels(
+        np.array([i.id for i in items], np.str_),
+        np.array([i.subject for i in items], np.str_),
+        stack("shape", np.float32, (300,)),
+        stack("expression", np.float32, (50,)),
+        stack("jaw", np.float32, (3,)),
+        stack("rotation", np.float32, (3,)),
+        stack("translation", np.float32, (3,)),
+        stack("residual", np.float64, ()),
+        stack("landmark_error", np.float64, ()),
+        stack("converged", bool, ()),
+        np.array([str(r["rejected"]) for r in rows], np.str_),
+        sha256,
+        stack("eyelids", np.float32, (2,)),
+    )
 
 # %% ../../nbs/47_scans.labels.ipynb #f0488248
 def fit_dataset(
-    items:list,                   # samples of a reader, of any number of subjects
-    head,                         # `Head` or `HeadModel`
-    config:ScanConfig,            # settings
-    out,                          # folder for shapes/, fits/, report.json
-    cropped=None,                 # folder of `crop_dataset`; None: crop while fitting
-    workers:int=1,                # processes
-    scheduler:str="processes",    # processes | dask | address of a Dask scheduler
-    progress=None,                # called with (done, total, label)
-    neutral:bool=False,           # neutral scans: expressions stay zero, the first of each subject is fitted
-    lids:bool|None=None,          # solve the lids too; None: if the head has any
-    timing=None,                  # file for the seconds this took; None: not written
-) -> ExpressionLabels:            # one row a sample, rejected ones included
+    items: list,  # samples of a reader, of any number of subjects
+    head,  # `Head` or `HeadModel`
+    config: ScanConfig,  # settings
+    out,  # folder for shapes/, fits/, report.json
+    cropped=None,  # folder of `crop_dataset`; None: crop while fitting
+    workers: int = 1,  # processes
+    scheduler: str = "processes",  # processes | dask | address of a Dask scheduler
+    progress=None,  # called with (done, total, label)
+    neutral: bool = False,  # neutral scans: expressions stay zero, the first of each subject is fitted
+    lids: bool | None = None,  # solve the lids too; None: if the head has any
+    timing=None,  # file for the seconds this took; None: not written
+) -> ExpressionLabels:  # one row a sample, rejected ones included
     "Fit all scans that are not fitted yet; raise `ValueError` if the folder holds fits of another head or other settings."
     from fields.scans.energy import check_config
     from fields.scans.fit import as_model, without_expression
+
     check_config(config)
     lids = getattr(head, "eyelids", None) is not None and not neutral if lids is None else lids
     model, out = as_model(head, config, lids), Path(out)
-    if neutral: model, items = without_expression(model), [g[0] for g in _by_subject(items).values()]
-    _claim(out, {"head": model.sha256, "settings": fingerprint(to_dict(config)), "neutral": neutral, "lids": bool(model.lids)}, "choose another folder or delete it")
+    if neutral:
+        model, items = without_expression(model), [g[0] for g in _by_subject(items).values()]
+    _claim(
+        out,
+        {"head": model.sha256, "settings": fingerprint(to_dict(config)), "neutral": neutral, "lids": bool(model.lids)},
+        "choose another folder or delete it",
+    )
     job, groups = Job(model, config, out, None if cropped is None else Path(cropped), neutral), _by_subject(items)
     job.order = landmark_order(job, groups)
 
     def follow(result):
-        if result[0] != "shape": return []
+        if result[0] != "shape":
+            return []
         _, subject, shape, reason = result
         sequences = {}
-        for item in groups[subject]: sequences.setdefault(str(PurePosixPath(item.id).parent), []).append(item)
+        for item in groups[subject]:
+            sequences.setdefault(str(PurePosixPath(item.id).parent), []).append(item)
         return [(frame_task, (subject, frames, shape, reason)) for frames in sequences.values()]
 
     done, seconds, begin = 0, [], time.perf_counter()
@@ -357,8 +473,17 @@ def fit_dataset(
         if result[0] == "frames":
             done += result[2]
             seconds += result[3]
-            if progress: progress(done, len(items), "scans fitted")
+            if progress:
+                progress(done, len(items), "scans fitted")
     labels = collect(items, model.sha256, out)
-    write_json(out/"report.json", {**labels.summary(), "landmarks_in_order": job.order is None})
-    if timing: write_json(timing, {"frames": len(seconds), "seconds_a_frame": float(np.median(seconds)) if seconds else None, "seconds": time.perf_counter() - begin})
+    write_json(out / "report.json", {**labels.summary(), "landmarks_in_order": job.order is None})
+    if timing:
+        write_json(
+            timing,
+            {
+                "frames": len(seconds),
+                "seconds_a_frame": float(np.median(seconds)) if seconds else None,
+                "seconds": time.perf_counter() - begin,
+            },
+        )
     return labels

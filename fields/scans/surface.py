@@ -17,18 +17,24 @@ def cross_matrix(v):
     "Return the matrix of the cross product with v (3,)."
     return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]], np.float64)
 
+
 def rotation_matrix(v):
     "Return the rotation (3,3) of an axis-angle vector (3,)."
     squared, K = float(v @ v), cross_matrix(v)
-    if squared < 1e-12: return np.eye(3) + K + K @ K / 2
+    if squared < 1e-12:
+        return np.eye(3) + K + K @ K / 2
     angle = np.sqrt(squared)
     return np.eye(3) + np.sin(angle) / angle * K + (1 - np.cos(angle)) / squared * K @ K
+
 
 def rotation_derivative(v):
     "Return the derivatives (3,3,3) of `rotation_matrix` with respect to the three components."
     squared, R, unit = float(v @ v), rotation_matrix(v), np.eye(3)
-    if squared < 1e-12: return np.stack([cross_matrix(e) for e in unit])
-    return np.stack([(v[i] * cross_matrix(v) + cross_matrix(np.cross(v, (unit - R)[:, i]))) / squared @ R for i in range(3)])
+    if squared < 1e-12:
+        return np.stack([cross_matrix(e) for e in unit])
+    return np.stack(
+        [(v[i] * cross_matrix(v) + cross_matrix(np.cross(v, (unit - R)[:, i]))) / squared @ R for i in range(3)]
+    )
 
 # %% ../../nbs/42_scans.surface.ipynb #bbe4e140
 @njit(cache=True, parallel=True, fastmath={"contract"})
@@ -43,18 +49,37 @@ def _rows(corners, weights, direction, jaw_weights, R, R_jaw, basis, jaw, root, 
             v = corners[i, k]
             w = jaw_weights[v]
             swing += weights[i, k] * w
-            for j in range(3): m[3 * k + j], at[3 * k + j] = weights[i, k] * ((1 - w) * a[j] + w * c[j]), 3 * v + j
+            for j in range(3):
+                m[3 * k + j], at[3 * k + j] = weights[i, k] * ((1 - w) * a[j] + w * c[j]), 3 * v + j
         m0, m1, m2, m3, m4, m5, m6, m7, m8 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]
         b0, b1, b2, b3, b4, b5 = basis[at[0]], basis[at[1]], basis[at[2]], basis[at[3]], basis[at[4]], basis[at[5]]
         b6, b7, b8 = basis[at[6]], basis[at[7]], basis[at[8]]
         e, f = (swing * (a - c)).astype(basis.dtype), (n - a).astype(basis.dtype)
         e0, e1, e2, f0, f1, f2 = e[0], e[1], e[2], f[0], f[1], f[2]
         for q in range(basis.shape[1]):
-            row[q] = (m0 * b0[q] + m1 * b1[q] + m2 * b2[q] + m3 * b3[q] + m4 * b4[q] + m5 * b5[q] + m6 * b6[q] + m7 * b7[q] + m8 * b8[q]
-                      + e0 * jaw[0, q] + e1 * jaw[1, q] + e2 * jaw[2, q] + f0 * root[0, q] + f1 * root[1, q] + f2 * root[2, q])
+            row[q] = (
+                m0 * b0[q]
+                + m1 * b1[q]
+                + m2 * b2[q]
+                + m3 * b3[q]
+                + m4 * b4[q]
+                + m5 * b5[q]
+                + m6 * b6[q]
+                + m7 * b7[q]
+                + m8 * b8[q]
+                + e0 * jaw[0, q]
+                + e1 * jaw[1, q]
+                + e2 * jaw[2, q]
+                + f0 * root[0, q]
+                + f1 * root[1, q]
+                + f2 * root[2, q]
+            )
+
 
 @njit(cache=True, parallel=True)
-def _pose_rows(corners, weights, direction, jaw_weights, R, R_jaw, vertices, unposed, pivot, hinge, turns, changes, out):
+def _pose_rows(
+    corners, weights, direction, jaw_weights, R, R_jaw, vertices, unposed, pivot, hinge, turns, changes, out
+):
     "Fill out[:, P:]: derivative of direction . point with respect to rotation, translation and jaw."
     P = out.shape[1] - 9
     for i in prange(corners.shape[0]):
@@ -69,135 +94,185 @@ def _pose_rows(corners, weights, direction, jaw_weights, R, R_jaw, vertices, unp
             row[P + k] = lever[(k + 1) % 3] * n[(k + 2) % 3] - lever[(k + 2) % 3] * n[(k + 1) % 3]
             row[P + 3 + k] = n[k]
             total = 0.0
-            for j in range(3): total += a[j] * (turns[k, j, 0] * arm[0] + turns[k, j, 1] * arm[1] + turns[k, j, 2] * arm[2])
+            for j in range(3):
+                total += a[j] * (turns[k, j, 0] * arm[0] + turns[k, j, 1] * arm[1] + turns[k, j, 2] * arm[2])
             if len(changes):
                 for q in range(3):
                     v, b = corners[i, q], weights[i, q]
                     w = jaw_weights[v]
-                    for j in range(3): total += b * ((1 - w) * a[j] + w * c[j]) * changes[k, v, j]
+                    for j in range(3):
+                        total += b * ((1 - w) * a[j] + w * c[j]) * changes[k, v, j]
             row[P + 6 + k] = total
 
 # %% ../../nbs/42_scans.surface.ipynb #a7250206
 @dataclass
 class State:
     "What is solved for one scan."
-    coefficients:np.ndarray       # (P,) identity (unless folded into the template), expression, lids
-    rotation:np.ndarray           # (3,3) of the whole head
-    translation:np.ndarray        # (3,) metres
-    jaw:np.ndarray                # (3,) axis-angle
+
+    coefficients: np.ndarray  # (P,) identity (unless folded into the template), expression, lids
+    rotation: np.ndarray  # (3,3) of the whole head
+    translation: np.ndarray  # (3,) metres
+    jaw: np.ndarray  # (3,) axis-angle
 
     def moved(self, step):
         "Return the state after a step (P+9,): coefficients, rotation, translation, jaw."
         c, w, t, j = np.split(step, [len(step) - 9, len(step) - 6, len(step) - 3])
         return State(self.coefficients + c, rotation_matrix(w) @ self.rotation, self.translation + t, self.jaw + j)
 
+
 @dataclass
 class Posed:
     "A posed head and what its derivatives need."
-    vertices:np.ndarray           # (V,3) metres
-    unposed:np.ndarray            # (V,3) with pose correctives
-    joints:np.ndarray             # (2,3) root and jaw at rest
-    jaw:np.ndarray                # (3,3) rotation of the jaw
-    state:State
+
+    vertices: np.ndarray  # (V,3) metres
+    unposed: np.ndarray  # (V,3) with pose correctives
+    joints: np.ndarray  # (2,3) root and jaw at rest
+    jaw: np.ndarray  # (3,3) rotation of the jaw
+    state: State
+
 
 @dataclass
 class HeadModel:
     "Arrays of a head with `identities` identity and `expressions` expression coefficients, then lids if there are any."
-    template:np.ndarray           # (V,3) metres
-    faces:np.ndarray              # (F,3) int32
-    basis:np.ndarray              # (3V,P) blendshapes, one row for each coordinate
-    joints:np.ndarray             # (2,3) root and jaw of the template
-    joint_basis:np.ndarray        # (2,3,P)
-    jaw_weights:np.ndarray        # (V,)
-    correctives:np.ndarray|None   # (V,3,9) of the jaw, None where all are zero
-    landmarks:dict = field(default_factory=dict) # set -> (corners (L,3), weights (L,3))
-    identities:int = 300
-    expressions:int = 50
-    lids:int = 0                  # 0 or 2
-    sha256:str = ""
-    shape:np.ndarray|None = None  # (300,) identity folded into the template
-    tree:Surface|None = None      # of the template; copies of it move with the fits
+
+    template: np.ndarray  # (V,3) metres
+    faces: np.ndarray  # (F,3) int32
+    basis: np.ndarray  # (3V,P) blendshapes, one row for each coordinate
+    joints: np.ndarray  # (2,3) root and jaw of the template
+    joint_basis: np.ndarray  # (2,3,P)
+    jaw_weights: np.ndarray  # (V,)
+    correctives: np.ndarray | None  # (V,3,9) of the jaw, None where all are zero
+    landmarks: dict = field(default_factory=dict)  # set -> (corners (L,3), weights (L,3))
+    identities: int = 300
+    expressions: int = 50
+    lids: int = 0  # 0 or 2
+    sha256: str = ""
+    shape: np.ndarray | None = None  # (300,) identity folded into the template
+    tree: Surface | None = None  # of the template; copies of it move with the fits
 
 # %% ../../nbs/42_scans.surface.ipynb #54907868
 def landmark_sets(
-    head,                         # fields.head.flame.Head
-) -> dict:                        # set -> (corners (L,3), weights (L,3))
+    head,  # fields.head.flame.Head
+) -> dict:  # set -> (corners (L,3), weights (L,3))
     "Return the head's landmark sets that do not depend on the view."
     faces = head.faces.detach().cpu().numpy()
-    return {name: (faces[e.face_index].astype(np.int64), np.asarray(e.barycentric, np.float64))
-            for name, e in head.embeddings.items() if np.ndim(e.face_index) == 1}
+    return {
+        name: (faces[e.face_index].astype(np.int64), np.asarray(e.barycentric, np.float64))
+        for name, e in head.embeddings.items()
+        if np.ndim(e.face_index) == 1
+    }
 
 # %% ../../nbs/42_scans.surface.ipynb #be0a8b1d
 def head_model(
-    head,                         # fields.head.flame.Head
-    identities:int=300,           # identity coefficients to solve
-    expressions:int=50,           # expression coefficients to solve
-    lids:bool=False,              # solve the lids too
-    dtype=np.float32,             # of the basis; float64 for checks of the derivatives
-) -> HeadModel:                   # plain arrays, ready to be sent to another process
+    head,  # fields.head.flame.Head
+    identities: int = 300,  # identity coefficients to solve
+    expressions: int = 50,  # expression coefficients to solve
+    lids: bool = False,  # solve the lids too
+    dtype=np.float32,  # of the basis; float64 for checks of the derivatives
+) -> HeadModel:  # plain arrays, ready to be sent to another process
     "Take from a head what a fit needs; raise `ValueError` if it has no lids and they are asked for."
     get = lambda t: t.detach().cpu().numpy().astype(np.float64)
     if lids and head.eyelids is None:
-        raise ValueError(f"head {head.name} has no eyelid shapes, so lids cannot be fitted; give the folder with l_eyelid.npy and r_eyelid.npy")
+        raise ValueError(
+            f"head {head.name} has no eyelid shapes, so lids cannot be fitted; give the folder with l_eyelid.npy and r_eyelid.npy"
+        )
     parts = [get(head.shapedirs)[..., :identities], get(head.exprdirs)[..., :expressions]]
-    if lids: parts.append(get(head.eyelids).transpose(1, 2, 0))
+    if lids:
+        parts.append(get(head.eyelids).transpose(1, 2, 0))
     shapes = np.concatenate(parts, -1)
     template, regressor = get(head.template), get(head.joint_regressor)[[0, 2]]
     correctives = np.ascontiguousarray(get(head.posedirs).reshape(-1, 3, 36)[:, :, 9:18])
     joint_basis = np.ascontiguousarray(np.einsum("jv,vcp->jcp", regressor, shapes))
-    if lids: joint_basis[..., -2:] = 0
+    if lids:
+        joint_basis[..., -2:] = 0
     faces = get(head.faces).astype(np.int32)
-    return HeadModel(template, faces, np.ascontiguousarray(shapes.reshape(-1, shapes.shape[-1]).astype(dtype)),
-                     regressor @ template, joint_basis, get(head.weights)[:, 2].copy(), correctives if correctives.any() else None,
-                     landmark_sets(head), min(identities, head.shapedirs.shape[-1]), min(expressions, head.exprdirs.shape[-1]), 2 * lids, head.sha256, tree=Surface(template, faces))
+    return HeadModel(
+        template,
+        faces,
+        np.ascontiguousarray(shapes.reshape(-1, shapes.shape[-1]).astype(dtype)),
+        regressor @ template,
+        joint_basis,
+        get(head.weights)[:, 2].copy(),
+        correctives if correctives.any() else None,
+        landmark_sets(head),
+        min(identities, head.shapedirs.shape[-1]),
+        min(expressions, head.exprdirs.shape[-1]),
+        2 * lids,
+        head.sha256,
+        tree=Surface(template, faces),
+    )
 
 # %% ../../nbs/42_scans.surface.ipynb #1ea0ab8d
 def at_shape(
-    model:HeadModel,              # with identity coefficients
-    shape,                        # (300,) or fewer identity coefficients
-) -> HeadModel:                   # without
+    model: HeadModel,  # with identity coefficients
+    shape,  # (300,) or fewer identity coefficients
+) -> HeadModel:  # without
     "Return the model of one person."
     n, shape = model.identities, np.asarray(shape, np.float64)
-    if len(shape) < n: shape = np.pad(shape, (0, n - len(shape)))
+    if len(shape) < n:
+        shape = np.pad(shape, (0, n - len(shape)))
     fixed = model.basis[:, :n].astype(np.float64) @ shape[:n]
-    return dataclasses.replace(model, template=model.template + fixed.reshape(-1, 3), basis=np.ascontiguousarray(model.basis[:, n:]),
-                               joints=model.joints + model.joint_basis[..., :n] @ shape[:n], joint_basis=model.joint_basis[..., n:],
-                               identities=0, shape=np.pad(shape[:n], (0, max(0, 300 - n))))
+    return dataclasses.replace(
+        model,
+        template=model.template + fixed.reshape(-1, 3),
+        basis=np.ascontiguousarray(model.basis[:, n:]),
+        joints=model.joints + model.joint_basis[..., :n] @ shape[:n],
+        joint_basis=model.joint_basis[..., n:],
+        identities=0,
+        shape=np.pad(shape[:n], (0, max(0, 300 - n))),
+    )
 
 # %% ../../nbs/42_scans.surface.ipynb #bd68205c
 def pose(
-    model:HeadModel,              # plain arrays of the head
-    state:State,                  # parameters
-) -> Posed:                       # posed head
+    model: HeadModel,  # plain arrays of the head
+    state: State,  # parameters
+) -> Posed:  # posed head
     "Pose the head; equal to the head layer with neck and eyes at rest."
     c, R_jaw = state.coefficients, rotation_matrix(state.jaw)
     u = model.template + (model.basis @ c.astype(model.basis.dtype)).astype(np.float64).reshape(-1, 3)
     joints = model.joints + model.joint_basis @ c
-    if model.correctives is not None: u = u + model.correctives @ (R_jaw - np.eye(3)).ravel()
+    if model.correctives is not None:
+        u = u + model.correctives @ (R_jaw - np.eye(3)).ravel()
     y = u + model.jaw_weights[:, None] * ((u - joints[1]) @ (R_jaw - np.eye(3)).T)
     return Posed((y - joints[0]) @ state.rotation.T + joints[0] + state.translation, u, joints, R_jaw, state)
 
+
 def rest_state(
-    model:HeadModel,              # plain arrays of the head
-) -> State:                       # mean face at rest
+    model: HeadModel,  # plain arrays of the head
+) -> State:  # mean face at rest
     "Return the state with all parameters at zero."
     return State(np.zeros(model.basis.shape[1]), np.eye(3), np.zeros(3), np.zeros(3))
 
 # %% ../../nbs/42_scans.surface.ipynb #c95a78e7
 def jacobian(
-    model:HeadModel,              # plain arrays of the head
-    posed:Posed,                  # posed head
-    corners,                      # (N,3) vertices of each point's triangle
-    weights,                      # (N,3) barycentric weights
-    direction,                    # (N,3) direction along which the point's motion is wanted
-) -> np.ndarray:                  # (N,P+9): coefficients, rotation (left, about the root joint), translation, jaw
+    model: HeadModel,  # plain arrays of the head
+    posed: Posed,  # posed head
+    corners,  # (N,3) vertices of each point's triangle
+    weights,  # (N,3) barycentric weights
+    direction,  # (N,3) direction along which the point's motion is wanted
+) -> np.ndarray:  # (N,P+9): coefficients, rotation (left, about the root joint), translation, jaw
     "Return the derivative of direction . point with respect to all parameters."
     state, P = posed.state, model.basis.shape[1]
     out, dtype = np.empty((len(corners), P + 9), model.basis.dtype), model.basis.dtype
     root, jaw = np.ascontiguousarray(model.joint_basis, dtype)
     _rows(corners, weights, direction, model.jaw_weights, state.rotation, posed.jaw, model.basis, jaw, root, out)
     turns = rotation_derivative(state.jaw)
-    changes = np.empty((0, 0, 3)) if model.correctives is None else np.stack([model.correctives @ d.ravel() for d in turns])
-    _pose_rows(corners, weights, direction, model.jaw_weights, state.rotation, posed.jaw, posed.vertices, posed.unposed,
-               posed.joints[0] + state.translation, posed.joints[1], turns, changes, out)
+    changes = (
+        np.empty((0, 0, 3)) if model.correctives is None else np.stack([model.correctives @ d.ravel() for d in turns])
+    )
+    _pose_rows(
+        corners,
+        weights,
+        direction,
+        model.jaw_weights,
+        state.rotation,
+        posed.jaw,
+        posed.vertices,
+        posed.unposed,
+        posed.joints[0] + state.translation,
+        posed.joints[1],
+        turns,
+        changes,
+        out,
+    )
     return out

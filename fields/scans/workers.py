@@ -11,19 +11,22 @@ from multiprocessing import get_context
 from ..stage import begin_worker, one_thread
 
 # %% ../../nbs/45_scans.workers.ipynb #1fece4a8
-_OWN = {}                         # the arguments that every task of this process shares
+_OWN = {}  # the arguments that every task of this process shares
+
 
 def _begin(shared):
     "Prepare a worker process and keep the common arguments."
     _OWN["shared"] = shared
     begin_worker("numba")
 
+
 def _call(task, arguments):
     "Run a task in a worker process."
     return task(_OWN["shared"], *arguments)
 
 # %% ../../nbs/45_scans.workers.ipynb #953a862b
-ALONE = 2.0                       # seconds of work before further processes are thought of
+ALONE = 2.0  # seconds of work before further processes are thought of
+
 
 def _serial(shared, tasks, follow):
     "Run tasks one after the other in this process, with all its threads."
@@ -34,10 +37,12 @@ def _serial(shared, tasks, follow):
         yield result
         waiting = [*follow(result), *waiting]
 
+
 def _processes(shared, tasks, follow, workers, patience=5):
     "Run tasks here and in helpers; start these again if one is killed, and raise `RuntimeError` if that goes on."
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
+
     waiting, running, pool, done, begin = list(tasks), {}, None, 0, time.process_time()
     with one_thread("numba"):
         try:
@@ -58,68 +63,96 @@ def _processes(shared, tasks, follow, workers, patience=5):
                     pool.shutdown()
                     waiting, running, pool, patience = [*running.values(), *waiting], {}, None, patience - 1
                     if patience < 0:
-                        raise RuntimeError("worker processes were killed again and again, perhaps for want of memory; use fewer workers and start again: what is done is kept") from None
+                        raise RuntimeError(
+                            "worker processes were killed again and again, perhaps for want of memory; use fewer workers and start again: what is done is kept"
+                        ) from None
                 if waiting:
                     task, arguments = waiting.pop(0)
                     result, done = task(shared, *arguments), done + 1
                     yield result
                     waiting = [*follow(result), *waiting]
         finally:
-            if pool is not None: pool.shutdown(cancel_futures=True)
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/45_scans.workers.ipynb #bbff88d3
 def _dask(shared, tasks, follow, workers, address):
     "Run tasks on a Dask cluster: a local one, or the one at an address, whose workers see the same folders."
     from dask.distributed import Client, LocalCluster, as_completed
-    cluster = None if address else LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+
+    cluster = (
+        None
+        if address
+        else LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+    )
     try:
         with Client(address or cluster) as client:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                              # that a head is large
+                warnings.simplefilter("ignore")  # that a head is large
                 common = client.submit(_keep, shared, pure=False)
-            submit = lambda work: [client.submit(_on_dask, task, common, arguments, pure=False) for task, arguments in work]
+            submit = lambda work: [
+                client.submit(_on_dask, task, common, arguments, pure=False) for task, arguments in work
+            ]
             running = as_completed(submit(tasks))
             for future in running:
                 result = future.result()
                 yield result
-                for new in submit(follow(result)): running.add(new)
+                for new in submit(follow(result)):
+                    running.add(new)
     finally:
-        if cluster is not None: cluster.close()
+        if cluster is not None:
+            cluster.close()
+
 
 def _keep(shared):
     "Hand the common argument to Dask as a result, which it can make again when every worker that held it is gone."
     return shared
 
+
 def _on_dask(task, shared, arguments):
     "Run a task on a Dask worker with one thread."
-    if not _OWN: _begin(None)
+    if not _OWN:
+        _begin(None)
     return task(shared, *arguments)
 
 # %% ../../nbs/45_scans.workers.ipynb #4b5b8fee
 def run_tasks(
-    shared,                       # first argument of every task, sent to a worker once
-    tasks:list,                   # (function, further arguments)
-    follow,                       # result -> tasks that can start now
-    workers:int=1,                # processes
-    scheduler:str="processes",    # processes | dask | address of a Dask scheduler, such as tcp://node:8786
-):                                # results in the order in which they end
+    shared,  # first argument of every task, sent to a worker once
+    tasks: list,  # (function, further arguments)
+    follow,  # result -> tasks that can start now
+    workers: int = 1,  # processes
+    scheduler: str = "processes",  # processes | dask | address of a Dask scheduler, such as tcp://node:8786
+):  # results in the order in which they end
     "Run tasks and those that follow from their results; raise `ValueError` for an unknown scheduler."
-    if "://" in scheduler or scheduler == "dask": return _dask(shared, tasks, follow, workers, "" if scheduler == "dask" else scheduler)
-    if scheduler != "processes": raise ValueError(f"scheduler {scheduler!r} is unknown; choose processes, dask, or the address of a Dask scheduler")
+    if "://" in scheduler or scheduler == "dask":
+        return _dask(shared, tasks, follow, workers, "" if scheduler == "dask" else scheduler)
+    if scheduler != "processes":
+        raise ValueError(
+            f"scheduler {scheduler!r} is unknown; choose processes, dask, or the address of a Dask scheduler"
+        )
     return _processes(shared, tasks, follow, workers) if workers > 1 else _serial(shared, tasks, follow)
 
 # %% ../../nbs/45_scans.workers.ipynb #34fc748a
 def slurm_cluster(
-    workers:int=64,               # single-thread workers
-    queue:str|None=None,          # partition
-    account:str|None=None,
-    gigabytes:float=3,            # memory of each worker
-    walltime:str="12:00:00",
-    per_job:int=16,               # workers that share a job
-    **options,                    # passed to `SLURMCluster`
-):                                # dask_jobqueue.SLURMCluster; `.scheduler_address` is its address
+    workers: int = 64,  # single-thread workers
+    queue: str | None = None,  # partition
+    account: str | None = None,
+    gigabytes: float = 3,  # memory of each worker
+    walltime: str = "12:00:00",
+    per_job: int = 16,  # workers that share a job
+    **options,  # passed to `SLURMCluster`
+):  # dask_jobqueue.SLURMCluster; `.scheduler_address` is its address
     "Start a Dask cluster through SLURM; the folders of the run must be on a file system that all nodes share."
     from dask_jobqueue import SLURMCluster
-    cluster = SLURMCluster(cores=per_job, processes=per_job, memory=f"{gigabytes * per_job:g}GB", queue=queue, account=account, walltime=walltime, **options)
+
+    cluster = SLURMCluster(
+        cores=per_job,
+        processes=per_job,
+        memory=f"{gigabytes * per_job:g}GB",
+        queue=queue,
+        account=account,
+        walltime=walltime,
+        **options,
+    )
     cluster.scale(workers)
     return cluster

@@ -14,14 +14,39 @@ from torch import Tensor, nn
 from ..config import Config, LossConfig
 from ..data.mixing import share_of
 from ..head.geometry import rodrigues
-from ..models.masking import SparsePoints, masked_background, paste_pixels, region_weights, sample_points, sparse_count
+from fields.models.masking import (
+    SparsePoints,
+    masked_background,
+    paste_pixels,
+    region_weights,
+    sample_points,
+    sparse_count,
+)
 from ..render.camera import project
 from ..render.shade import geometry_image
 from ..render.visibility import landmark_visibility
 from .cycle import draw_cycle, edit_params
 from .loop import Moment, Pass, Team, half
-from .losses import (Terms, cycle, emotion, encoder_objective, expression_3d, expression_reg, feature_consistency, group_weights,
-    landmark, perceptual, photometric, pose_landmark, region, region_masks, shape_reg, synthesizer_objective, token_cycle, yaw)
+from fields.training.losses import (
+    Terms,
+    cycle,
+    emotion,
+    encoder_objective,
+    expression_3d,
+    expression_reg,
+    feature_consistency,
+    group_weights,
+    landmark,
+    perceptual,
+    photometric,
+    pose_landmark,
+    region,
+    region_masks,
+    shape_reg,
+    synthesizer_objective,
+    token_cycle,
+    yaw,
+)
 from .pretrain import learning_parts, projected, rate_groups
 from ..types import Batch, HeadOutput, HeadParams
 
@@ -29,17 +54,18 @@ from ..types import Batch, HeadOutput, HeadParams
 @dataclass(frozen=True)
 class Method:
     "Which terms a method uses, and with which weights."
-    name:str
-    meaning:str                   # one line for tables
-    use_expression:bool = False   # L_3D-GT on scan labels (Eq. 6)
-    use_emotion:bool = False      # emotion head and L_emo (Eq. 7)
-    use_tokens:bool = True        # appearance tokens; without them SMIRK's sparse pixels
-    use_regions:bool = True       # TEASER's pose-dependent landmarks and region loss
-    use_feature:bool = False      # EMOCA's emotion-feature consistency
-    use_base:bool = True          # regularise toward B; otherwise the expression toward zero
-    weights:dict = field(default_factory=dict) # LossConfig values that differ from the configuration
 
-    def loss(self, config:LossConfig) -> LossConfig:
+    name: str
+    meaning: str  # one line for tables
+    use_expression: bool = False  # L_3D-GT on scan labels (Eq. 6)
+    use_emotion: bool = False  # emotion head and L_emo (Eq. 7)
+    use_tokens: bool = True  # appearance tokens; without them SMIRK's sparse pixels
+    use_regions: bool = True  # TEASER's pose-dependent landmarks and region loss
+    use_feature: bool = False  # EMOCA's emotion-feature consistency
+    use_base: bool = True  # regularise toward B; otherwise the expression toward zero
+    weights: dict = field(default_factory=dict)  # LossConfig values that differ from the configuration
+
+    def loss(self, config: LossConfig) -> LossConfig:
         "Return the weights of this method."
         return dataclasses.replace(config, **self.weights)
 
@@ -47,91 +73,138 @@ class Method:
 @dataclass
 class Sample:
     "A batch with what both passes need of it."
-    batch:Batch
-    painted:Batch                 # those that are synthesized (P of B)
-    rows:Tensor|slice             # their places in the batch
-    features:list                 # perceptual features of the painted images
-    regions:Tensor|None           # (P,1,H,W) mouth and eye masks
-    base:HeadParams|None          # what B says of the batch
-    emotion:Tensor|None           # (P,D) emotion features of the painted images
+
+    batch: Batch
+    painted: Batch  # those that are synthesized (P of B)
+    rows: Tensor | slice  # their places in the batch
+    features: list  # perceptual features of the painted images
+    regions: Tensor | None  # (P,1,H,W) mouth and eye masks
+    base: HeadParams | None  # what B says of the batch
+    emotion: Tensor | None  # (P,D) emotion features of the painted images
+
 
 @dataclass
 class Painting:
     "One synthesis and what led to it."
-    output:HeadOutput             # posed head
-    geometry:Tensor               # (P,3,H,W) rendered face
-    covered:Tensor                # (P,1,H,W) 1 where it is
-    masked:Tensor                 # (P,3,H,W) what the synthesizer sees of the image
-    image:Tensor                  # (P,3,H,W) synthesis
-    points:SparsePoints|None      # SMIRK's points on the mesh
+
+    output: HeadOutput  # posed head
+    geometry: Tensor  # (P,3,H,W) rendered face
+    covered: Tensor  # (P,1,H,W) 1 where it is
+    masked: Tensor  # (P,3,H,W) what the synthesizer sees of the image
+    image: Tensor  # (P,3,H,W) synthesis
+    points: SparsePoints | None  # SMIRK's points on the mesh
+
 
 def spread(
-    count:int,                    # images in the batch
-    chosen:int,                   # of them to be painted; 0: all
-    step:int,                     # iteration
-) -> Tensor|slice:                # their places
+    count: int,  # images in the batch
+    chosen: int,  # of them to be painted; 0: all
+    step: int,  # iteration
+) -> Tensor | slice:  # their places
     "Choose the images that are painted at a step."
-    if not 0 < chosen < count: return slice(None)
-    return ((torch.arange(chosen)*count//chosen + step) % count).sort().values
+    if not 0 < chosen < count:
+        return slice(None)
+    return ((torch.arange(chosen) * count // chosen + step) % count).sort().values
 
 # %% ../../nbs/64_training.alternate.ipynb #a356b924
 class Alternating:
     "Losses and passes of one method."
+
     def __init__(
         self,
-        model:nn.Module,          # FieldsModel: encoders, token_encoder, synthesizer, emotion_head
-        head:nn.Module,           # frozen head
-        base:nn.Module|None,      # B's encoders, frozen; None if the method does not use them
-        method:Method,
-        config:Config,
-        perceptual_net:nn.Module, # image -> list of feature maps, frozen
-        templates:Tensor,         # (T,50) fitted expressions of training subjects
-        emotion_net:nn.Module|None=None, # image -> (B,D), frozen, for EMOCA's loss
-        team:Team|None=None,      # processes
-        precision:str="32",       # "32" | "bf16", of the networks
+        model: nn.Module,  # FieldsModel: encoders, token_encoder, synthesizer, emotion_head
+        head: nn.Module,  # frozen head
+        base: nn.Module | None,  # B's encoders, frozen; None if the method does not use them
+        method: Method,
+        config: Config,
+        perceptual_net: nn.Module,  # image -> list of feature maps, frozen
+        templates: Tensor,  # (T,50) fitted expressions of training subjects
+        emotion_net: nn.Module | None = None,  # image -> (B,D), frozen, for EMOCA's loss
+        team: Team | None = None,  # processes
+        precision: str = "32",  # "32" | "bf16", of the networks
     ):
         c = config.train
-        for key, value, known in (("train_parts", c.train_parts, ("fig3", "sec33")), ("passes", c.passes, ("paper", "smirk")), ("pdl", c.pdl, ("teaser", "visible"))):
-            if value not in known: raise ValueError(f"train.{key}={value!r} is unknown; use {' or '.join(known)}")
-        if method.use_base and base is None: raise ValueError(f"{method.name} regularises toward the base model, but none was given; run the `pretrain` step")
-        if method.use_feature and emotion_net is None: raise ValueError(f"{method.name} needs the emotion-feature network; run the `standins` step")
-        self.model, self.head, self.base, self.method, self.config = model, head, base if method.use_base else None, method, config
+        for key, value, known in (
+            ("train_parts", c.train_parts, ("fig3", "sec33")),
+            ("passes", c.passes, ("paper", "smirk")),
+            ("pdl", c.pdl, ("teaser", "visible")),
+        ):
+            if value not in known:
+                raise ValueError(f"train.{key}={value!r} is unknown; use {' or '.join(known)}")
+        if method.use_base and base is None:
+            raise ValueError(
+                f"{method.name} regularises toward the base model, but none was given; run the `pretrain` step"
+            )
+        if method.use_feature and emotion_net is None:
+            raise ValueError(f"{method.name} needs the emotion-feature network; run the `standins` step")
+        self.model, self.head, self.base, self.method, self.config = (
+            model,
+            head,
+            base if method.use_base else None,
+            method,
+            config,
+        )
         self.weights, self.team, self.precision = method.loss(config.loss), team or Team(), precision
-        self.perceptual, self.emotion_net, self.templates = perceptual_net, emotion_net if method.use_feature else None, templates
+        self.perceptual, self.emotion_net, self.templates = (
+            perceptual_net,
+            emotion_net if method.use_feature else None,
+            templates,
+        )
         self.faces = head.mask_faces("face")
         self.size = config.train.batch
         for frozen in (head, base, perceptual_net, emotion_net):
-            if frozen is not None: frozen.requires_grad_(False).eval()
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
 
     def _net(self, network, *inputs):
-        with half(self.precision, inputs[0].device): return network(*inputs)
+        with half(self.precision, inputs[0].device):
+            return network(*inputs)
 
-    def tokens(self, image:Tensor) -> Tensor|None:
+    def tokens(self, image: Tensor) -> Tensor | None:
         "Return tokens of images, if the method has any."
         return self._net(self.model.token_encoder, image).float() if self.method.use_tokens else None
 
-    def encode(self, image:Tensor) -> tuple[HeadParams, Tensor|None]:
+    def encode(self, image: Tensor) -> tuple[HeadParams, Tensor | None]:
         "Return parameters and tokens of images."
         return self._net(self.model.encoders, image), self.tokens(image)
 
-    def prepare(self, batch:Batch, step:int=0) -> Sample:
+    def prepare(self, batch: Batch, step: int = 0) -> Sample:
         "Compute what both passes need of a batch."
         c = self.config.train
-        rows = spread(len(batch), -(-c.synthesized*len(batch)//c.batch), step)   # a process paints its share
+        rows = spread(len(batch), -(-c.synthesized * len(batch) // c.batch), step)  # a process paints its share
         p = batch if isinstance(rows, slice) else batch[rows]
         with torch.no_grad():
             base = self._net(self.base, batch.image) if self.base is not None else None
             features = self._net(self.perceptual, p.image)
             regions = region_masks(p.mediapipe, p.image.shape[-1], c.region) if self.method.use_regions else None
-            return Sample(batch, p, rows, features, regions, base, self._net(self.emotion_net, p.image) if self.emotion_net is not None else None)
+            return Sample(
+                batch,
+                p,
+                rows,
+                features,
+                regions,
+                base,
+                self._net(self.emotion_net, p.image) if self.emotion_net is not None else None,
+            )
 
-    def paint(self, batch:Batch, params:HeadParams, tokens:Tensor|None, moment:Moment, before:Painting|None=None, edited:bool=False, output:HeadOutput|None=None) -> Painting:
+    def paint(
+        self,
+        batch: Batch,
+        params: HeadParams,
+        tokens: Tensor | None,
+        moment: Moment,
+        before: Painting | None = None,
+        edited: bool = False,
+        output: HeadOutput | None = None,
+    ) -> Painting:
         "Render the head (`output` if it is there already), mask the image and synthesize; in the cycle, SMIRK's points ride on the edited mesh of `before`."
         output = self.head(params) if output is None else output
         geometry, covered = geometry_image(output.vertices, self.faces, params.camera, batch.image.shape[-1])
         masked, points = masked_background(batch.image, batch.hull, covered), None
-        if not self.method.use_tokens: masked, points = self._sparse(batch, masked, output, params, moment, before, edited)
-        return Painting(output, geometry, covered, masked, self._net(self.model.synthesizer, geometry, masked, tokens), points)
+        if not self.method.use_tokens:
+            masked, points = self._sparse(batch, masked, output, params, moment, before, edited)
+        return Painting(
+            output, geometry, covered, masked, self._net(self.model.synthesizer, geometry, masked, tokens), points
+        )
 
 # %% ../../nbs/64_training.alternate.ipynb #3d7e8c56
 def _sparse(self, batch, masked, output, params, moment, before, edited):
@@ -140,26 +213,41 @@ def _sparse(self, batch, masked, output, params, moment, before, edited):
     numbers = (self.config.seed, moment.step, moment.part, self.team.rank, int(edited))
     generator = torch.Generator(device).manual_seed(hash(numbers) % 2**62)
     with torch.no_grad():
-        if not hasattr(self, "_triangles"): self._triangles = region_weights(self.head.faces, self.head.masks)
+        if not hasattr(self, "_triangles"):
+            self._triangles = region_weights(self.head.faces, self.head.masks)
         seen = project(output.vertices, params.camera)
-        points = before.points if before else sample_points(seen, self.head.faces, self._triangles, sparse_count((side, side)), generator)
+        points = (
+            before.points
+            if before
+            else sample_points(seen, self.head.faces, self._triangles, sparse_count((side, side)), generator)
+        )
         target = points.pixels(seen, (side, side))
         source = points.pixels(project(before.output.vertices, params.camera), (side, side)) if before else target
-        return paste_pixels(masked, batch.image, source, target, generator, erase=.005 if edited else .01), points
+        return paste_pixels(masked, batch.image, source, target, generator, erase=0.005 if edited else 0.01), points
+
 
 Alternating._sparse = _sparse
 
 # %% ../../nbs/64_training.alternate.ipynb #7fbbf464
 def _pixels(self, sample, painting):
     "Image terms of Eq. 8."
-    terms = Terms(photometric=photometric(sample.painted.image, painting.image), perceptual=perceptual(sample.features, self._net(self.perceptual, painting.image)))
-    if sample.regions is not None: terms.region = region(sample.painted.image, painting.image, sample.regions)
+    terms = Terms(
+        photometric=photometric(sample.painted.image, painting.image),
+        perceptual=perceptual(sample.features, self._net(self.perceptual, painting.image)),
+    )
+    if sample.regions is not None:
+        terms.region = region(sample.painted.image, painting.image, sample.regions)
     return terms
+
 
 def _visibility(self, output, params):
     "(B,203) weights of the pose-dependent landmarks."
-    if self.config.train.pdl == "teaser": return group_weights(yaw(rodrigues(params.rotation.detach())))
-    return landmark_visibility(self.head.landmarks(output, "points203"), output.vertices, self.head.faces, params.camera, softness=.002)
+    if self.config.train.pdl == "teaser":
+        return group_weights(yaw(rodrigues(params.rotation.detach())))
+    return landmark_visibility(
+        self.head.landmarks(output, "points203"), output.vertices, self.head.faces, params.camera, softness=0.002
+    )
+
 
 def _encoder_terms(self, sample, moment):
     "Terms of Eq. 10, with the synthesis and the tokens that they came from."
@@ -170,23 +258,40 @@ def _encoder_terms(self, sample, moment):
     points = lambda which: projected(self.head, params, which, output)
     terms = self._pixels(sample, painting)
     terms.landmark = landmark(points("mediapipe105"), points("contour17"), b, n and n.contour)
-    if m.use_regions: terms.pose_landmark = pose_landmark(points("points203"), self._visibility(output, params), b, n and n.points203)
-    if m.use_expression: terms.expression_3d = expression_3d(params, b, self.weights.jaw*self.config.train.supervise_jaw, self.weights.eyelids, n and n.expression)
+    if m.use_regions:
+        terms.pose_landmark = pose_landmark(points("points203"), self._visibility(output, params), b, n and n.points203)
+    if m.use_expression:
+        terms.expression_3d = expression_3d(
+            params, b, self.weights.jaw * self.config.train.supervise_jaw, self.weights.eyelids, n and n.expression
+        )
     if m.use_emotion:
         said = self.model.emotion_head(params.features)
-        terms.emotion = emotion(said.logits, said.valence, said.arousal, b, self.weights.emotion_regression, self.weights.emotion_class, n and n.emotion)
-    if m.use_feature: terms.feature = feature_consistency(sample.emotion.float(), self._net(self.emotion_net, painting.image).float())
-    if sample.base is not None: terms.shape_reg = shape_reg(params, sample.base)
+        terms.emotion = emotion(
+            said.logits,
+            said.valence,
+            said.arousal,
+            b,
+            self.weights.emotion_regression,
+            self.weights.emotion_class,
+            n and n.emotion,
+        )
+    if m.use_feature:
+        terms.feature = feature_consistency(sample.emotion.float(), self._net(self.emotion_net, painting.image).float())
+    if sample.base is not None:
+        terms.shape_reg = shape_reg(params, sample.base)
     terms.expression_reg = expression_reg(params, sample.base)
     return terms, painting, tokens
 
-def encoder_loss(self,
-    sample:Sample,                # from `prepare`
-    moment:Moment,                # the iteration
-) -> tuple[Tensor, Terms]:        # Eq. 10 and its terms
+
+def encoder_loss(
+    self,
+    sample: Sample,  # from `prepare`
+    moment: Moment,  # the iteration
+) -> tuple[Tensor, Terms]:  # Eq. 10 and its terms
     "Evaluate the encoder pass."
     terms = self._encoder_terms(sample, moment)[0]
     return encoder_objective(terms, self.weights, moment.stage), terms
+
 
 Alternating._pixels, Alternating._visibility = _pixels, _visibility
 Alternating._encoder_terms, Alternating.encoder_loss = _encoder_terms, encoder_loss
@@ -195,49 +300,65 @@ Alternating._encoder_terms, Alternating.encoder_loss = _encoder_terms, encoder_l
 def _cycle(self, sample, params, tokens, painting, moment, shape):
     "Edit, paint, read again: the cycle term."
     t, device = self.team, params.expression.device
-    plan = draw_cycle(self.config.seed, moment.step*self.config.train.accumulate + moment.part, len(sample.painted)*t.world)
+    plan = draw_cycle(
+        self.config.seed, moment.step * self.config.train.accumulate + moment.part, len(sample.painted) * t.world
+    )
     mine = share_of(len(plan), t.rank, t.world)
     edited = edit_params(params, plan[mine].to(device), self.templates, t.gather(params.expression.detach()))
     again, e = self.paint(sample.painted, edited, tokens, moment, painting, edited=True), self.model.encoders
     expression, eyelids, jaw = self._net(e.expression_encoder, again.image)
     read = dataclasses.replace(edited, expression=expression, eyelids=eyelids, jaw=jaw)
-    if shape: read.shape = self._net(e.shape_encoder, again.image)
+    if shape:
+        read.shape = self._net(e.shape_encoder, again.image)
     return cycle(read, edited, shape)
 
-def synthesizer_loss(self,
-    sample:Sample,                # from `prepare`
-    moment:Moment,                # the iteration
-) -> tuple[Tensor, Terms]:        # Eq. 11 and its terms
+
+def synthesizer_loss(
+    self,
+    sample: Sample,  # from `prepare`
+    moment: Moment,  # the iteration
+) -> tuple[Tensor, Terms]:  # Eq. 11 and its terms
     "Evaluate the synthesizer pass."
-    with torch.no_grad(): params, tokens = self.encode(sample.painted.image)
+    with torch.no_grad():
+        params, tokens = self.encode(sample.painted.image)
     painting = self.paint(sample.painted, params, tokens, moment)
     terms = self._pixels(sample, painting)
-    if self.method.use_tokens: terms.token_cycle = token_cycle(self._net(self.model.token_encoder, painting.image).float(), tokens)
+    if self.method.use_tokens:
+        terms.token_cycle = token_cycle(self._net(self.model.token_encoder, painting.image).float(), tokens)
     terms.cycle = self._cycle(sample, params, tokens, painting, moment, shape=True)
     return synthesizer_objective(terms, self.weights), terms
+
 
 Alternating._cycle, Alternating.synthesizer_loss = _cycle, synthesizer_loss
 
 # %% ../../nbs/64_training.alternate.ipynb #dd5265c9
-def joint_loss(self,
-    sample:Sample,                # from `prepare`
-    moment:Moment,                # the iteration
-) -> tuple[Tensor, Terms]:        # both objectives and their terms
+def joint_loss(
+    self,
+    sample: Sample,  # from `prepare`
+    moment: Moment,  # the iteration
+) -> tuple[Tensor, Terms]:  # both objectives and their terms
     "Evaluate SMIRK's first step: Eq. 10, and the token cycle on the same synthesis."
     terms, painting, tokens = self._encoder_terms(sample, moment)
     objective = encoder_objective(terms, self.weights, moment.stage)
-    if tokens is None: return objective, terms
+    if tokens is None:
+        return objective, terms
     terms.token_cycle = token_cycle(self._net(self.model.token_encoder, painting.image).float(), tokens)
-    return objective + self.weights.token_cycle*terms.token_cycle, terms
+    return objective + self.weights.token_cycle * terms.token_cycle, terms
 
-def cycle_loss(self, encoders:bool):
+
+def cycle_loss(self, encoders: bool):
     "Return the loss of SMIRK's second step, which trains the encoders or the synthesizer."
+
     def loss(sample, moment):
-        with torch.no_grad(): params, tokens = self.encode(sample.painted.image)
-        with torch.no_grad(): painting = self.paint(sample.painted, params, tokens, moment) if not self.method.use_tokens else None
+        with torch.no_grad():
+            params, tokens = self.encode(sample.painted.image)
+        with torch.no_grad():
+            painting = self.paint(sample.painted, params, tokens, moment) if not self.method.use_tokens else None
         terms = Terms(cycle=self._cycle(sample, params, tokens, painting, moment, shape=not encoders))
-        return self.weights.cycle*terms.cycle, terms
+        return self.weights.cycle * terms.cycle, terms
+
     return loss
+
 
 Alternating.joint_loss, Alternating.cycle_loss = joint_loss, cycle_loss
 
@@ -246,17 +367,29 @@ def passes(self) -> list[Pass]:
     "Return the passes of an iteration, with their freeze lists and optimisers."
     m, c = self.model, self.config.train
     e, rate = m.encoders, c.learning_rate
-    encoders = [e.expression_encoder] if c.train_parts == "sec33" else [e.shape_encoder, e.expression_encoder] + [m.token_encoder]*self.method.use_tokens
+    encoders = (
+        [e.expression_encoder]
+        if c.train_parts == "sec33"
+        else [e.shape_encoder, e.expression_encoder] + [m.token_encoder] * self.method.use_tokens
+    )
     encoders = learning_parts(encoders, c.backbone_lr_scale)
-    groups = rate_groups(encoders, rate*c.encoder_lr_scale, c.backbone_lr_scale) + (rate_groups([m.emotion_head], rate) if self.method.use_emotion else [])
-    learning = encoders + [m.emotion_head]*self.method.use_emotion
+    groups = rate_groups(encoders, rate * c.encoder_lr_scale, c.backbone_lr_scale) + (
+        rate_groups([m.emotion_head], rate) if self.method.use_emotion else []
+    )
+    learning = encoders + [m.emotion_head] * self.method.use_emotion
     one = torch.optim.Adam(groups, fused=True)
-    two = torch.optim.Adam(rate_groups([m.synthesizer], rate), betas=(.5, .999), fused=True)
+    two = torch.optim.Adam(rate_groups([m.synthesizer], rate), betas=(0.5, 0.999), fused=True)
     clip = dict(clip=[m.synthesizer], clip_norm=c.gradient_clip)
     if c.passes == "paper":
-        return [Pass("encoder", learning, self.encoder_loss, [one]), Pass("synthesizer", [m.synthesizer], self.synthesizer_loss, [two], **clip)]
-    return [Pass("joint", learning + [m.synthesizer], self.joint_loss, [one, two]),
-            Pass("cycle", [m.synthesizer], self.cycle_loss(False), [two], **clip, every=lambda step: step % 2 == 0),
-            Pass("cycle", encoders, self.cycle_loss(True), [one], every=lambda step: step % 2 == 1)]
+        return [
+            Pass("encoder", learning, self.encoder_loss, [one]),
+            Pass("synthesizer", [m.synthesizer], self.synthesizer_loss, [two], **clip),
+        ]
+    return [
+        Pass("joint", learning + [m.synthesizer], self.joint_loss, [one, two]),
+        Pass("cycle", [m.synthesizer], self.cycle_loss(False), [two], **clip, every=lambda step: step % 2 == 0),
+        Pass("cycle", encoders, self.cycle_loss(True), [one], every=lambda step: step % 2 == 1),
+    ]
+
 
 Alternating.passes = passes

@@ -18,73 +18,95 @@ from ..types import Batched, HeadParams
 # %% ../../nbs/61_training.cycle.ipynb #b3d870bd
 EDITS = ("random", "permute", "template", "zero")
 
+
 @dataclass
 class CyclePlan(Batched):
     "Every random number of the edits of a batch."
-    edit:Tensor                   # (B,) index into EDITS, long
-    partner:Tensor                # (B,) global index of the sample whose expression is taken, long
-    scale:Tensor                  # (B,) factor of a taken expression
-    push:Tensor                   # (B,50) added by the random edit
-    noise:Tensor                  # (B,50) added to all
-    template:Tensor               # (B,) in [0,1), chooses a template
-    jaw:Tensor                    # (B,3) added to the jaw, radians
-    eyelids:Tensor                # (B,2) added to the lids
-    lids:Tensor                   # (B,2) lids of the zero edit
+
+    edit: Tensor  # (B,) index into EDITS, long
+    partner: Tensor  # (B,) global index of the sample whose expression is taken, long
+    scale: Tensor  # (B,) factor of a taken expression
+    push: Tensor  # (B,50) added by the random edit
+    noise: Tensor  # (B,50) added to all
+    template: Tensor  # (B,) in [0,1), chooses a template
+    jaw: Tensor  # (B,3) added to the jaw, radians
+    eyelids: Tensor  # (B,2) added to the lids
+    lids: Tensor  # (B,2) lids of the zero edit
+
 
 def draw_cycle(
-    seed:int,                     # training seed
-    step:int,                     # iteration
-    batch:int,                    # samples in the global batch
-) -> CyclePlan:                   # the plan
+    seed: int,  # training seed
+    step: int,  # iteration
+    batch: int,  # samples in the global batch
+) -> CyclePlan:  # the plan
     "Draw the edits of a step."
     r = stream(seed, step, CYCLE)
     edit, partner = np.empty(batch, np.int64), np.arange(batch)
     for number, members in enumerate(np.array_split(r.permutation(batch), len(EDITS))):
         edit[members] = number
         partner[members] = r.permutation(members)
-    push = r.uniform(1, 3, (batch, 1))*r.standard_normal((batch, 50))*(r.random((batch, 50)) < .5)
-    noise = r.uniform(0, .2, (batch, 1))*r.standard_normal((batch, 50))
-    jaw = .2*r.standard_normal((batch, 3))*[1, .1, .1]*(r.random((batch, 1)) < .5)
-    parts = (r.uniform(.25, 1.5, batch), push, noise, r.random(batch), jaw, r.uniform(-.25, .25, (batch, 2)), r.random((batch, 2)))
-    return CyclePlan(torch.from_numpy(edit), torch.from_numpy(partner), *(torch.from_numpy(p.astype(np.float32)) for p in parts))
+    push = r.uniform(1, 3, (batch, 1)) * r.standard_normal((batch, 50)) * (r.random((batch, 50)) < 0.5)
+    noise = r.uniform(0, 0.2, (batch, 1)) * r.standard_normal((batch, 50))
+    jaw = 0.2 * r.standard_normal((batch, 3)) * [1, 0.1, 0.1] * (r.random((batch, 1)) < 0.5)
+    parts = (
+        r.uniform(0.25, 1.5, batch),
+        push,
+        noise,
+        r.random(batch),
+        jaw,
+        r.uniform(-0.25, 0.25, (batch, 2)),
+        r.random((batch, 2)),
+    )
+    return CyclePlan(
+        torch.from_numpy(edit), torch.from_numpy(partner), *(torch.from_numpy(p.astype(np.float32)) for p in parts)
+    )
 
 # %% ../../nbs/61_training.cycle.ipynb #d8060921
 def edit_params(
-    params:HeadParams,            # what the encoders read, this process's samples
-    plan:CyclePlan,               # the same samples' part of the plan
-    templates:Tensor,             # (T,50) expressions; if empty, that quarter gets the random edit
-    everyone:Tensor|None=None,    # (G,50) expressions of the global batch; this process's by default
-) -> HeadParams:                  # edited, without gradient
+    params: HeadParams,  # what the encoders read, this process's samples
+    plan: CyclePlan,  # the same samples' part of the plan
+    templates: Tensor,  # (T,50) expressions; if empty, that quarter gets the random edit
+    everyone: Tensor | None = None,  # (G,50) expressions of the global batch; this process's by default
+) -> HeadParams:  # edited, without gradient
     "Apply the edits."
     p, plan = params.detach(), plan.to(params.expression.device)
     plan = plan.to(params.expression.dtype)
     own = p.expression
     pushed = (own + plan.push).clamp(-4, 4)
-    taken = plan.scale[:, None]*(own if everyone is None else everyone.detach())[plan.partner]
-    chosen = plan.scale[:, None]*templates.to(own)[(plan.template*len(templates)).long()] if len(templates) else pushed
+    taken = plan.scale[:, None] * (own if everyone is None else everyone.detach())[plan.partner]
+    chosen = (
+        plan.scale[:, None] * templates.to(own)[(plan.template * len(templates)).long()] if len(templates) else pushed
+    )
     edits = torch.stack([pushed, taken, chosen, torch.zeros_like(own)])
     expression = edits[plan.edit, torch.arange(len(own), device=own.device)] + plan.noise
     zero = (plan.edit == EDITS.index("zero"))[:, None]
     jaw = p.jaw + plan.jaw
-    jaw = torch.cat([jaw[:, :1].clamp(0, .5), jaw[:, 1:]], 1)
-    return dataclasses.replace(p, expression=expression, jaw=torch.where(zero, 0, jaw),
-                               eyelids=torch.where(zero, plan.lids, (p.eyelids + plan.eyelids).clamp(0, 1)))
+    jaw = torch.cat([jaw[:, :1].clamp(0, 0.5), jaw[:, 1:]], 1)
+    return dataclasses.replace(
+        p,
+        expression=expression,
+        jaw=torch.where(zero, 0, jaw),
+        eyelids=torch.where(zero, plan.lids, (p.eyelids + plan.eyelids).clamp(0, 1)),
+    )
 
 # %% ../../nbs/61_training.cycle.ipynb #d797a2e8
 def templates_of(
-    source,                       # fields.data.mixing.Source of BP4D
-    split:str="train",            # whose frames
-) -> Tensor:                      # (T,50)
+    source,  # fields.data.mixing.Source of BP4D
+    split: str = "train",  # whose frames
+) -> Tensor:  # (T,50)
     "Collect the expressions fitted to the scans of a split."
     rows = source.has_expression & (source.split == split)
     return torch.from_numpy(source.expression[rows])
 
 # %% ../../nbs/61_training.cycle.ipynb #1dd8d5dd
 def famos_templates(
-    folder:Path|str,              # expression_templates_famos/SUBJECT/CLASS/*.npy
-) -> Tensor:                      # (T,50), in FLAME 2020's coefficients
+    folder: Path | str,  # expression_templates_famos/SUBJECT/CLASS/*.npy
+) -> Tensor:  # (T,50), in FLAME 2020's coefficients
     "Read SMIRK's templates without unpickling; raise `ValueError` if there are none."
     files = sorted(Path(folder).glob("*/*/*.npy"))
     found = [np.asarray(read_arrays(f)["expression"], np.float32).reshape(-1)[:50] for f in files]
-    if not found: raise ValueError(f"{folder} holds no templates; unpack expression_templates_famos.zip there, or remove the folder to use the fitted expressions")
+    if not found:
+        raise ValueError(
+            f"{folder} holds no templates; unpack expression_templates_famos.zip there, or remove the folder to use the fitted expressions"
+        )
     return torch.from_numpy(np.stack(found))

@@ -21,103 +21,131 @@ from ..viz import lines, picture
 # %% ../../nbs/62_training.loop.ipynb #bc62420c
 @contextlib.contextmanager
 def training_only(
-    root:nn.Module,               # everything
-    parts:list,                   # modules that learn
-) -> Iterator[None]:              # within: parts in train mode with gradients, all else in eval without
+    root: nn.Module,  # everything
+    parts: list,  # modules that learn
+) -> Iterator[None]:  # within: parts in train mode with gradients, all else in eval without
     "Let only `parts` learn; restore flags and modes afterwards."
     chosen, learning = {id(p) for m in parts for p in m.parameters()}, {id(x) for m in parts for x in m.modules()}
     flags, modes = [(p, p.requires_grad) for p in root.parameters()], [(m, m.training) for m in root.modules()]
     try:
         for m, mode in modes:
-            if mode != (id(m) in learning): m.training = not mode
-        for p, _ in flags: p.requires_grad_(id(p) in chosen)
+            if mode != (id(m) in learning):
+                m.training = not mode
+        for p, _ in flags:
+            p.requires_grad_(id(p) in chosen)
         yield
     finally:
-        for p, flag in flags: p.requires_grad_(flag)
+        for p, flag in flags:
+            p.requires_grad_(flag)
         for m, mode in modes:
-            if m.training != mode: m.training = mode
+            if m.training != mode:
+                m.training = mode
 
 # %% ../../nbs/62_training.loop.ipynb #21888726
 class Team:
     "This process and the others it trains with; alone by default."
+
     def __init__(
         self,
-        device="cpu",             # torch device
-        fabric=None,              # a launched Fabric, or None for a single process
+        device="cpu",  # torch device
+        fabric=None,  # a launched Fabric, or None for a single process
     ):
         self.fabric, self.device = fabric, torch.device(device) if fabric is None else fabric.device
         self.rank, self.world = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
 
-    def average(self, tensor:Tensor) -> Tensor:
+    def average(self, tensor: Tensor) -> Tensor:
         "Return the mean of a tensor over the processes."
-        return tensor if self.world == 1 else self.fabric.all_reduce(tensor.to(self.device), reduce_op="mean").to(tensor.device)
+        return (
+            tensor
+            if self.world == 1
+            else self.fabric.all_reduce(tensor.to(self.device), reduce_op="mean").to(tensor.device)
+        )
 
-    def gather(self, tensor:Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         "Return the tensors of all processes, joined along the first axis in rank order."
         return tensor if self.world == 1 else self.fabric.all_gather(tensor).flatten(0, 1)
 
     def average_gradients(self, parameters):
         "Average the gradients of all parameters in one exchange."
-        if self.world == 1: return
+        if self.world == 1:
+            return
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = self.average(torch.cat([g.flatten() for g in grads]))
-        for g, new in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+        for g, new in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(new.view_as(g))
 
-    def prepare(self, root:nn.Module) -> list[str]:
+    def prepare(self, root: nn.Module) -> list[str]:
         "Give all processes the first one's weights; return what the log should say about BatchNorm."
-        if self.world == 1: return []
-        for t in root.state_dict().values(): t.copy_(self.fabric.broadcast(t))
+        if self.world == 1:
+            return []
+        for t in root.state_dict().values():
+            t.copy_(self.fabric.broadcast(t))
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in root.modules())
-        if norms and self.device.type != "cuda": return ["BatchNorm statistics are not synchronised between CPU processes: each normalises its own part of the batch"]
+        if norms and self.device.type != "cuda":
+            return [
+                "BatchNorm statistics are not synchronised between CPU processes: each normalises its own part of the batch"
+            ]
         return ["BatchNorm statistics are synchronised"] if norms else []
 
+
 def synchronised(
-    root:nn.Module,               # everything
-    team:Team,                    # the processes
-) -> nn.Module:                   # the same, with synchronised BatchNorm on several GPUs
+    root: nn.Module,  # everything
+    team: Team,  # the processes
+) -> nn.Module:  # the same, with synchronised BatchNorm on several GPUs
     "Replace BatchNorm by its synchronised form where there are several GPU processes."
     return nn.SyncBatchNorm.convert_sync_batchnorm(root) if team.world > 1 and team.device.type == "cuda" else root
 
+
 def launch(
-    device:str="cpu",             # cpu | cuda
-    devices:int=1,                # processes on each machine
-    nodes:int=1,                  # machines
-) -> Team:                        # this process's view
+    device: str = "cpu",  # cpu | cuda
+    devices: int = 1,  # processes on each machine
+    nodes: int = 1,  # machines
+) -> Team:  # this process's view
     "Start the processes: Fabric where there are several (or SLURM's), nothing where there is one."
-    if devices*nodes == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1: return Team(device)
+    if devices * nodes == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        return Team(device)
     from lightning.fabric import Fabric
+
     fabric = Fabric(accelerator="gpu" if device == "cuda" else "cpu", devices=devices, num_nodes=nodes, strategy="ddp")
     fabric.launch()
     return Team(fabric=fabric)
 
 # %% ../../nbs/62_training.loop.ipynb #1c0d3e0d
 def choose_precision(
-    wanted:str,                   # auto | 32 | bf16
-    path:Path|str,                # where the run keeps the answer
-    probe:Callable,               # runs one forward and backward pass of the networks
-    device,                       # torch device
-) -> str:                         # "32" | "bf16"
+    wanted: str,  # auto | 32 | bf16
+    path: Path | str,  # where the run keeps the answer
+    probe: Callable,  # runs one forward and backward pass of the networks
+    device,  # torch device
+) -> str:  # "32" | "bf16"
     "Return the precision of a run, timing both once if asked to choose; raise `ValueError` for another word."
-    if wanted not in ("auto", "32", "bf16"): raise ValueError(f"train.precision={wanted!r} is unknown; use auto, 32 or bf16")
-    if wanted != "auto": return wanted
-    if Path(path).is_file(): return read_json(path)["precision"]
+    if wanted not in ("auto", "32", "bf16"):
+        raise ValueError(f"train.precision={wanted!r} is unknown; use auto, 32 or bf16")
+    if wanted != "auto":
+        return wanted
+    if Path(path).is_file():
+        return read_json(path)["precision"]
+
     def seconds(kind):
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            with half(kind, device): probe()
-            if torch.device(device).type == "cuda": torch.cuda.synchronize()
+            with half(kind, device):
+                probe()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return min(times)
+
     took = {kind: seconds(kind) for kind in ("32", "bf16")}
-    answer = "bf16" if took["bf16"] < .85*took["32"] else "32"
+    answer = "bf16" if took["bf16"] < 0.85 * took["32"] else "32"
     write_json(path, {"precision": answer})
     return answer
 
+
 def half(
-    precision:str,                # "32" | "bf16"
-    device,                       # torch device
-):                                # context manager
+    precision: str,  # "32" | "bf16"
+    device,  # torch device
+):  # context manager
     "Return the context in which networks run."
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -125,123 +153,150 @@ def half(
 @dataclass
 class Moment:
     "What a loss must know about the iteration."
-    step:int
-    stage:int = 2                 # 1 or 2
-    counts:Counts|None = None     # divisors of masked terms
-    part:int = 0                  # which of the accumulated batches
+
+    step: int
+    stage: int = 2  # 1 or 2
+    counts: Counts | None = None  # divisors of masked terms
+    part: int = 0  # which of the accumulated batches
+
 
 @dataclass
 class Pass:
     "One backward pass of an iteration and what it changes."
-    name:str                      # "encoder", "synthesizer", ...
-    trained:list                  # modules that learn in it
-    loss:Callable                 # (input, Moment) -> (scalar, Terms)
-    optimizers:list               # optimisers that step after it
-    clip:list = field(default_factory=list) # modules whose gradient is clipped
-    clip_norm:float = 0.0         # largest norm of that gradient; 0: no clipping
-    every:Callable = lambda step: True # is the pass run at this step?
+
+    name: str  # "encoder", "synthesizer", ...
+    trained: list  # modules that learn in it
+    loss: Callable  # (input, Moment) -> (scalar, Terms)
+    optimizers: list  # optimisers that step after it
+    clip: list = field(default_factory=list)  # modules whose gradient is clipped
+    clip_norm: float = 0.0  # largest norm of that gradient; 0: no clipping
+    every: Callable = lambda step: True  # is the pass run at this step?
+
 
 def learning_rate(
-    base:float,                   # the configured rate
-    step:int,                     # iteration
-    steps:int,                    # of so many
-    schedule:str="constant",      # constant | cosine
-) -> float:                       # the rate of this iteration
+    base: float,  # the configured rate
+    step: int,  # iteration
+    steps: int,  # of so many
+    schedule: str = "constant",  # constant | cosine
+) -> float:  # the rate of this iteration
     "Return the learning rate of a step; raise `ValueError` for an unknown schedule."
-    if schedule == "constant": return base
-    if schedule == "cosine": return base*(.01 + .99*.5*(1 + math.cos(math.pi*step/max(1, steps))))
+    if schedule == "constant":
+        return base
+    if schedule == "cosine":
+        return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
     raise ValueError(f"train.schedule={schedule!r} is unknown; use constant or cosine")
 
 # %% ../../nbs/62_training.loop.ipynb #14c3b7e4
 def run_pass(
-    root:nn.Module,               # everything
-    one:Pass,                     # the pass
-    inputs:list,                  # one input for each accumulated batch
-    moment:Moment,                # the iteration
-    team:Team,                    # the processes
-    rate:Callable|None=None,      # base rate -> rate of this step
-) -> tuple[list[str], Tensor]:    # names of the terms, and their values
+    root: nn.Module,  # everything
+    one: Pass,  # the pass
+    inputs: list,  # one input for each accumulated batch
+    moment: Moment,  # the iteration
+    team: Team,  # the processes
+    rate: Callable | None = None,  # base rate -> rate of this step
+) -> tuple[list[str], Tensor]:  # names of the terms, and their values
     "Run a pass: backward through every input, average, clip, step."
     total = None
     with training_only(root, one.trained):
-        for o in one.optimizers: o.zero_grad(set_to_none=True)
+        for o in one.optimizers:
+            o.zero_grad(set_to_none=True)
         for moment.part, item in enumerate(inputs):
             objective, terms = one.loss(item, moment)
-            (objective/len(inputs)).backward()
+            (objective / len(inputs)).backward()
             names, values = zip(("objective", objective), *terms.present())
-            values = torch.stack([v.detach().float() for v in values])/len(inputs)
+            values = torch.stack([v.detach().float() for v in values]) / len(inputs)
             total = values if total is None else total + values
         team.average_gradients([p for o in one.optimizers for g in o.param_groups for p in g["params"]])
-        if one.clip_norm: torch.nn.utils.clip_grad_norm_([p for m in one.clip for p in m.parameters()], one.clip_norm)
+        if one.clip_norm:
+            torch.nn.utils.clip_grad_norm_([p for m in one.clip for p in m.parameters()], one.clip_norm)
         for o in one.optimizers:
-            for g in o.param_groups: g["lr"] = rate(g["base"]) if rate and "base" in g else g["lr"]
+            for g in o.param_groups:
+                g["lr"] = rate(g["base"]) if rate and "base" in g else g["lr"]
             o.step()
             o.zero_grad(set_to_none=True)
     return [f"{one.name}.{n}" for n in names], total
 
 # %% ../../nbs/62_training.loop.ipynb #6af3dc8c
 def save_state(
-    folder:Path,                  # of the training
-    root:nn.Module,               # everything
-    optimizers:list,              # in a fixed order
-    step:int,                     # iterations done
-    extra:dict,                   # plain values
+    folder: Path,  # of the training
+    root: nn.Module,  # everything
+    optimizers: list,  # in a fixed order
+    step: int,  # iterations done
+    extra: dict,  # plain values
 ):
     "Write the state after `step` iterations and remove older ones."
     from safetensors.torch import save_file
-    part = folder/f".state.{os.getpid()}.part"
+
+    part = folder / f".state.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in root.state_dict().items()}, part/"model.safetensors")
-    torch.save({"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(), "step": step, **extra}, part/"optimizer.pt")
-    new = folder/f"state_{step:07d}"
+    save_file({k: v.contiguous() for k, v in root.state_dict().items()}, part / "model.safetensors")
+    torch.save(
+        {"optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(), "step": step, **extra},
+        part / "optimizer.pt",
+    )
+    new = folder / f"state_{step:07d}"
     shutil.rmtree(new, ignore_errors=True)
     part.rename(new)
     for old in folder.glob("state_*"):
-        if old != new: shutil.rmtree(old, ignore_errors=True)
+        if old != new:
+            shutil.rmtree(old, ignore_errors=True)
+
 
 def save_weights(path, root):
     "Write all tensors of a module as safetensors, atomically."
     from safetensors.torch import save_file
-    with atomic(path) as temporary: save_file({k: v.contiguous() for k, v in root.state_dict().items()}, temporary)
+
+    with atomic(path) as temporary:
+        save_file({k: v.contiguous() for k, v in root.state_dict().items()}, temporary)
+
 
 def load_state(
-    folder:Path,                  # of the training
-    root:nn.Module,               # everything
-    optimizers:list,              # in the same order
-    key:str="",                   # of the configuration
-) -> dict|None:                   # step and extra values, or None where there is no state of this configuration
+    folder: Path,  # of the training
+    root: nn.Module,  # everything
+    optimizers: list,  # in the same order
+    key: str = "",  # of the configuration
+) -> dict | None:  # step and extra values, or None where there is no state of this configuration
     "Read the newest state; raise `ValueError` if it does not fit the networks."
 
     from safetensors.torch import load_file
+
     found = sorted(folder.glob("state_*"))
-    if not found: return None
+    if not found:
+        return None
     try:
-        saved = torch.load(found[-1]/"optimizer.pt", map_location="cpu", weights_only=True)
-        if saved.pop("key", "") != key: return None
-        root.load_state_dict(load_file(found[-1]/"model.safetensors"))
-        for o, s in zip(optimizers, saved.pop("optimizers"), strict=True): o.load_state_dict(s)
+        saved = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
+        if saved.pop("key", "") != key:
+            return None
+        root.load_state_dict(load_file(found[-1] / "model.safetensors"))
+        for o, s in zip(optimizers, saved.pop("optimizers"), strict=True):
+            o.load_state_dict(s)
     except Exception as e:
-        raise ValueError(f"{found[-1]} does not fit this training ({str(e).splitlines()[0]}); delete that folder to start again") from None
+        raise ValueError(
+            f"{found[-1]} does not fit this training ({str(e).splitlines()[0]}); delete that folder to start again"
+        ) from None
     torch.set_rng_state(saved.pop("rng"))
     return saved
 
 # %% ../../nbs/62_training.loop.ipynb #8bf95ea3
 class Log:
     "Terms of every step as CSV and, where TensorBoard is installed, as event files."
+
     def __init__(
         self,
-        folder:Path|None,         # of the training; None keeps no files
-        start:int=0,              # first step that will be written
-        events:Path|None=None,    # folder of TensorBoard's event files
+        folder: Path | None,  # of the training; None keeps no files
+        start: int = 0,  # first step that will be written
+        events: Path | None = None,  # folder of TensorBoard's event files
     ):
-        self.path, self.rows, self.writer = folder/"log.csv" if folder else None, [], None
+        self.path, self.rows, self.writer = folder / "log.csv" if folder else None, [], None
         if folder and self.path.is_file():
-            with open(self.path, encoding="utf-8", newline="") as file: self.rows = [r for r in csv.DictReader(file) if int(r["step"]) < start]
+            with open(self.path, encoding="utf-8", newline="") as file:
+                self.rows = [r for r in csv.DictReader(file) if int(r["step"]) < start]
             self._rewrite()
         if folder and events:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.writer = SummaryWriter(events, purge_step=start)
 
     def _rewrite(self):
@@ -251,116 +306,149 @@ class Log:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def add(self, step:int, values:dict):
+    def add(self, step: int, values: dict):
         "Add one step's terms."
         row = {"step": step, **{k: f"{v:.7g}" for k, v in values.items()}}
         self.rows.append(row)
-        if self.writer: [self.writer.add_scalar(k, v, step) for k, v in values.items()]
-        if self.path is None: return
-        if not self.path.is_file() or not set(row) <= set(self.columns): return self._rewrite()
-        with open(self.path, "a", encoding="utf-8", newline="") as file: csv.DictWriter(file, self.columns, restval="").writerow(row)
+        if self.writer:
+            [self.writer.add_scalar(k, v, step) for k, v in values.items()]
+        if self.path is None:
+            return
+        if not self.path.is_file() or not set(row) <= set(self.columns):
+            return self._rewrite()
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
 
-    def curve(self, name:str) -> tuple[list[int], list[float]]:
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
         "Return the steps and values of a term."
         pairs = [(int(r["step"]), float(r[name])) for r in self.rows if r.get(name)]
         return [s for s, _ in pairs], [v for _, v in pairs]
 
+
 def read_log(
-    path:Path|str,                # a training's log.csv
-) -> dict[str, tuple[list[int], list[float]]]: # term -> steps, values
+    path: Path | str,  # a training's log.csv
+) -> dict[str, tuple[list[int], list[float]]]:  # term -> steps, values
     "Read a log; raise `ValueError` if there is none."
-    if not Path(path).is_file(): raise ValueError(f"{path} is missing; run the training that writes it")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing; run the training that writes it")
     log = Log(None)
-    with open(path, encoding="utf-8", newline="") as file: log.rows = list(csv.DictReader(file))
+    with open(path, encoding="utf-8", newline="") as file:
+        log.rows = list(csv.DictReader(file))
     return {k: log.curve(k) for k in (log.rows[0] if log.rows else {}) if k != "step"}
 
 # %% ../../nbs/62_training.loop.ipynb #78fd7c51
 class Diverged(ArithmeticError):
     "A loss term is not a finite number."
 
+
 def guard(
-    step:int,                     # iteration
-    values:dict,                  # term -> value
-    where:str="",                 # name of the training, for the message
+    step: int,  # iteration
+    values: dict,  # term -> value
+    where: str = "",  # name of the training, for the message
 ):
     "Raise `Diverged` in one sentence if a term is not finite: which term, at which step."
     bad = [k for k, v in values.items() if not math.isfinite(v)]
     if bad:
         named = next((k for k in bad if not k.endswith("objective")), bad[0])
-        raise Diverged(f"{named} became {values[named]} at step {step}{' of ' + where if where else ''}; the last checkpoint is intact: lower the learning rate and run the step again")
+        raise Diverged(
+            f"{named} became {values[named]} at step {step}{' of ' + where if where else ''}; the last checkpoint is intact: lower the learning rate and run the step again"
+        )
 
 # %% ../../nbs/62_training.loop.ipynb #ee45c303
 @dataclass
 class Report:
     "Where a training stands."
-    step:int                      # iterations done
-    steps:int                     # of so many
-    values:dict                   # term -> value of the last iteration
-    seconds:float                 # an iteration takes, on average
-    log:Log
+
+    step: int  # iterations done
+    steps: int  # of so many
+    values: dict  # term -> value of the last iteration
+    seconds: float  # an iteration takes, on average
+    log: Log
 
     @property
     def left(self) -> float:
         "Seconds that are left."
-        return self.seconds*(self.steps - self.step)
+        return self.seconds * (self.steps - self.step)
+
 
 class Bar:
     "Progress bar with the time left."
-    def __init__(self, name:str=""): self.name, self.bar = name, None
-    def __call__(self, report:Report):
+
+    def __init__(self, name: str = ""):
+        self.name, self.bar = name, None
+
+    def __call__(self, report: Report):
         from tqdm.auto import tqdm
-        if self.bar is None: self.bar = tqdm(total=report.steps, desc=self.name, initial=0, mininterval=1)
+
+        if self.bar is None:
+            self.bar = tqdm(total=report.steps, desc=self.name, initial=0, mininterval=1)
         self.bar.update(report.step - self.bar.n)
-        self.bar.set_postfix_str(" ".join(f"{k.split('.')[0]} {v:.3g}" for k, v in report.values.items() if k.endswith("objective")))
-        if report.step >= report.steps: self.bar.close()
+        self.bar.set_postfix_str(
+            " ".join(f"{k.split('.')[0]} {v:.3g}" for k, v in report.values.items() if k.endswith("objective"))
+        )
+        if report.step >= report.steps:
+            self.bar.close()
+
 
 class LivePlot:
     "A plot of chosen terms that renews itself in a notebook while the training runs."
-    def __init__(self, terms:list[str], seconds:float=2.0): self.terms, self.every, self.last, self.handle = terms, seconds, 0.0, None
-    def __call__(self, report:Report):
-        if time.monotonic() - self.last < self.every and report.step < report.steps: return
+
+    def __init__(self, terms: list[str], seconds: float = 2.0):
+        self.terms, self.every, self.last, self.handle = terms, seconds, 0.0, None
+
+    def __call__(self, report: Report):
+        if time.monotonic() - self.last < self.every and report.step < report.steps:
+            return
         from IPython.display import display
+
         self.last, drawn = time.monotonic(), {t: report.log.curve(t) for t in self.terms}
-        image = picture(lines({t: c for t, c in drawn.items() if c[0]}, "step", "", logy=True, width=4.5, height=2.2), dpi=60)
-        if self.handle is None: self.handle = display(image, display_id=True)
-        else: self.handle.update(image)
+        image = picture(
+            lines({t: c for t, c in drawn.items() if c[0]}, "step", "", logy=True, width=4.5, height=2.2), dpi=60
+        )
+        if self.handle is None:
+            self.handle = display(image, display_id=True)
+        else:
+            self.handle.update(image)
 
 # %% ../../nbs/62_training.loop.ipynb #fb449f71
 @dataclass
 class Setting:
     "How long a training runs and what it writes."
-    steps:int                     # iterations
-    folder:Path|None = None       # log and states; None writes nothing
-    name:str = ""                 # for messages
-    checkpoint_every:int = 0      # iterations; 0: only at the end
-    schedule:str = "constant"     # constant | cosine
-    validate_every:int = 0        # iterations; 0: never
-    keep_best:bool = False        # write best.safetensors whenever the validation improves
-    flush_every:int = 1           # iterations between two looks at the numbers; more on a GPU, where looking waits
-    key:str = ""                  # of the configuration; a state with another key is not continued
-    events:Path|None = None       # folder of TensorBoard's event files; None: none
-    stop_at:int = 0               # leave after this iteration as if killed, for tests; 0: run to the end
+
+    steps: int  # iterations
+    folder: Path | None = None  # log and states; None writes nothing
+    name: str = ""  # for messages
+    checkpoint_every: int = 0  # iterations; 0: only at the end
+    schedule: str = "constant"  # constant | cosine
+    validate_every: int = 0  # iterations; 0: never
+    keep_best: bool = False  # write best.safetensors whenever the validation improves
+    flush_every: int = 1  # iterations between two looks at the numbers; more on a GPU, where looking waits
+    key: str = ""  # of the configuration; a state with another key is not continued
+    events: Path | None = None  # folder of TensorBoard's event files; None: none
+    stop_at: int = 0  # leave after this iteration as if killed, for tests; 0: run to the end
+
 
 @dataclass
 class Outcome:
     "What a finished training says about itself."
-    steps:int                     # iterations done
-    best:float                    # best validation value, infinity without validation
-    best_step:int                 # its iteration
-    seconds:float                 # spent here, not counting earlier parts of a resumed run
-    resumed:int                   # iterations that earlier parts had done
-    notes:list                    # sentences for the log and the report
+
+    steps: int  # iterations done
+    best: float  # best validation value, infinity without validation
+    best_step: int  # its iteration
+    seconds: float  # spent here, not counting earlier parts of a resumed run
+    resumed: int  # iterations that earlier parts had done
+    notes: list  # sentences for the log and the report
 
 # %% ../../nbs/62_training.loop.ipynb #94efdd6f
 def train(
-    root:nn.Module,               # everything that learns, and what a checkpoint must hold
-    passes:list[Pass],            # of every iteration, in order
-    inputs:Callable,              # step -> (Moment, list of inputs)
-    setting:Setting,              # how long, where to
-    team:Team|None=None,          # processes; alone by default
-    validate:Callable|None=None,  # () -> value to minimise
-    callbacks:tuple=(),           # called with a Report
-) -> Outcome:                     # what happened
+    root: nn.Module,  # everything that learns, and what a checkpoint must hold
+    passes: list[Pass],  # of every iteration, in order
+    inputs: Callable,  # step -> (Moment, list of inputs)
+    setting: Setting,  # how long, where to
+    team: Team | None = None,  # processes; alone by default
+    validate: Callable | None = None,  # () -> value to minimise
+    callbacks: tuple = (),  # called with a Report
+) -> Outcome:  # what happened
     "Run the loop, from the newest state if there is one; raise `Diverged` if a term is not finite."
     team, folder, start = team or Team(), setting.folder, time.perf_counter()
     optimizers = list({id(o): o for one in passes for o in one.optimizers}.values())
@@ -368,15 +456,20 @@ def train(
     first, best, best_step = state.get("step", 0), state.get("best", math.inf), state.get("best_step", 0)
     notes, lead = team.prepare(root), team.rank == 0
     log, waiting = Log(folder if lead else None, first, setting.events), []
+
     def flush(step):
         for s, names, values in waiting:
             row = dict(zip(names, team.average(values).tolist()))
             guard(s, row, setting.name)
             log.add(s, row)
         waiting.clear()
-        for callback in callbacks if lead else (): callback(Report(step, setting.steps, row, (time.perf_counter() - start)/max(1, step - first), log))
+        for callback in callbacks if lead else ():
+            callback(Report(step, setting.steps, row, (time.perf_counter() - start) / max(1, step - first), log))
+
     def checkpoint(step):
-        if folder and lead: save_state(folder, root, optimizers, step, {"best": best, "best_step": best_step, "key": setting.key})
+        if folder and lead:
+            save_state(folder, root, optimizers, step, {"best": best, "best_step": best_step, "key": setting.key})
+
     for step in range(first, setting.steps):
         moment, items = inputs(step)
         rate = lambda base: learning_rate(base, step, setting.steps, setting.schedule)
@@ -384,13 +477,24 @@ def train(
         waiting.append((step, [n for names, _ in done for n in names], torch.cat([v for _, v in done])))
         end = step + 1
         due = lambda every: bool(every) and (end % every == 0 or end == setting.steps)
-        if due(setting.flush_every) or due(setting.checkpoint_every) or due(setting.validate_every) or end in (setting.steps, setting.stop_at): flush(end)
+        if (
+            due(setting.flush_every)
+            or due(setting.checkpoint_every)
+            or due(setting.validate_every)
+            or end in (setting.steps, setting.stop_at)
+        ):
+            flush(end)
         if validate and due(setting.validate_every):
-            with training_only(root, []), torch.no_grad(): value = float(team.average(torch.tensor(float(validate()), dtype=torch.float64)))
-            if lead: log.add(step, {"validation": value})
+            with training_only(root, []), torch.no_grad():
+                value = float(team.average(torch.tensor(float(validate()), dtype=torch.float64)))
+            if lead:
+                log.add(step, {"validation": value})
             if value < best:
                 best, best_step = value, end
-                if setting.keep_best and folder and lead: save_weights(folder/"best.safetensors", root)
-        if due(setting.checkpoint_every) or end == setting.steps: checkpoint(end)
-        if end == setting.stop_at: break
+                if setting.keep_best and folder and lead:
+                    save_weights(folder / "best.safetensors", root)
+        if due(setting.checkpoint_every) or end == setting.steps:
+            checkpoint(end)
+        if end == setting.stop_at:
+            break
     return Outcome(setting.steps, best, best_step, time.perf_counter() - start, first, notes)

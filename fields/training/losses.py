@@ -21,222 +21,245 @@ from ..types import Batch, HeadParams
 @dataclass
 class Counts:
     "Divisors of the masked terms: labelled samples in the global batch, over the number of processes."
-    contour:float
-    points203:float
-    identity:float
-    expression:float
-    emotion:float
+
+    contour: float
+    points203: float
+    identity: float
+    expression: float
+    emotion: float
 
     @classmethod
     def of(cls, batches, reduce=lambda t: t):
         "Count the flags of one or more batches; `reduce` averages over processes."
-        flags = torch.stack([torch.stack([getattr(b, f"has_{f.name}").sum() for f in dataclasses.fields(cls)]) for b in batches])
+        flags = torch.stack(
+            [torch.stack([getattr(b, f"has_{f.name}").sum() for f in dataclasses.fields(cls)]) for b in batches]
+        )
         return cls(*reduce(flags.double().mean(0)).tolist())
 
+
 def masked_mean(
-    values:Tensor,                # (B,) one value a sample
-    mask:Tensor,                  # (B,) bool
-    count:float|None=None,        # divisor; the number of true flags by default
-) -> Tensor:                      # scalar, 0 where no flag is set
+    values: Tensor,  # (B,) one value a sample
+    mask: Tensor,  # (B,) bool
+    count: float | None = None,  # divisor; the number of true flags by default
+) -> Tensor:  # scalar, 0 where no flag is set
     "Average over the flagged samples; what is behind a false flag, even NaN, has no influence."
     kept = torch.where(mask, values, values.new_zeros(()))
-    return kept.sum()/max(float(mask.sum()) if count is None else count, 1e-9)
+    return kept.sum() / max(float(mask.sum()) if count is None else count, 1e-9)
 
 # %% ../../nbs/60_training.losses.ipynb #e8294328
 def _squares(prediction, target, mask):
     "(B,) mean squared difference of every sample, with the targets of unflagged samples replaced by the prediction's own value."
-    shape = (-1,) + (1,)*(prediction.dim() - 1)
+    shape = (-1,) + (1,) * (prediction.dim() - 1)
     target = torch.where(mask.view(shape), target, prediction.detach())
     return (prediction - target).square().flatten(1).mean(1)
 
 # %% ../../nbs/60_training.losses.ipynb #5c9af3b2
 def expression_3d(
-    params:HeadParams,            # predicted
-    batch:Batch,                  # holds the fitted labels and their flag
-    jaw:float=0.0,                # weight of the jaw (radians) beside the expression; 0: not supervised
-    eyelids:float=0.0,            # weight of the lids; 0: not supervised
-    count:float|None=None,        # divisor
-) -> Tensor:                      # scalar
+    params: HeadParams,  # predicted
+    batch: Batch,  # holds the fitted labels and their flag
+    jaw: float = 0.0,  # weight of the jaw (radians) beside the expression; 0: not supervised
+    eyelids: float = 0.0,  # weight of the lids; 0: not supervised
+    count: float | None = None,  # divisor
+) -> Tensor:  # scalar
     "Compare expressions with those fitted to scans (Eq. 6)."
     square = _squares(params.expression, batch.expression, batch.has_expression)
     for name, weight in (("jaw", jaw), ("eyelids", eyelids)):
-        if weight: square = square + weight*_squares(getattr(params, name), getattr(batch, name), batch.has_expression)
+        if weight:
+            square = square + weight * _squares(getattr(params, name), getattr(batch, name), batch.has_expression)
     return masked_mean(square, batch.has_expression, count)
 
 # %% ../../nbs/60_training.losses.ipynb #a1faba8b
 def emotion(
-    logits:Tensor,                # (B,C) class scores before softmax
-    valence:Tensor,               # (B,) predicted
-    arousal:Tensor,               # (B,) predicted
-    batch:Batch,                  # holds the labels and their flag
-    regression:float=1.0,         # lambda_r
-    classification:float=1.0,     # lambda_c
-    count:float|None=None,        # divisor
-) -> Tensor:                      # scalar
+    logits: Tensor,  # (B,C) class scores before softmax
+    valence: Tensor,  # (B,) predicted
+    arousal: Tensor,  # (B,) predicted
+    batch: Batch,  # holds the labels and their flag
+    regression: float = 1.0,  # lambda_r
+    classification: float = 1.0,  # lambda_c
+    count: float | None = None,  # divisor
+) -> Tensor:  # scalar
     "Compare class, valence and arousal with their labels (Eq. 7)."
     mask = batch.has_emotion
-    va = _squares(torch.stack([valence, arousal], 1), torch.stack([batch.valence, batch.arousal], 1), mask)*2
+    va = _squares(torch.stack([valence, arousal], 1), torch.stack([batch.valence, batch.arousal], 1), mask) * 2
     cross = F.cross_entropy(logits, torch.where(mask, batch.emotion, 0), reduction="none")
-    return masked_mean(regression*va + classification*cross, mask, count)
+    return masked_mean(regression * va + classification * cross, mask, count)
 
 # %% ../../nbs/60_training.losses.ipynb #8538536d
 def photometric(
-    image:Tensor,                 # (B,3,H,W) target
-    synthesis:Tensor,             # (B,3,H,W) made by the synthesizer
-) -> Tensor:                      # scalar
+    image: Tensor,  # (B,3,H,W) target
+    synthesis: Tensor,  # (B,3,H,W) made by the synthesizer
+) -> Tensor:  # scalar
     "Mean absolute difference over the image."
     return (image - synthesis).abs().mean()
 
+
 def perceptual(
-    features:list,                # feature maps of the target
-    synthesis:list,               # feature maps of the synthesis, same shapes
-) -> Tensor:                      # scalar
+    features: list,  # feature maps of the target
+    synthesis: list,  # feature maps of the synthesis, same shapes
+) -> Tensor:  # scalar
     "Sum of the mean absolute differences of feature maps."
-    return sum((a.detach() - b).abs().mean(dtype=torch.promote_types(b.dtype, torch.float32)) for a, b in zip(features, synthesis, strict=True))
+    return sum(
+        (a.detach() - b).abs().mean(dtype=torch.promote_types(b.dtype, torch.float32))
+        for a, b in zip(features, synthesis, strict=True)
+    )
 
 # %% ../../nbs/60_training.losses.ipynb #93ac1a00
 def landmark(
-    mediapipe:Tensor,             # (B,105,2) projected, NDC
-    contour:Tensor,               # (B,17,2) projected, NDC
-    batch:Batch,                  # holds the detected points
-    count:float|None=None,        # divisor of the contour part
-) -> Tensor:                      # scalar
+    mediapipe: Tensor,  # (B,105,2) projected, NDC
+    contour: Tensor,  # (B,17,2) projected, NDC
+    batch: Batch,  # holds the detected points
+    count: float | None = None,  # divisor of the contour part
+) -> Tensor:  # scalar
     "Compare projected with detected points: MediaPipe's, and the contour where it was found."
-    return (mediapipe - batch.mediapipe).square().mean() + masked_mean(_squares(contour, batch.contour, batch.has_contour), batch.has_contour, count)
+    return (mediapipe - batch.mediapipe).square().mean() + masked_mean(
+        _squares(contour, batch.contour, batch.has_contour), batch.has_contour, count
+    )
 
 # %% ../../nbs/60_training.losses.ipynb #3da2e3a3
-def _ranges(*pairs): return [i for a, b in pairs for i in range(a, b + 1)]
+def _ranges(*pairs):
+    return [i for a, b in pairs for i in range(a, b + 1)]
 
-_ALWAYS = ((0, 47), (84, 107), (199, 202))         # both eyes, inner lips, nose ridge
+
+_ALWAYS = ((0, 47), (84, 107), (199, 202))  # both eyes, inner lips, nose ridge
 POINT_GROUPS = {
     "front": _ranges(*_ALWAYS, (125, 127), (185, 196)),  # and chin, both sides of the nose
-    "left": _ranges(*_ALWAYS, (128, 139), (189, 196)),   # and the subject's left contour and nose side
+    "left": _ranges(*_ALWAYS, (128, 139), (189, 196)),  # and the subject's left contour and nose side
     "right": _ranges(*_ALWAYS, (112, 124), (185, 192)),  # and the subject's right contour and nose side
 }
 
+
 def yaw(
-    rotation:Tensor,              # (B,3,3)
-) -> Tensor:                      # (B,) radians, positive: nose toward the subject's left
+    rotation: Tensor,  # (B,3,3)
+) -> Tensor:  # (B,) radians, positive: nose toward the subject's left
     "Return the yaw of rotation matrices."
     return torch.atan2(-rotation[:, 2, 0], (rotation[:, 0, 0].square() + rotation[:, 1, 0].square()).sqrt())
 
+
 def group_weights(
-    angle:Tensor,                 # (B,) yaw
-    threshold:float=.05,          # radians
-) -> Tensor:                      # (B,203) 1 for points of the sample's group
+    angle: Tensor,  # (B,) yaw
+    threshold: float = 0.05,  # radians
+) -> Tensor:  # (B,203) 1 for points of the sample's group
     "Select TEASER's group of points for each yaw."
     table = angle.new_zeros(3, 203)
-    for row, name in enumerate(("front", "left", "right")): table[row, POINT_GROUPS[name]] = 1
-    return table[(angle < -threshold).long() + 2*(angle > threshold).long()]
+    for row, name in enumerate(("front", "left", "right")):
+        table[row, POINT_GROUPS[name]] = 1
+    return table[(angle < -threshold).long() + 2 * (angle > threshold).long()]
 
 # %% ../../nbs/60_training.losses.ipynb #4e33db43
 def pose_landmark(
-    points:Tensor,                # (B,203,2) projected, NDC
-    weights:Tensor,               # (B,203) `group_weights`, or a visibility in [0,1]
-    batch:Batch,                  # holds the detected points and their flag
-    count:float|None=None,        # divisor
-) -> Tensor:                      # scalar
+    points: Tensor,  # (B,203,2) projected, NDC
+    weights: Tensor,  # (B,203) `group_weights`, or a visibility in [0,1]
+    batch: Batch,  # holds the detected points and their flag
+    count: float | None = None,  # divisor
+) -> Tensor:  # scalar
     "Compare the points that the camera sees; weights take no gradient."
     mask, w = batch.has_points203, weights.detach()
     target = torch.where(mask[:, None, None], batch.points203, points.detach())
     square = (points - target).square().mean(2)
-    return masked_mean((square*w).sum(1)/w.sum(1).clamp_min(1e-6), mask, count)
+    return masked_mean((square * w).sum(1) / w.sum(1).clamp_min(1e-6), mask, count)
 
 # %% ../../nbs/60_training.losses.ipynb #97ca96be
-EYES, LIPS = slice(20, 52), slice(65, 105)        # places of the eye and lip points among MediaPipe's 105
+EYES, LIPS = slice(20, 52), slice(65, 105)  # places of the eye and lip points among MediaPipe's 105
+
 
 def pixel_grid(
-    size:int,                     # side of the image, pixels
-    like:Tensor,                  # dtype and device
-) -> tuple[Tensor, Tensor]:       # (size,size) x and y, NDC of pixel centres
+    size: int,  # side of the image, pixels
+    like: Tensor,  # dtype and device
+) -> tuple[Tensor, Tensor]:  # (size,size) x and y, NDC of pixel centres
     "Return the NDC of pixel centres."
-    c = (torch.arange(size, dtype=like.dtype, device=like.device) + .5)*2/size - 1
+    c = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) * 2 / size - 1
     return c[None, :].expand(size, size), c[:, None].expand(size, size)
 
+
 def box_mask(
-    points:Tensor,                # (B,L,2) NDC
-    size:int,                     # side of the mask, pixels
-    padding:float,                # part of width and height added on each side
-) -> Tensor:                      # (B,1,size,size) 1 inside
+    points: Tensor,  # (B,L,2) NDC
+    size: int,  # side of the mask, pixels
+    padding: float,  # part of width and height added on each side
+) -> Tensor:  # (B,1,size,size) 1 inside
     "Mask the padded bounding boxes of points."
     low, high = points.amin(1), points.amax(1)
-    grown = (high - low)*padding
+    grown = (high - low) * padding
     low, high = (low - grown)[..., None, None], (high + grown)[..., None, None]
     x, y = pixel_grid(size, points)
     return ((x >= low[:, 0]) & (x <= high[:, 0]) & (y >= low[:, 1]) & (y <= high[:, 1]))[:, None].to(points.dtype)
 
 # %% ../../nbs/60_training.losses.ipynb #f5711476
 def hull_mask(
-    points:Tensor,                # (B,L,2) NDC
-    size:int,                     # side of the mask, pixels
-    padding:float,                # part of the extent added on each side
-    directions:int=32,            # half-planes
-) -> Tensor:                      # (B,1,size,size) 1 inside
+    points: Tensor,  # (B,L,2) NDC
+    size: int,  # side of the mask, pixels
+    padding: float,  # part of the extent added on each side
+    directions: int = 32,  # half-planes
+) -> Tensor:  # (B,1,size,size) 1 inside
     "Mask the padded convex hulls of points."
-    angle = torch.arange(directions, dtype=points.dtype, device=points.device)*2*torch.pi/directions
+    angle = torch.arange(directions, dtype=points.dtype, device=points.device) * 2 * torch.pi / directions
     d = torch.stack([angle.cos(), angle.sin()])
     along = points @ d
-    limit = along.amax(1) + padding*(along.amax(1) - along.amin(1))
+    limit = along.amax(1) + padding * (along.amax(1) - along.amin(1))
     x, y = pixel_grid(size, points)
     seen = torch.stack([x, y], -1) @ d
     return (seen[None] <= limit[:, None, None]).all(-1)[:, None].to(points.dtype)
 
 # %% ../../nbs/60_training.losses.ipynb #b0f7991f
 def region_masks(
-    mediapipe:Tensor,             # (B,105,2) detected points, NDC
-    size:int,                     # side of the image, pixels
-    kind:str="box",               # box | hull
-) -> Tensor:                      # (B,1,size,size) M_m + M_e
+    mediapipe: Tensor,  # (B,105,2) detected points, NDC
+    size: int,  # side of the image, pixels
+    kind: str = "box",  # box | hull
+) -> Tensor:  # (B,1,size,size) M_m + M_e
     "Return the sum of mouth and eye masks; raise `ValueError` for another kind."
-    if kind not in ("box", "hull"): raise ValueError(f"train.region={kind!r} is unknown; use box or hull")
+    if kind not in ("box", "hull"):
+        raise ValueError(f"train.region={kind!r} is unknown; use box or hull")
     mask = box_mask if kind == "box" else hull_mask
-    return mask(mediapipe[:, LIPS], size, .5) + mask(mediapipe[:, EYES], size, .2)
+    return mask(mediapipe[:, LIPS], size, 0.5) + mask(mediapipe[:, EYES], size, 0.2)
+
 
 def region(
-    image:Tensor,                 # (B,3,H,W) target
-    synthesis:Tensor,             # (B,3,H,W)
-    masks:Tensor,                 # (B,1,H,W) from `region_masks`
-) -> Tensor:                      # scalar
+    image: Tensor,  # (B,3,H,W) target
+    synthesis: Tensor,  # (B,3,H,W)
+    masks: Tensor,  # (B,1,H,W) from `region_masks`
+) -> Tensor:  # scalar
     "Mean squared difference over the image, masked to mouth and eyes."
-    return (masks*(image - synthesis)).square().mean()
+    return (masks * (image - synthesis)).square().mean()
 
 # %% ../../nbs/60_training.losses.ipynb #098cd10c
 def shape_reg(
-    params:HeadParams,            # predicted
-    base:HeadParams,              # the base model's prediction for the same images
-) -> Tensor:                      # scalar
+    params: HeadParams,  # predicted
+    base: HeadParams,  # the base model's prediction for the same images
+) -> Tensor:  # scalar
     "Distance of the shape from the base model's (Eq. 9)."
     return (params.shape - base.shape.detach()).square().mean()
 
+
 def expression_reg(
-    params:HeadParams,            # predicted
-    base:HeadParams|None=None,    # the base model's prediction; None pulls toward zero
-) -> Tensor:                      # scalar
+    params: HeadParams,  # predicted
+    base: HeadParams | None = None,  # the base model's prediction; None pulls toward zero
+) -> Tensor:  # scalar
     "Distance of the expression from the base model's, or from zero (Eq. 9)."
     return (params.expression - (0 if base is None else base.expression.detach())).square().mean()
 
 # %% ../../nbs/60_training.losses.ipynb #5d2432d4
 def cycle(
-    again:HeadParams,             # read from the synthesized edit
-    edited:HeadParams,            # what was asked for
-    shape:bool=True,              # compare the shape too
-) -> Tensor:                      # scalar
+    again: HeadParams,  # read from the synthesized edit
+    edited: HeadParams,  # what was asked for
+    shape: bool = True,  # compare the shape too
+) -> Tensor:  # scalar
     "Compare edited parameters with those read back from their synthesis."
     square = lambda name: (getattr(again, name) - getattr(edited, name).detach()).square().mean()
-    loss = square("expression") + 10*square("jaw") + 10*square("eyelids")
+    loss = square("expression") + 10 * square("jaw") + 10 * square("eyelids")
     return loss + square("shape") if shape else loss
 
+
 def token_cycle(
-    again:Tensor,                 # (K,B,D) tokens of the synthesis
-    tokens:Tensor,                # (K,B,D) tokens of the image
-) -> Tensor:                      # scalar
+    again: Tensor,  # (K,B,D) tokens of the synthesis
+    tokens: Tensor,  # (K,B,D) tokens of the image
+) -> Tensor:  # scalar
     "Sum over the scales of the mean squared difference of tokens."
     return (again - tokens.detach()).square().mean((1, 2)).sum()
 
+
 def feature_consistency(
-    features:Tensor,              # (B,D) emotion features of the image
-    again:Tensor,                 # (B,D) of the synthesis
-) -> Tensor:                      # scalar
+    features: Tensor,  # (B,D) emotion features of the image
+    again: Tensor,  # (B,D) of the synthesis
+) -> Tensor:  # scalar
     "Mean squared difference of emotion features: EMOCA's loss."
     return (again - features.detach()).square().mean()
 
@@ -244,71 +267,88 @@ def feature_consistency(
 @dataclass
 class Terms:
     "The terms of one pass, unweighted; None where a term is not used."
-    photometric:Tensor|None = None
-    perceptual:Tensor|None = None
-    landmark:Tensor|None = None
-    pose_landmark:Tensor|None = None
-    region:Tensor|None = None
-    expression_3d:Tensor|None = None
-    emotion:Tensor|None = None
-    feature:Tensor|None = None
-    shape_reg:Tensor|None = None
-    expression_reg:Tensor|None = None
-    cycle:Tensor|None = None
-    token_cycle:Tensor|None = None
-    identity:Tensor|None = None
+
+    photometric: Tensor | None = None
+    perceptual: Tensor | None = None
+    landmark: Tensor | None = None
+    pose_landmark: Tensor | None = None
+    region: Tensor | None = None
+    expression_3d: Tensor | None = None
+    emotion: Tensor | None = None
+    feature: Tensor | None = None
+    shape_reg: Tensor | None = None
+    expression_reg: Tensor | None = None
+    cycle: Tensor | None = None
+    token_cycle: Tensor | None = None
+    identity: Tensor | None = None
 
     def present(self) -> list[tuple[str, Tensor]]:
         "Return the names and values of the terms that are used."
         return [(f.name, v) for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None]
 
+
 def weighted(
-    terms:Terms,                  # unweighted terms
-    **weights,                    # name of a term -> weight
-) -> Tensor:                      # scalar
+    terms: Terms,  # unweighted terms
+    **weights,  # name of a term -> weight
+) -> Tensor:  # scalar
     "Add the named terms that are present, each with its weight."
-    chosen = [weights[n]*v for n, v in terms.present() if n in weights]
-    if not chosen: raise ValueError(f"none of the terms {', '.join(weights)} is present; this pass would learn nothing")
+    chosen = [weights[n] * v for n, v in terms.present() if n in weights]
+    if not chosen:
+        raise ValueError(f"none of the terms {', '.join(weights)} is present; this pass would learn nothing")
     return sum(chosen)
 
 # %% ../../nbs/60_training.losses.ipynb #4c761edc
 def two_d(
-    terms:Terms,                  # unweighted terms
-    config:LossConfig,            # weights
-) -> Tensor:                      # scalar
+    terms: Terms,  # unweighted terms
+    config: LossConfig,  # weights
+) -> Tensor:  # scalar
     "Weight the 2D consistency terms (Eq. 8)."
-    return weighted(terms, **{n: getattr(config, n) for n in ("photometric", "perceptual", "landmark", "pose_landmark", "region")})
+    return weighted(
+        terms, **{n: getattr(config, n) for n in ("photometric", "perceptual", "landmark", "pose_landmark", "region")}
+    )
+
 
 def encoder_objective(
-    terms:Terms,                  # unweighted terms
-    config:LossConfig,            # weights
-    stage:int,                    # 1 or 2: the weight of the 3D labels differs
-) -> Tensor:                      # scalar
+    terms: Terms,  # unweighted terms
+    config: LossConfig,  # weights
+    stage: int,  # 1 or 2: the weight of the 3D labels differs
+) -> Tensor:  # scalar
     "Add up the encoder pass (Eq. 10); the emotion-feature term is EMOCA's."
-    rest = dict(expression_3d=config.expression_first if stage == 1 else config.expression_second, emotion=config.emotion,
-                feature=config.feature, shape_reg=config.shape_reg, expression_reg=config.expression_reg)
-    return config.two_d*two_d(terms, config) + (weighted(terms, **rest) if any(n in rest for n, _ in terms.present()) else 0)
+    rest = dict(
+        expression_3d=config.expression_first if stage == 1 else config.expression_second,
+        emotion=config.emotion,
+        feature=config.feature,
+        shape_reg=config.shape_reg,
+        expression_reg=config.expression_reg,
+    )
+    return config.two_d * two_d(terms, config) + (
+        weighted(terms, **rest) if any(n in rest for n, _ in terms.present()) else 0
+    )
+
 
 def synthesizer_objective(
-    terms:Terms,                  # unweighted terms
-    config:LossConfig,            # weights
-) -> Tensor:                      # scalar
+    terms: Terms,  # unweighted terms
+    config: LossConfig,  # weights
+) -> Tensor:  # scalar
     "Add up the synthesizer pass (Eq. 11)."
     extra = [n for n, _ in terms.present() if n in ("cycle", "token_cycle")]
-    return config.two_d*two_d(terms, config) + (weighted(terms, cycle=config.cycle, token_cycle=config.token_cycle) if extra else 0)
+    return config.two_d * two_d(terms, config) + (
+        weighted(terms, cycle=config.cycle, token_cycle=config.token_cycle) if extra else 0
+    )
+
 
 def pretrain_objective(
-    terms:Terms,                  # landmark, identity and expression_reg
-    config:PretrainConfig,        # weights
-) -> Tensor:                      # scalar
+    terms: Terms,  # landmark, identity and expression_reg
+    config: PretrainConfig,  # weights
+) -> Tensor:  # scalar
     "Add up pre-training (Eq. 12)."
     return weighted(terms, landmark=config.landmark, identity=config.identity, expression_reg=config.expression_reg)
 
 # %% ../../nbs/60_training.losses.ipynb #1db089a9
 def identity(
-    params:HeadParams,            # predicted
-    batch:Batch,                  # holds the target codes and their flag
-    count:float|None=None,        # divisor
-) -> Tensor:                      # scalar
+    params: HeadParams,  # predicted
+    batch: Batch,  # holds the target codes and their flag
+    count: float | None = None,  # divisor
+) -> Tensor:  # scalar
     "Compare shapes with the identity network's codes."
     return masked_mean(_squares(params.shape, batch.identity, batch.has_identity), batch.has_identity, count)

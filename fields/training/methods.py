@@ -33,44 +33,61 @@ from ..types import Batch, empty_batch
 _SMIRK = {"landmark": 100.0, "expression_reg": 1e-3}
 _TEASER = {**_SMIRK, "pose_landmark": 1000.0, "token_cycle": 5.0}
 
-METHODS = {m.name: m for m in (
-    Method("F0", "pre-training only"),
-    Method("F1", "2D baseline: TEASER's objective"),
-    Method("F2", "F1 + 3D expression labels", use_expression=True),
-    Method("F3", "F1 + emotion loss", use_emotion=True),
-    Method("F4", "FIELDS: both", use_expression=True, use_emotion=True),
-    Method("SMIRK", "no token, sparse pixels", use_tokens=False, use_regions=False, use_base=False, weights=_SMIRK),
-    Method("TEASER", "F1 with TEASER's own weights", use_base=False, weights=_TEASER),
-    Method("EMOCA", "F1 + emotion-feature consistency", use_feature=True),
-    *(Method(f"lambda{v:g}", f"FIELDS with an emotion weight of {v:g}", use_expression=True, use_emotion=True, weights={"emotion": v}) for v in (.5, 1., 5., 10.)),
-)}
+METHODS = {
+    m.name: m
+    for m in (
+        Method("F0", "pre-training only"),
+        Method("F1", "2D baseline: TEASER's objective"),
+        Method("F2", "F1 + 3D expression labels", use_expression=True),
+        Method("F3", "F1 + emotion loss", use_emotion=True),
+        Method("F4", "FIELDS: both", use_expression=True, use_emotion=True),
+        Method("SMIRK", "no token, sparse pixels", use_tokens=False, use_regions=False, use_base=False, weights=_SMIRK),
+        Method("TEASER", "F1 with TEASER's own weights", use_base=False, weights=_TEASER),
+        Method("EMOCA", "F1 + emotion-feature consistency", use_feature=True),
+        *(
+            Method(
+                f"lambda{v:g}",
+                f"FIELDS with an emotion weight of {v:g}",
+                use_expression=True,
+                use_emotion=True,
+                weights={"emotion": v},
+            )
+            for v in (0.5, 1.0, 5.0, 10.0)
+        ),
+    )
+}
+
 
 def method_named(
-    name:str,                     # a key of METHODS
-) -> Method:                      # the method
+    name: str,  # a key of METHODS
+) -> Method:  # the method
     "Return a method; raise `ValueError` for an unknown name."
-    if name not in METHODS: raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 # %% ../../nbs/65_training.methods.ipynb #75f06fc6
 def perceptual_network(
-    standins:Path,                # the run's `standins` folder
-) -> tuple[nn.Module, str]:       # image -> list of maps, and which one it is
+    standins: Path,  # the run's `standins` folder
+) -> tuple[nn.Module, str]:  # image -> list of maps, and which one it is
     "Return VGG16 if the user has given it, else the trained stand-in."
     path = find_asset("vgg16")
-    if path: return import_vgg16(path), f"perceptual loss: VGG16 from {path.name}"
-    state, _ = read_tensors(standins/"perceptual.safetensors")
+    if path:
+        return import_vgg16(path), f"perceptual loss: VGG16 from {path.name}"
+    state, _ = read_tensors(standins / "perceptual.safetensors")
     net = SmallPerceptual(identities=len(state["classifier.bias"]) - 7)
     net.load_state_dict(state)
     return net.eval(), "perceptual loss: stand-in (VGG16 was not found)"
 
+
 def emotion_network(
-    standins:Path,                # the run's `standins` folder
-) -> tuple[nn.Module, str]:       # image -> (B,D) features, and which one it is
+    standins: Path,  # the run's `standins` folder
+) -> tuple[nn.Module, str]:  # image -> (B,D) features, and which one it is
     "Return EMOCA's emotion network if the user has given it, else the trained stand-in."
     path = find_asset("emotion_features")
-    if path: return import_emotion(path), f"emotion features: EMOCA's from {path.name}"
-    state, _ = read_tensors(standins/"emotion.safetensors")
+    if path:
+        return import_emotion(path), f"emotion features: EMOCA's from {path.name}"
+    state, _ = read_tensors(standins / "emotion.safetensors")
     net = SmallEmotion(classes=len(state["classifier.bias"]) - 2)
     net.load_state_dict(state)
     return net.eval(), "emotion features: stand-in (EMOCA's network was not found)"
@@ -78,30 +95,41 @@ def emotion_network(
 # %% ../../nbs/65_training.methods.ipynb #f13ddf36
 INITIAL_NAME = "TEASER_init"
 
+
 def weights_of(
-    run:Path,                     # run folder
-    name:str,                     # method
-    head:Head,
-    step:str,                     # chain step that writes it, for the message
-) -> FieldsModel:                 # its model
+    run: Path,  # run folder
+    name: str,  # method
+    head: Head,
+    step: str,  # chain step that writes it, for the message
+) -> FieldsModel:  # its model
     "Read a method's checkpoint; raise `ValueError` if it is not there yet."
-    path = Path(run)/"checkpoints"/name/"model.safetensors"
-    if not path.is_file(): raise ValueError(f"{path} is missing; run the chain's `{step}` step first")
+    path = Path(run) / "checkpoints" / name / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run the chain's `{step}` step first")
     return FieldsModel.load(path, head)
 
+
 def starting_model(
-    run:Path,                     # run folder
-    method:Method,
-    config:Config,
-    head:Head,
-    initial:bool=False,           # this is the TEASER initialisation itself
-) -> tuple[FieldsModel, nn.Module]: # the model to train, and B's encoders
+    run: Path,  # run folder
+    method: Method,
+    config: Config,
+    head: Head,
+    initial: bool = False,  # this is the TEASER initialisation itself
+) -> tuple[FieldsModel, nn.Module]:  # the model to train, and B's encoders
     "Build a method's model: B's encoders, and the TEASER initialisation where the synthesizer is the same."
     pretrained = weights_of(run, "F0", head, "pretrain")
     base = pretrained.encoders
-    model = FieldsModel(config.network, head, "teaser" if method.use_tokens else "smirk", method.use_emotion, method.name, seed=config.seed)
+    model = FieldsModel(
+        config.network,
+        head,
+        "teaser" if method.use_tokens else "smirk",
+        method.use_emotion,
+        method.name,
+        seed=config.seed,
+    )
     model.encoders.load_state_dict(base.state_dict())
-    if initial: model.token_encoder.load_state_dict(pretrained.token_encoder.state_dict())
+    if initial:
+        model.token_encoder.load_state_dict(pretrained.token_encoder.state_dict())
     elif method.use_tokens:
         first = weights_of(run, INITIAL_NAME, head, "teaser")
         model.token_encoder.load_state_dict(first.token_encoder.state_dict())
@@ -110,88 +138,136 @@ def starting_model(
 
 # %% ../../nbs/65_training.methods.ipynb #67c202a5
 def official_teaser(
-    config:Config,
-    head:Head,
-) -> FieldsModel|None:            # the published model, or None where it does not fit or is not there
+    config: Config,
+    head: Head,
+) -> FieldsModel | None:  # the published model, or None where it does not fit or is not there
     "Return TEASER's published networks if they can be used with this head and these sizes."
     path = find_asset("teaser")
-    return import_teaser(path, head) if path and head.version == "FLAME 2020" and config.network.size == "paper" else None
+    return (
+        import_teaser(path, head) if path and head.version == "FLAME 2020" and config.network.size == "paper" else None
+    )
+
 
 def cycle_templates(
-    sources:dict,                 # dataset -> Source
-    head:Head,
-) -> tuple[Tensor, str]:          # (T,50), and where they come from
+    sources: dict,  # dataset -> Source
+    head: Head,
+) -> tuple[Tensor, str]:  # (T,50), and where they come from
     "Return the expressions that the cycle uses as templates."
     path = find_asset("templates")
-    if path and head.version == "FLAME 2020": return famos_templates(path), f"cycle templates: FaMoS from {path.name}"
+    if path and head.version == "FLAME 2020":
+        return famos_templates(path), f"cycle templates: FaMoS from {path.name}"
     made = templates_of(sources["bp4d"])
-    return made, f"cycle templates: {len(made)} expressions fitted to BP4D's training scans" if len(made) else "cycle templates: none (no training scan is fitted), so their share gets the random edit"
+    return made, f"cycle templates: {len(made)} expressions fitted to BP4D's training scans" if len(
+        made
+    ) else "cycle templates: none (no training scan is fitted), so their share gets the random edit"
 
 # %% ../../nbs/65_training.methods.ipynb #7878bdaa
 def parameter_error(
-    model:FieldsModel,
-    batches:list[Batch],          # BP4D validation frames
-) -> float:                       # mean squared error over expression and jaw
+    model: FieldsModel,
+    batches: list[Batch],  # BP4D validation frames
+) -> float:  # mean squared error over expression and jaw
     "Return the error of Table 3 on labelled frames."
     pairs = [(model.encode(b.image), b) for b in batches]
-    square = [torch.cat([(p.expression - b.expression).square(), (p.jaw - b.jaw).square()], 1).mean(1)[b.has_expression] for p, b in pairs]
+    square = [
+        torch.cat([(p.expression - b.expression).square(), (p.jaw - b.jaw).square()], 1).mean(1)[b.has_expression]
+        for p, b in pairs
+    ]
     return float(torch.cat(square).mean())
 
 # %% ../../nbs/65_training.methods.ipynb #223fda47
 def warm_up_emotion(
-    model:FieldsModel,            # its emotion head learns in place
-    data:MixedData,               # opened datasets
-    config:Config,                # `train` part and seed
-    batch:int=64,                 # samples a step
-) -> str:                         # a sentence for the log
+    model: FieldsModel,  # its emotion head learns in place
+    data: MixedData,  # opened datasets
+    config: Config,  # `train` part and seed
+    batch: int = 64,  # samples a step
+) -> str:  # a sentence for the log
     "Train the emotion head alone on AffectNet's training crops, the encoders frozen."
     c, head, g, seen = config.train, model.emotion_head, torch.Generator().manual_seed(config.seed), []
     with torch.no_grad(), reading_once(branches(model.eval())):
-        for b in data.evaluation("affectnet", "train", 128): seen.append((model.encode(b.image).features[b.has_emotion], b.emotion[b.has_emotion], b.valence[b.has_emotion], b.arousal[b.has_emotion]))
+        for b in data.evaluation("affectnet", "train", 128):
+            seen.append(
+                (
+                    model.encode(b.image).features[b.has_emotion],
+                    b.emotion[b.has_emotion],
+                    b.valence[b.has_emotion],
+                    b.arousal[b.has_emotion],
+                )
+            )
     features, labels = (x := [torch.cat(v) for v in zip(*seen)])[0], empty_batch(x[0].new_zeros(len(x[0]), 3, 1, 1))
     labels.emotion, labels.valence, labels.arousal, labels.has_emotion = *x[1:], torch.ones_like(labels.has_emotion)
     adam = torch.optim.Adam(head.parameters(), c.learning_rate)
     with training_only(model, [head]):
         for _ in range(c.emotion_warmup):
             for rows in torch.randperm(len(features), generator=g).split(batch):
-                if len(rows) < 2: continue
+                if len(rows) < 2:
+                    continue
                 said = head(features[rows])
                 adam.zero_grad()
-                emotion(said.logits, said.valence, said.arousal, labels[rows], config.loss.emotion_regression, config.loss.emotion_class).backward()
+                emotion(
+                    said.logits,
+                    said.valence,
+                    said.arousal,
+                    labels[rows],
+                    config.loss.emotion_regression,
+                    config.loss.emotion_class,
+                ).backward()
                 adam.step()
     return f"emotion head: {c.emotion_warmup} times alone over {len(features)} crops of AffectNet"
 
 # %% ../../nbs/65_training.methods.ipynb #ecdbf9ba
 def run_method(
-    run:Path|str,                 # run folder
-    name:str,                     # a key of METHODS, or TEASER_init
-    config:Config,
-    head:Head|None=None,          # loaded by the configuration if None
-    sources:dict|None=None,       # dataset -> Source; opened from the run if None
-    team:Team|None=None,          # processes; alone by default
-    callbacks:tuple=(),           # see `train`
-    stop_at:int=0,                # leave after this iteration as if killed, for tests
-) -> Outcome:                     # what happened
+    run: Path | str,  # run folder
+    name: str,  # a key of METHODS, or TEASER_init
+    config: Config,
+    head: Head | None = None,  # loaded by the configuration if None
+    sources: dict | None = None,  # dataset -> Source; opened from the run if None
+    team: Team | None = None,  # processes; alone by default
+    callbacks: tuple = (),  # see `train`
+    stop_at: int = 0,  # leave after this iteration as if killed, for tests
+) -> Outcome:  # what happened
     "Train a method and write its checkpoint, log and summary; resume if it was interrupted."
     run, device = Path(run), set_up(config)
-    torch.utils.deterministic.fill_uninitialized_memory = False # every tensor is written before it is read; filling costs 5% of the time
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # every tensor is written before it is read; filling costs 5% of the time
+    )
     team, initial = team or Team(device), name == INITIAL_NAME
-    method, folder = method_named("TEASER" if initial else name), run/"checkpoints"/name
+    method, folder = method_named("TEASER" if initial else name), run / "checkpoints" / name
     head = (head or Head.load(config.head)).to(team.device)
     sources = sources if sources is not None else open_training(run, config, head)
     c, notes = config.train, []
-    steps = config.pretrain.steps if name == "F0" else c.teaser_steps if initial else c.steps + (0 if method.use_tokens else c.teaser_steps)
+    steps = (
+        config.pretrain.steps
+        if name == "F0"
+        else c.teaser_steps
+        if initial
+        else c.steps + (0 if method.use_tokens else c.teaser_steps)
+    )
     size = config.pretrain.batch if name == "F0" else c.batch
-    data = MixedData(sources, None, config, size, steps*(1 if name == "F0" else c.accumulate), team.device, team.rank, team.world)
-    parts = {k: v for k, v in to_dict(config).items() if k in ("seed", "head", "mixing", "network", "loss", "train", "prepare", "pretrain")}
-    common = dict(key=fingerprint([parts, name, team.world]), events=run/"logs"/name, stop_at=stop_at, flush_every=10 if team.device.type == "cuda" else 1)
+    data = MixedData(
+        sources, None, config, size, steps * (1 if name == "F0" else c.accumulate), team.device, team.rank, team.world
+    )
+    parts = {
+        k: v
+        for k, v in to_dict(config).items()
+        if k in ("seed", "head", "mixing", "network", "loss", "train", "prepare", "pretrain")
+    }
+    common = dict(
+        key=fingerprint([parts, name, team.world]),
+        events=run / "logs" / name,
+        stop_at=stop_at,
+        flush_every=10 if team.device.type == "cuda" else 1,
+    )
     if name == "F0":
         model = FieldsModel(config.network, head, "teaser", False, name, seed=config.seed).to(team.device)
         notes.append(begin_encoders(model, run, config))
         precision = run_precision(run, config, model, team)
         outcome = pretrain(folder, model.encoders, head, data, config, team, precision, callbacks, **common)
-    else: model, outcome, precision = _train_alternating(run, method, config, head, data, team, callbacks, initial, steps, folder, common, notes)
-    if team.rank == 0 and not stop_at: _finish(run, folder, name, model, outcome, precision, notes)
+    else:
+        model, outcome, precision = _train_alternating(
+            run, method, config, head, data, team, callbacks, initial, steps, folder, common, notes
+        )
+    if team.rank == 0 and not stop_at:
+        _finish(run, folder, name, model, outcome, precision, notes)
     return outcome
 
 # %% ../../nbs/65_training.methods.ipynb #969abf5e
@@ -201,62 +277,115 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
     model, base = starting_model(run, method, config, head, initial)
     official = official_teaser(config, head) if initial else None
     if official:
-        for part in ("token_encoder", "synthesizer"): getattr(model, part).load_state_dict(getattr(official, part).state_dict())
+        for part in ("token_encoder", "synthesizer"):
+            getattr(model, part).load_state_dict(getattr(official, part).state_dict())
         notes.append("initialisation: token encoder and synthesizer of TEASER's published checkpoint")
         return model, Outcome(0, float("inf"), 0, 0.0, 0, []), "32"
     model, base = model.to(team.device), base.to(team.device)
-    net, note = perceptual_network(run/"standins")
+    net, note = perceptual_network(run / "standins")
     notes.append(note)
     feature_net = None
     if method.use_feature:
-        feature_net, note = emotion_network(run/"standins")
+        feature_net, note = emotion_network(run / "standins")
         notes.append(note)
     templates, note = cycle_templates(data.sources, head)
     notes.append(note)
     if method.use_expression and method.loss(config.loss).eyelids and not data.sources["bp4d"].eyelids.any():
-        raise ValueError(f"loss.eyelids={config.loss.eyelids} needs lids fitted to the scans, and {run/'scans'/'labels.npz'} holds none; give a head with eyelid shapes, or set loss.eyelids=0")
+        raise ValueError(
+            f"loss.eyelids={config.loss.eyelids} needs lids fitted to the scans, and {run / 'scans' / 'labels.npz'} holds none; give a head with eyelid shapes, or set loss.eyelids=0"
+        )
     precision = run_precision(run, config, model, team)
-    job = Alternating(model, head, base, method, config, net.to(team.device), templates.to(team.device),
-                      feature_net.to(team.device) if feature_net else None, team, precision)
+    job = Alternating(
+        model,
+        head,
+        base,
+        method,
+        config,
+        net.to(team.device),
+        templates.to(team.device),
+        feature_net.to(team.device) if feature_net else None,
+        team,
+        precision,
+    )
     best = c.select == "best" and not initial
     frames = list(data.evaluation("bp4d", "val", 64)) if best else []
-    if best and not any(b.has_expression.any() for b in frames): raise ValueError("train.select=best needs scan labels of BP4D's validation subjects; run `fit_scans`, or use train.select=last")
-    setting = Setting(steps, folder, INITIAL_NAME if initial else method.name, c.checkpoint_every, c.schedule, c.checkpoint_every if best else 0, best, **common)
-    if method.use_emotion and c.emotion_warmup: notes.append(warm_up_emotion(model, data, config))
+    if best and not any(b.has_expression.any() for b in frames):
+        raise ValueError(
+            "train.select=best needs scan labels of BP4D's validation subjects; run `fit_scans`, or use train.select=last"
+        )
+    setting = Setting(
+        steps,
+        folder,
+        INITIAL_NAME if initial else method.name,
+        c.checkpoint_every,
+        c.schedule,
+        c.checkpoint_every if best else 0,
+        best,
+        **common,
+    )
+    if method.use_emotion and c.emotion_warmup:
+        notes.append(warm_up_emotion(model, data, config))
     with reading_once(branches(model, base, kind="pose" if c.backbone_lr_scale else "")):
-        outcome = train(model, job.passes(), iterations(data, c.accumulate, team, job.prepare), setting, team, lambda: parameter_error(model, frames), callbacks)
-    if best and outcome.best_step: model.load_state_dict(read_tensors(folder/"best.safetensors")[0])
+        outcome = train(
+            model,
+            job.passes(),
+            iterations(data, c.accumulate, team, job.prepare),
+            setting,
+            team,
+            lambda: parameter_error(model, frames),
+            callbacks,
+        )
+    if best and outcome.best_step:
+        model.load_state_dict(read_tensors(folder / "best.safetensors")[0])
     return model, outcome, precision
+
 
 def _finish(run, folder, name, model, outcome, precision, notes):
     "Write model, summary and timing; remove the states that only a resume needs."
     model.method = name
-    model.save(folder/"model.safetensors")
-    write_json(folder/"summary.json", {"method": name, "steps": outcome.steps, "selected_step": outcome.best_step, "validation": outcome.best if outcome.best_step else None,
-                                       "precision": precision, "notes": notes + outcome.notes})
-    write_json(run/"timing"/f"train_{name}.json", {"seconds": outcome.seconds, "resumed_at": outcome.resumed, "steps": outcome.steps})
-    for state in folder.glob("state_*"): shutil.rmtree(state)
-    (folder/"best.safetensors").unlink(missing_ok=True)
+    model.save(folder / "model.safetensors")
+    write_json(
+        folder / "summary.json",
+        {
+            "method": name,
+            "steps": outcome.steps,
+            "selected_step": outcome.best_step,
+            "validation": outcome.best if outcome.best_step else None,
+            "precision": precision,
+            "notes": notes + outcome.notes,
+        },
+    )
+    write_json(
+        run / "timing" / f"train_{name}.json",
+        {"seconds": outcome.seconds, "resumed_at": outcome.resumed, "steps": outcome.steps},
+    )
+    for state in folder.glob("state_*"):
+        shutil.rmtree(state)
+    (folder / "best.safetensors").unlink(missing_ok=True)
 
 # %% ../../nbs/65_training.methods.ipynb #80c1acd4
 def open_training(
-    run:Path,                     # run folder
-    config:Config,
-    head:Head,
-) -> dict:                        # dataset -> Source
+    run: Path,  # run folder
+    config: Config,
+    head: Head,
+) -> dict:  # dataset -> Source
     "Open the crops, derived targets and scan labels of a run."
-    return open_sources(Path(run)/"crops", ExpressionLabels.load(Path(run)/"scans"/"labels.npz"), head_sha256=head.sha256)
+    return open_sources(
+        Path(run) / "crops", ExpressionLabels.load(Path(run) / "scans" / "labels.npz"), head_sha256=head.sha256
+    )
+
 
 def begin_encoders(
-    model:FieldsModel,            # its encoders are changed
-    run:Path,                     # run folder
-    config:Config,
-) -> str:                         # a sentence for the log
+    model: FieldsModel,  # its encoders are changed
+    run: Path,  # run folder
+    config: Config,
+) -> str:  # a sentence for the log
     "Give the encoders their start: timm's ImageNet weights for the paper's networks, the trunk of the `standins` step for the small ones."
-    trunk = Path(run)/"standins"/"trunk.safetensors"
+    trunk = Path(run) / "standins" / "trunk.safetensors"
     if config.network.size == "small" and trunk.is_file():
         state = read_tensors(trunk)[0]
-        for branch in model.encoders.children(): branch.encoder.load_state_dict(state)
+        for branch in model.encoders.children():
+            branch.encoder.load_state_dict(state)
         return "encoders begin with the trunk of the stand-ins, in place of ImageNet weights"
     small, large = find_asset("mobilenet_small"), find_asset("mobilenet_large")
     if config.network.size == "paper" and small and large:
@@ -264,15 +393,17 @@ def begin_encoders(
         return f"encoders begin with ImageNet weights from {small.name} and {large.name}"
     return "encoders begin with random weights: no pretrained backbone was found"
 
+
 def run_precision(
-    run:Path,                     # run folder
-    config:Config,
-    model:FieldsModel,
-    team:Team,
-) -> str:                         # "32" | "bf16"
+    run: Path,  # run folder
+    config: Config,
+    model: FieldsModel,
+    team: Team,
+) -> str:  # "32" | "bf16"
     "Return the precision of a run's networks, probing it once if the configuration says auto."
-    size, batch = config.network.image_size, config.train.batch//team.world
+    size, batch = config.network.image_size, config.train.batch // team.world
     images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(team.device)
+
     def probe():
         training = model.training
         model.eval()
@@ -280,7 +411,8 @@ def run_precision(
         loss = model.synthesize(images, images, tokens).mean() + model.encode(images).expression.mean()
         torch.autograd.grad(loss, [p for p in model.synthesizer.parameters() if p.requires_grad], allow_unused=True)
         model.train(training)
-    return choose_precision(config.train.precision, Path(run)/"precision.json", probe, team.device)
+
+    return choose_precision(config.train.precision, Path(run) / "precision.json", probe, team.device)
 
 # %% ../../nbs/65_training.methods.ipynb #b28b7af6
 def main(arguments=None):
@@ -288,6 +420,7 @@ def main(arguments=None):
     import argparse
     from fields.config import load_profile
     from fields.training.loop import Bar
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--run", required=True)
     parser.add_argument("--method", required=True)
@@ -300,4 +433,6 @@ def main(arguments=None):
     team = launch(set_up(config), a.devices, a.nodes)
     run_method(a.run, a.method, config, team=team, callbacks=(Bar(a.method),))
 
-if __name__ == "__main__" and "__file__" in globals(): main()
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

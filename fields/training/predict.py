@@ -15,54 +15,67 @@ from ..data.mixing import MixedData, open_sources
 from ..models.fields import FieldsModel
 
 # %% ../../nbs/67_training.predict.ipynb #e21f3910
-SETS = {"affectnet_val": ("affectnet", "val"), "affectnet_train": ("affectnet", "train"),
-        "bp4d_test": ("bp4d", "test"), "bp4d_val": ("bp4d", "val")}
+SETS = {
+    "affectnet_val": ("affectnet", "val"),
+    "affectnet_train": ("affectnet", "train"),
+    "bp4d_test": ("bp4d", "test"),
+    "bp4d_val": ("bp4d", "val"),
+}
+
 
 def prediction_file(
-    run:Path,                     # run folder
-    method:str,                   # for example "F4"
-    which:str,                    # one of SETS
-) -> Path:                        # the file
+    run: Path,  # run folder
+    method: str,  # for example "F4"
+    which: str,  # one of SETS
+) -> Path:  # the file
     "Return where a method's predictions of a set are; raise `ValueError` for an unknown set."
-    if which not in SETS: raise ValueError(f"unknown set {which!r}; choose one of {', '.join(SETS)}")
-    return Path(run)/"predictions"/f"{method}_{which}.npz"
+    if which not in SETS:
+        raise ValueError(f"unknown set {which!r}; choose one of {', '.join(SETS)}")
+    return Path(run) / "predictions" / f"{method}_{which}.npz"
+
 
 def save_prediction(
-    prediction:Prediction,        # to write
-    path:Path,                    # its file
+    prediction: Prediction,  # to write
+    path: Path,  # its file
 ):
     "Write a prediction atomically."
-    with atomic(path) as temporary: prediction.save(temporary)
+    with atomic(path) as temporary:
+        prediction.save(temporary)
 
 # %% ../../nbs/67_training.predict.ipynb #3ebc3e87
 def predict_set(
-    model:FieldsModel,            # trained model
-    data:MixedData,               # opened datasets
-    which:str,                    # one of SETS
-    limit:int=0,                  # most images, spread over the set; 0: all
-) -> Prediction:                  # one row an image
+    model: FieldsModel,  # trained model
+    data: MixedData,  # opened datasets
+    which: str,  # one of SETS
+    limit: int = 0,  # most images, spread over the set; 0: all
+) -> Prediction:  # one row an image
     "Predict a whole set in order."
     dataset, split = SETS[which]
     parts = [model.predict(batch.image, batch.ids) for batch in data.evaluation(dataset, split, 64, limit)]
-    if not parts: raise ValueError(f"{dataset} has no usable image in its split {split}; run the step `prepare` and look at its report")
+    if not parts:
+        raise ValueError(
+            f"{dataset} has no usable image in its split {split}; run the step `prepare` and look at its report"
+        )
     return concatenate(parts).to("cpu")
 
+
 def predict_run(
-    run:Path,                     # run folder
-    config:Config,                # its configuration
-    methods:list[str],            # methods with a checkpoint in the run
-    head:Head,                    # the run's head
-    device:str="cpu",             # where the networks run
-    progress=None,                # called with (done, total, label)
-) -> list[Path]:                  # files written
+    run: Path,  # run folder
+    config: Config,  # its configuration
+    methods: list[str],  # methods with a checkpoint in the run
+    head: Head,  # the run's head
+    device: str = "cpu",  # where the networks run
+    progress=None,  # called with (done, total, label)
+) -> list[Path]:  # files written
     "Write the predictions of every method on every set."
-    sources = open_sources(Path(run)/"crops", names=("affectnet", "bp4d"), head_sha256=head.sha256)
+    sources = open_sources(Path(run) / "crops", names=("affectnet", "bp4d"), head_sha256=head.sha256)
     data = MixedData(sources, head.embeddings["mediapipe105"].indices, config, 1, 1, device)
     written = []
     for n, method in enumerate(methods):
-        model = FieldsModel.load(Path(run)/"checkpoints"/method/"model.safetensors", head).to(device)
+        model = FieldsModel.load(Path(run) / "checkpoints" / method / "model.safetensors", head).to(device)
         for k, which in enumerate(SETS):
-            if progress: progress(n*len(SETS) + k, len(methods)*len(SETS), f"{method} {which}")
+            if progress:
+                progress(n * len(SETS) + k, len(methods) * len(SETS), f"{method} {which}")
             prediction = predict_set(model, data, which)
             prediction.method = method
             written.append(prediction_file(run, method, which))

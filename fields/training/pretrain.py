@@ -21,59 +21,76 @@ from ..types import Batch, DATASETS, HeadOutput, HeadParams
 
 # %% ../../nbs/63_training.pretrain.ipynb #43e468b1
 def projected(
-    head,                         # fields.head.flame.Head
-    params:HeadParams,            # holds the camera
-    which:str,                    # name of a landmark set
-    output:HeadOutput|None=None,  # of the head, if it is there already
-) -> Tensor:                      # (B,L,2) NDC
+    head,  # fields.head.flame.Head
+    params: HeadParams,  # holds the camera
+    which: str,  # name of a landmark set
+    output: HeadOutput | None = None,  # of the head, if it is there already
+) -> Tensor:  # (B,L,2) NDC
     "Return landmarks of the head as the camera sees them."
     return project(head.landmarks(head(params) if output is None else output, which), params.camera)[..., :2]
 
 # %% ../../nbs/63_training.pretrain.ipynb #0b9a8f5c
 class Pretraining:
     "Loss and validation of pre-training."
+
     def __init__(
         self,
-        encoders:nn.Module,       # image -> HeadParams
-        head:nn.Module,           # frozen head
-        config:Config,            # its `pretrain` part
-        precision:str="32",       # "32" | "bf16", of the networks
-    ): self.encoders, self.head, self.config, self.precision = encoders, head, config.pretrain, precision
+        encoders: nn.Module,  # image -> HeadParams
+        head: nn.Module,  # frozen head
+        config: Config,  # its `pretrain` part
+        precision: str = "32",  # "32" | "bf16", of the networks
+    ):
+        self.encoders, self.head, self.config, self.precision = encoders, head, config.pretrain, precision
 
-    def predict(self, batch:Batch) -> HeadParams:
+    def predict(self, batch: Batch) -> HeadParams:
         "Return the parameters of a batch's images."
-        with half(self.precision, batch.image.device): return self.encoders(batch.image)
+        with half(self.precision, batch.image.device):
+            return self.encoders(batch.image)
 
-    def loss(self, batch:Batch, moment:Moment) -> tuple[Tensor, Terms]:
+    def loss(self, batch: Batch, moment: Moment) -> tuple[Tensor, Terms]:
         "Return the objective of Eq. 12 and its terms."
         params, n = self.predict(batch), moment.counts
         output = self.head(params)
-        points = landmark(projected(self.head, params, "mediapipe105", output), projected(self.head, params, "contour17", output), batch, n and n.contour)
-        terms = Terms(landmark=points, identity=identity(params, batch, n and n.identity), expression_reg=expression_reg(params))
+        points = landmark(
+            projected(self.head, params, "mediapipe105", output),
+            projected(self.head, params, "contour17", output),
+            batch,
+            n and n.contour,
+        )
+        terms = Terms(
+            landmark=points, identity=identity(params, batch, n and n.identity), expression_reg=expression_reg(params)
+        )
         return pretrain_objective(terms, self.config), terms
 
-    def validate(self, batches:list[Batch]) -> float:
+    def validate(self, batches: list[Batch]) -> float:
         "Return the mean identity loss over the labelled samples of batches."
         pairs = [((self.predict(b).shape - b.identity).square().mean(1), b.has_identity) for b in batches]
         return float(masked_mean(torch.cat([v for v, _ in pairs]), torch.cat([m for _, m in pairs])))
 
 # %% ../../nbs/63_training.pretrain.ipynb #43033894
 def validation_batches(
-    data:MixedData,               # opened datasets
-    limit:int=64,                 # most frames a dataset, spread over the split
-    names=DATASETS,               # datasets to use; AffectNet never is
-) -> list[Batch]:                 # untouched crops
+    data: MixedData,  # opened datasets
+    limit: int = 64,  # most frames a dataset, spread over the split
+    names=DATASETS,  # datasets to use; AffectNet never is
+) -> list[Batch]:  # untouched crops
     "Collect the frames on which a training may select; raise `ValueError` if there is none."
     batches = [b for n in names if n != "affectnet" and n in data.sources for b in data.evaluation(n, "val", 64, limit)]
-    if not batches: raise ValueError("no dataset but AffectNet has a frame in its `val` split, so no model can be selected; prepare BP4D's validation subjects")
+    if not batches:
+        raise ValueError(
+            "no dataset but AffectNet has a frame in its `val` split, so no model can be selected; prepare BP4D's validation subjects"
+        )
     return batches
 
 # %% ../../nbs/63_training.pretrain.ipynb #f7792d30
 class Ahead:
     "Calls a function of the step one step ahead, in a thread."
-    def __init__(self, function:Callable, steps:int): self.function, self.steps, self.pool, self.next = function, steps, None, None
-    def __call__(self, step:int):
+
+    def __init__(self, function: Callable, steps: int):
+        self.function, self.steps, self.pool, self.next = function, steps, None, None
+
+    def __call__(self, step: int):
         from concurrent.futures import ThreadPoolExecutor
+
         self.pool = self.pool or ThreadPoolExecutor(1)
         ready = self.next[1] if self.next and self.next[0] == step else self.pool.submit(self.function, step)
         self.next = (step + 1, self.pool.submit(self.function, step + 1)) if step + 1 < self.steps else None
@@ -81,63 +98,98 @@ class Ahead:
 
 # %% ../../nbs/63_training.pretrain.ipynb #282a5283
 def learning_parts(
-    modules:list,                 # that learn
-    backbone:float=1.0,           # share of the learning rate for the backbones of geometry encoders
-) -> list[nn.Module]:             # the same, or with 0 the layers behind the backbones
+    modules: list,  # that learn
+    backbone: float = 1.0,  # share of the learning rate for the backbones of geometry encoders
+) -> list[nn.Module]:  # the same, or with 0 the layers behind the backbones
     "Leave out backbones that do not learn."
     behind = lambda m: [c for b in branches(m) for name, c in b.named_children() if name != "encoder"] or [m]
     return list(modules) if backbone else [c for m in modules for c in behind(m)]
 
+
 def rate_groups(
-    modules:list,                 # that learn
-    rate:float,                   # learning rate
-    backbone:float=1.0,           # share of it for the backbones of geometry encoders
-) -> list[dict]:                  # parameter groups of an optimiser; `base` is what a schedule starts from
+    modules: list,  # that learn
+    rate: float,  # learning rate
+    backbone: float = 1.0,  # share of it for the backbones of geometry encoders
+) -> list[dict]:  # parameter groups of an optimiser; `base` is what a schedule starts from
     "Split parameters into backbones and all else."
     seeing = {id(p) for b in branches(*modules) for p in b.encoder.parameters()}
     every = [p for m in modules for p in m.parameters()]
     split = ([p for p in every if id(p) not in seeing], 1), ([p for p in every if id(p) in seeing], backbone)
-    return [{"params": params, "lr": rate*share, "base": rate*share} for params, share in split if params]
+    return [{"params": params, "lr": rate * share, "base": rate * share} for params, share in split if params]
 
 # %% ../../nbs/63_training.pretrain.ipynb #3d1fd46e
 def iterations(
-    data:MixedData,               # gives batches
-    accumulate:int,               # batches a step
-    team:Team,                    # processes
-    prepare=lambda batch, step: batch, # what to make of a batch, once for all passes
-):                                # step -> (Moment, inputs), for the loop
+    data: MixedData,  # gives batches
+    accumulate: int,  # batches a step
+    team: Team,  # processes
+    prepare=lambda batch, step: batch,  # what to make of a batch, once for all passes
+):  # step -> (Moment, inputs), for the loop
     "Return the function that feeds the loop: batches of a step, and the global counts of their labels."
-    fetch = Ahead(lambda step: [data.batch(step*accumulate + i, data.stage(step*accumulate + i)) for i in range(accumulate)], 10**9) if team.device.type == "cuda" \
-        else lambda step: [data.batch(step*accumulate + i) for i in range(accumulate)]
+    fetch = (
+        Ahead(
+            lambda step: [
+                data.batch(step * accumulate + i, data.stage(step * accumulate + i)) for i in range(accumulate)
+            ],
+            10**9,
+        )
+        if team.device.type == "cuda"
+        else lambda step: [data.batch(step * accumulate + i) for i in range(accumulate)]
+    )
+
     def inputs(step):
         batches = fetch(step)
-        return Moment(step, data.stage(step*accumulate), Counts.of(batches, team.average)), [prepare(b, step) for b in batches]
+        return Moment(step, data.stage(step * accumulate), Counts.of(batches, team.average)), [
+            prepare(b, step) for b in batches
+        ]
+
     return inputs
 
+
 def pretrain(
-    folder:Path|None,             # checkpoints/F0 of the run; None writes nothing
-    encoders:nn.Module,           # learn in place
-    head:nn.Module,               # frozen
-    data:MixedData,               # made for `config.pretrain.batch` and `config.pretrain.steps`
-    config:Config,                # the run's configuration
-    team:Team|None=None,          # processes
-    precision:str="32",           # of the networks
-    callbacks:tuple=(),           # see `train`
-    **setting,                    # further fields of Setting
-) -> Outcome:                     # what happened
+    folder: Path | None,  # checkpoints/F0 of the run; None writes nothing
+    encoders: nn.Module,  # learn in place
+    head: nn.Module,  # frozen
+    data: MixedData,  # made for `config.pretrain.batch` and `config.pretrain.steps`
+    config: Config,  # the run's configuration
+    team: Team | None = None,  # processes
+    precision: str = "32",  # of the networks
+    callbacks: tuple = (),  # see `train`
+    **setting,  # further fields of Setting
+) -> Outcome:  # what happened
     "Pre-train the encoders and leave them at their best validation, or where the schedule ends; raise `ValueError` for another selection."
-    if config.pretrain.select not in ("best", "last"): raise ValueError(f"pretrain.select={config.pretrain.select!r} is unknown; use best or last")
+    if config.pretrain.select not in ("best", "last"):
+        raise ValueError(f"pretrain.select={config.pretrain.select!r} is unknown; use best or last")
     team, c, job = team or Team(), config.pretrain, Pretraining(encoders, head, config, precision)
     parts = learning_parts([encoders], c.backbone_lr_scale)
     adam = torch.optim.Adam(rate_groups(parts, c.learning_rate, c.backbone_lr_scale), fused=True)
     frames = validation_batches(data)
-    if not any(b.has_identity.any() for b in frames): raise ValueError("no validation frame has an identity code; run the `standins` step or give the MICA checkpoint")
+    if not any(b.has_identity.any() for b in frames):
+        raise ValueError(
+            "no validation frame has an identity code; run the `standins` step or give the MICA checkpoint"
+        )
     with reading_once([] if c.backbone_lr_scale else branches(encoders)):
-        outcome = train(encoders, [Pass("pretrain", parts, job.loss, [adam])], iterations(data, 1, team),
-                        Setting(c.steps, folder, "F0", schedule=c.schedule, validate_every=c.validate_every, checkpoint_every=c.validate_every, keep_best=True, **setting),
-                        team, lambda: job.validate(frames), callbacks)
-    if c.select == "last": return dataclasses.replace(outcome, best_step=0)
+        outcome = train(
+            encoders,
+            [Pass("pretrain", parts, job.loss, [adam])],
+            iterations(data, 1, team),
+            Setting(
+                c.steps,
+                folder,
+                "F0",
+                schedule=c.schedule,
+                validate_every=c.validate_every,
+                checkpoint_every=c.validate_every,
+                keep_best=True,
+                **setting,
+            ),
+            team,
+            lambda: job.validate(frames),
+            callbacks,
+        )
+    if c.select == "last":
+        return dataclasses.replace(outcome, best_step=0)
     if folder and outcome.best_step:
         from safetensors.torch import load_file
-        encoders.load_state_dict(load_file(folder/"best.safetensors"))
+
+        encoders.load_state_dict(load_file(folder / "best.safetensors"))
     return outcome

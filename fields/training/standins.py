@@ -37,198 +37,315 @@ from .trunk import train_trunk
 from ..types import DATASETS, HeadParams
 
 # %% ../../nbs/66_training.standins.ipynb #26d9ec66
-OVAL = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)
+OVAL = (
+    10,
+    338,
+    297,
+    332,
+    284,
+    251,
+    389,
+    356,
+    454,
+    323,
+    361,
+    288,
+    397,
+    365,
+    379,
+    378,
+    400,
+    377,
+    152,
+    148,
+    176,
+    149,
+    150,
+    136,
+    172,
+    58,
+    132,
+    93,
+    234,
+    127,
+    162,
+    21,
+    54,
+    103,
+    67,
+    109,
+)
 USED = tuple(sorted({*MEDIAPIPE_105, *OVAL, *range(468, 478)}))
+
 
 def _regressors(points):
     "(N,2F) regressors for x and for y, with the centre and size that were taken out; points (N,478,2)."
     p = points[:, USED].astype(np.float64)
     centre = p.mean(1, keepdims=True)
     size = np.sqrt((p - centre).__pow__(2).sum(-1).mean(1))[:, None, None]
-    p = (p - centre)/size
-    right, left, nose = ((points[:, i] - centre[:, 0])/size[:, 0] for i in (234, 454, 1))
+    p = (p - centre) / size
+    right, left, nose = ((points[:, i] - centre[:, 0]) / size[:, 0] for i in (234, 454, 1))
     across = left - right
-    turn = ((nose - (left + right)/2)*across).sum(1)/(across**2).sum(1)
+    turn = ((nose - (left + right) / 2) * across).sum(1) / (across**2).sum(1)
     turned = turn[:, None, None]
-    return np.concatenate([p, turned*p, np.abs(turned)*p], 1), centre, size
+    return np.concatenate([p, turned * p, np.abs(turned) * p], 1), centre, size
+
 
 @dataclass
 class Correspondence:
     "Contour-17 and the 203 points as weighted sums of MediaPipe's points."
-    weights:np.ndarray            # (F,220)
+
+    weights: np.ndarray  # (F,220)
 
     def __call__(
         self,
-        points:np.ndarray,        # (N,478,2) detected points, any similar coordinates
-    ) -> tuple[np.ndarray, np.ndarray]: # (N,17,2) contour and (N,203,2) points, same coordinates
+        points: np.ndarray,  # (N,478,2) detected points, any similar coordinates
+    ) -> tuple[np.ndarray, np.ndarray]:  # (N,17,2) contour and (N,203,2) points, same coordinates
         "Place the points on detected faces."
         x, centre, size = _regressors(points)
-        made = np.einsum("nfc,fl->nlc", x, self.weights)*size + centre
+        made = np.einsum("nfc,fl->nlc", x, self.weights) * size + centre
         return made[:, :17].astype(np.float32), made[:, 17:].astype(np.float32)
 
+
 def fit_correspondence(
-    points:np.ndarray,            # (N,478,2) detected
-    targets:np.ndarray,           # (N,220,2) contour and 203 points of the head that was rendered
-    ridge:float,                  # strength of the pull to zero
+    points: np.ndarray,  # (N,478,2) detected
+    targets: np.ndarray,  # (N,220,2) contour and 203 points of the head that was rendered
+    ridge: float,  # strength of the pull to zero
 ) -> Correspondence:
     "Fit the weights by ridge regression, x and y together."
     x, centre, size = _regressors(points)
-    y = (targets - centre)/size
+    y = (targets - centre) / size
     a, b = (np.concatenate([v[..., 0], v[..., 1]]) for v in (x, y))
-    return Correspondence(np.linalg.solve(a.T @ a + ridge*len(a)*np.eye(a.shape[1]), a.T @ b))
+    return Correspondence(np.linalg.solve(a.T @ a + ridge * len(a) * np.eye(a.shape[1]), a.T @ b))
 
 # %% ../../nbs/66_training.standins.ipynb #d5acd6c7
 def random_head(
-    rng:np.random.Generator,      # randomness
-) -> HeadParams:                  # one head
+    rng: np.random.Generator,  # randomness
+) -> HeadParams:  # one head
     "Draw identity, expression, jaw, lids and rotation, |yaw| to 50 degrees."
     p = HeadParams.neutral(1)
     p.shape[0, :60] = torch.from_numpy(rng.normal(size=60))
     chosen = rng.permutation(40)[:6]
-    p.expression[0, chosen] = torch.from_numpy(rng.normal(size=6)*(rng.random() < .8)).float()
-    p.jaw[0, 0], p.eyelids[0] = max(0, rng.normal()*.12), torch.from_numpy(rng.random(2)*(rng.random() < .4))
-    p.rotation[0] = torch.from_numpy(np.deg2rad(np.clip(rng.normal(size=3)*[9, 22, 7], -50, 50)))
+    p.expression[0, chosen] = torch.from_numpy(rng.normal(size=6) * (rng.random() < 0.8)).float()
+    p.jaw[0, 0], p.eyelids[0] = max(0, rng.normal() * 0.12), torch.from_numpy(rng.random(2) * (rng.random() < 0.4))
+    p.rotation[0] = torch.from_numpy(np.deg2rad(np.clip(rng.normal(size=3) * [9, 22, 7], -50, 50)))
     return p
 
+
 def calibration_pairs(
-    count:int,                    # renders
-    seed:int,                     # of the renders
-    size:int=256,                 # side of a render, pixels
-    keep:int=0,                   # return so many pictures
-    progress:Callable|None=None,  # called with (done, total)
-):                                # points (N,478,2), targets (N,220,2), normaliser (N,), yaw (N,), pictures
+    count: int,  # renders
+    seed: int,  # of the renders
+    size: int = 256,  # side of a render, pixels
+    keep: int = 0,  # return so many pictures
+    progress: Callable | None = None,  # called with (done, total)
+):  # points (N,478,2), targets (N,220,2), normaliser (N,), yaw (N,), pictures
     "Render heads, detect, and pair the detector's points with the head's; coordinates are NDC."
     head, detector, rows, pictures = Head.load("open"), FaceDetector(), [], []
     for i in range(count):
         rng = np.random.default_rng([seed, i])
-        params, scene = random_head(rng), sample_scene(rng, size, bool(rng.random() < .7))
+        params, scene = random_head(rng), sample_scene(rng, size, bool(rng.random() < 0.7))
         params.camera[0] = torch.from_numpy(np.asarray(scene.camera)).float()
         with torch.no_grad():
             output = head(params)
             target = torch.cat([projected(head, params, n, output)[0] for n in ("contour17", "points203")]).numpy()
         picture = photograph(output.vertices[0].double().numpy(), paint(sample_appearance(rng)), scene, rng)
         faces = detector(picture)
-        if faces: rows.append((faces[0].points478[:, :2]*2/size - 1, target, .062*scene.camera[0], params.rotation[0, 1].item()))
-        if len(pictures) < keep: pictures.append((picture, faces[0].points478 if faces else None, (target + 1)*size/2))
-        if progress: progress(i + 1, count)
+        if faces:
+            rows.append(
+                (
+                    faces[0].points478[:, :2] * 2 / size - 1,
+                    target,
+                    0.062 * scene.camera[0],
+                    params.rotation[0, 1].item(),
+                )
+            )
+        if len(pictures) < keep:
+            pictures.append((picture, faces[0].points478 if faces else None, (target + 1) * size / 2))
+        if progress:
+            progress(i + 1, count)
     detector.close()
     return tuple(np.asarray(c) for c in zip(*rows)) + (pictures,)
 
 # %% ../../nbs/66_training.standins.ipynb #44543347
 def make_correspondence(
-    folder:Path,                  # the run's `standins` folder
-    config:Config,
-    progress:Callable|None=None,  # called with (done, total)
-) -> dict:                        # the score
+    folder: Path,  # the run's `standins` folder
+    config: Config,
+    progress: Callable | None = None,  # called with (done, total)
+) -> dict:  # the score
     "Fit the correspondence on renders of the open head and write it with its score; raise `ValueError` if the detector finds too few."
     count = config.standins.correspondence_images
     points, targets, unit, turn, _ = calibration_pairs(count, config.world.seed + 1, progress=progress)
-    if len(points) < .5*count: raise ValueError(f"the detector found a face in only {len(points)} of {count} renders of the open head; check that mediapipe works with `fields doctor`")
+    if len(points) < 0.5 * count:
+        raise ValueError(
+            f"the detector found a face in only {len(points)} of {count} renders of the open head; check that mediapipe works with `fields doctor`"
+        )
     n = len(points)
     part = np.arange(n) % 6
     fit, choose, judge = part < 4, part == 4, part == 5
+
     def errors(rule, rows):
         made = np.concatenate(rule(points[rows]), 1)
-        return np.linalg.norm(made - targets[rows], axis=-1)/unit[rows, None]*100
-    ridge = min((1e-6, 1e-5, 1e-4, 1e-3, 1e-2), key=lambda r: errors(fit_correspondence(points[fit], targets[fit], r), choose).mean())
+        return np.linalg.norm(made - targets[rows], axis=-1) / unit[rows, None] * 100
+
+    ridge = min(
+        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+        key=lambda r: errors(fit_correspondence(points[fit], targets[fit], r), choose).mean(),
+    )
     rule = fit_correspondence(points[~judge], targets[~judge], ridge)
     e = errors(rule, judge)
     side = np.abs(turn[judge]) > np.deg2rad(20)
-    both = lambda rows: {"contour17": float(np.median(e[rows][:, :17])), "points203": float(np.median(e[rows][:, 17:]))} if rows.any() else None
-    score = {"trained": True, "renders": count, "found": n, "ridge": ridge, "heldout": int(judge.sum()),
-             "error_percent": {"all": both(np.ones(len(e), bool)), "frontal": both(~side), "turned": both(side)}, "unit": "62 mm at the camera's scale"}
-    save_tensors(folder/"correspondence.safetensors", {"weights": torch.from_numpy(rule.weights)}, {})
-    write_json(folder/"correspondence.json", score)
+    both = lambda rows: (
+        {"contour17": float(np.median(e[rows][:, :17])), "points203": float(np.median(e[rows][:, 17:]))}
+        if rows.any()
+        else None
+    )
+    score = {
+        "trained": True,
+        "renders": count,
+        "found": n,
+        "ridge": ridge,
+        "heldout": int(judge.sum()),
+        "error_percent": {"all": both(np.ones(len(e), bool)), "frontal": both(~side), "turned": both(side)},
+        "unit": "62 mm at the camera's scale",
+    }
+    save_tensors(folder / "correspondence.safetensors", {"weights": torch.from_numpy(rule.weights)}, {})
+    write_json(folder / "correspondence.json", score)
     return score
 
+
 def load_correspondence(
-    folder:Path,                  # the run's `standins` folder
+    folder: Path,  # the run's `standins` folder
 ) -> Correspondence:
     "Read the correspondence of a run."
-    return Correspondence(read_tensors(Path(folder)/"correspondence.safetensors")[0]["weights"].numpy())
+    return Correspondence(read_tensors(Path(folder) / "correspondence.safetensors")[0]["weights"].numpy())
 
 # %% ../../nbs/66_training.standins.ipynb #8b969999
 def train_small(
-    net:nn.Module,                # learns in place
-    loss:Callable,                # (images, rows) -> scalar
-    store,                        # CropStore
-    rows:np.ndarray,              # rows to draw from
-    steps:int,
-    config:Config,
-    seed:int,                     # of the samples
-    callbacks:tuple=(),           # see `train`
+    net: nn.Module,  # learns in place
+    loss: Callable,  # (images, rows) -> scalar
+    store,  # CropStore
+    rows: np.ndarray,  # rows to draw from
+    steps: int,
+    config: Config,
+    seed: int,  # of the samples
+    callbacks: tuple = (),  # see `train`
     device="cpu",
 ):
     "Train a network on augmented crops of a store."
-    adam = torch.optim.Adam([{"params": list(net.parameters()), "lr": 1e-3, "base": 1e-3}], weight_decay=1e-4, fused=True)
+    adam = torch.optim.Adam(
+        [{"params": list(net.parameters()), "lr": 1e-3, "base": 1e-3}], weight_decay=1e-4, fused=True
+    )
+
     def inputs(step):
         r = stream(seed, step, SAMPLING)
         picked = r.choice(rows, config.standins.batch)
         crops = torch.from_numpy(np.ascontiguousarray(store.images[np.sort(picked)])).to(device)
-        out = augment(crops, torch.zeros(len(picked), 1, 2, device=device), draw_plan(r.integers(0, 2**62, len(picked))), config.network.image_size, config.prepare.cache_scale)
+        out = augment(
+            crops,
+            torch.zeros(len(picked), 1, 2, device=device),
+            draw_plan(r.integers(0, 2**62, len(picked))),
+            config.network.image_size,
+            config.prepare.cache_scale,
+        )
         return Moment(step), [(out.image, np.sort(picked))]
+
     def evaluate(item, moment):
         value = loss(*item)
         return value, Terms(identity=value)
-    train(net, [Pass("standin", [net], evaluate, [adam])], inputs, Setting(steps, schedule="cosine"), callbacks=callbacks)
+
+    train(
+        net, [Pass("standin", [net], evaluate, [adam])], inputs, Setting(steps, schedule="cosine"), callbacks=callbacks
+    )
     net.eval()
 
+
 def plain_crops(
-    store,                        # CropStore
-    rows:np.ndarray,              # rows, in any order
-    config:Config,
+    store,  # CropStore
+    rows: np.ndarray,  # rows, in any order
+    config: Config,
     device="cpu",
-    batch:int=64,
-):                                # yields (images, rows)
+    batch: int = 64,
+):  # yields (images, rows)
     "Yield untouched crops at the evaluation scale."
     for start in range(0, len(rows), batch):
-        part = np.asarray(rows[start:start + batch])
+        part = np.asarray(rows[start : start + batch])
         crops = torch.from_numpy(np.ascontiguousarray(store.images[part])).to(device)
         plan = fixed_plan(len(part), config.prepare.evaluation_scale)
-        yield augment(crops, torch.zeros(len(part), 1, 2, device=device), plan, config.network.image_size, config.prepare.cache_scale).image, part
+        yield (
+            augment(
+                crops,
+                torch.zeros(len(part), 1, 2, device=device),
+                plan,
+                config.network.image_size,
+                config.prepare.cache_scale,
+            ).image,
+            part,
+        )
 
 # %% ../../nbs/66_training.standins.ipynb #ddecbb6b
 def make_identity(
-    folder:Path,                  # the run's `standins` folder
-    store,                        # CropStore of the identity set
-    labels,                       # ExpressionLabels of its neutral scans
-    config:Config,
-    callbacks:tuple=(),           # see `train`
+    folder: Path,  # the run's `standins` folder
+    store,  # CropStore of the identity set
+    labels,  # ExpressionLabels of its neutral scans
+    config: Config,
+    callbacks: tuple = (),  # see `train`
     device="cpu",
-) -> dict:                        # the score
+) -> dict:  # the score
     "Train the stand-in for MICA and write it with its score; raise `ValueError` without usable scans."
     shape = {str(s): labels.shape[k] for k, s in enumerate(labels.subject) if not str(labels.rejected[k])}
     rows = read_columns(store)
     subject, split = rows["subject"], rows["split"]
     known = np.isin(subject, list(shape)) & store.found
-    if not (known & (split == "train")).any(): raise ValueError("no person of the identity set has both a photograph with a face and a fitted scan; look at the reports of `prepare` and `fit_scans`")
+    if not (known & (split == "train")).any():
+        raise ValueError(
+            "no person of the identity set has both a photograph with a face and a fitted scan; look at the reports of `prepare` and `fit_scans`"
+        )
     target = torch.from_numpy(np.stack([shape.get(s, np.zeros(300)) for s in subject]).astype(np.float32)).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = SmallIdentity().to(device)
     chosen_rows = np.flatnonzero(known & (split == "train"))
-    if config.standins.train: train_small(net, lambda images, r: (net(images) - target[r]).square().mean(), store, chosen_rows, config.standins.identity_steps, config, config.seed + 11, callbacks, device)
+    if config.standins.train:
+        train_small(
+            net,
+            lambda images, r: (net(images) - target[r]).square().mean(),
+            store,
+            chosen_rows,
+            config.standins.identity_steps,
+            config,
+            config.seed + 11,
+            callbacks,
+            device,
+        )
     score = {"trained": config.standins.train, "identities": len(set(subject[chosen_rows])), "images": len(chosen_rows)}
     mean = target[chosen_rows].mean(0)
     for name in ("train", "val"):
         chosen = np.flatnonzero(known & (split == name))
-        if not len(chosen): continue
-        with torch.no_grad(): made = torch.cat([net.eval()(i) for i, _ in plain_crops(store, chosen, config, device)])
+        if not len(chosen):
+            continue
+        with torch.no_grad():
+            made = torch.cat([net.eval()(i) for i, _ in plain_crops(store, chosen, config, device)])
         real = target[chosen]
-        score[name] = {"identities": len(set(subject[chosen])), "mse": float((made - real).square().mean()), "mse_of_mean": float((mean - real).square().mean()),
-                       "explained_first_10": float(1 - (made - real)[:, :10].square().sum()/(mean - real)[:, :10].square().sum())}
-    save_tensors(folder/"identity.safetensors", net.state_dict(), {"head_sha256": labels.head_sha256})
-    write_json(folder/"identity.json", score)
+        score[name] = {
+            "identities": len(set(subject[chosen])),
+            "mse": float((made - real).square().mean()),
+            "mse_of_mean": float((mean - real).square().mean()),
+            "explained_first_10": float(
+                1 - (made - real)[:, :10].square().sum() / (mean - real)[:, :10].square().sum()
+            ),
+        }
+    save_tensors(folder / "identity.safetensors", net.state_dict(), {"head_sha256": labels.head_sha256})
+    write_json(folder / "identity.json", score)
     return score
 
 # %% ../../nbs/66_training.standins.ipynb #9fa0ce3f
 def make_perceptual(
-    folder:Path,                  # the run's `standins` folder
-    store,                        # CropStore of the identity set
-    config:Config,
-    callbacks:tuple=(),           # see `train`
+    folder: Path,  # the run's `standins` folder
+    store,  # CropStore of the identity set
+    config: Config,
+    callbacks: tuple = (),  # see `train`
     device="cpu",
-) -> dict:                        # the score
+) -> dict:  # the score
     "Train the stand-in for VGG16 and write it with its score."
     rows = read_columns(store)
     people, who = np.unique(rows["subject"], return_inverse=True)
@@ -239,135 +356,225 @@ def make_perceptual(
         torch.manual_seed(config.seed)
         net = SmallPerceptual(config.network.classes, len(people)).to(device)
     label = lambda values, r: torch.from_numpy(values[r]).to(device)
+
     def loss(images, r):
         a, b = net.logits(images)
         known = label(emotion, r)
-        feeling = F.cross_entropy(a, known, ignore_index=-1, reduction="sum")/(known >= 0).sum().clamp_min(1)
+        feeling = F.cross_entropy(a, known, ignore_index=-1, reduction="sum") / (known >= 0).sum().clamp_min(1)
         return F.cross_entropy(b, label(who, r)) + feeling
-    if config.standins.train: train_small(net, loss, store, np.flatnonzero(ok & ~last), config.standins.perceptual_steps, config, config.seed + 12, callbacks, device)
-    held, score = np.flatnonzero(ok & last), {"trained": config.standins.train, "images": int((ok & ~last).sum()), "identities": len(people)}
-    with torch.no_grad(): said = [(a.argmax(1).cpu().numpy(), b.argmax(1).cpu().numpy(), r) for i, r in plain_crops(store, held, config, device) for a, b in [net.eval().logits(i)]]
+
+    if config.standins.train:
+        train_small(
+            net,
+            loss,
+            store,
+            np.flatnonzero(ok & ~last),
+            config.standins.perceptual_steps,
+            config,
+            config.seed + 12,
+            callbacks,
+            device,
+        )
+    held, score = (
+        np.flatnonzero(ok & last),
+        {"trained": config.standins.train, "images": int((ok & ~last).sum()), "identities": len(people)},
+    )
+    with torch.no_grad():
+        said = [
+            (a.argmax(1).cpu().numpy(), b.argmax(1).cpu().numpy(), r)
+            for i, r in plain_crops(store, held, config, device)
+            for a, b in [net.eval().logits(i)]
+        ]
     a, b, r = (np.concatenate(x) for x in zip(*said))
-    score |= {"heldout": len(r), "identity_accuracy": float((b == who[r]).mean()), "emotion_accuracy": float((a == emotion[r])[emotion[r] >= 0].mean()) if (emotion[r] >= 0).any() else None}
-    save_tensors(folder/"perceptual.safetensors", net.state_dict(), {})
-    write_json(folder/"perceptual.json", score)
+    score |= {
+        "heldout": len(r),
+        "identity_accuracy": float((b == who[r]).mean()),
+        "emotion_accuracy": float((a == emotion[r])[emotion[r] >= 0].mean()) if (emotion[r] >= 0).any() else None,
+    }
+    save_tensors(folder / "perceptual.safetensors", net.state_dict(), {})
+    write_json(folder / "perceptual.json", score)
     return score
 
 # %% ../../nbs/66_training.standins.ipynb #3c1de414
 def make_emotion(
-    folder:Path,                  # the run's `standins` folder
-    store,                        # CropStore of AffectNet
-    config:Config,
-    callbacks:tuple=(),           # see `train`
+    folder: Path,  # the run's `standins` folder
+    store,  # CropStore of AffectNet
+    config: Config,
+    callbacks: tuple = (),  # see `train`
     device="cpu",
-) -> dict:                        # the score
+) -> dict:  # the score
     "Train the stand-in for EMOCA's emotion network and write it with its score."
     table = read_columns(store)
     emotion, valence, arousal = table["emotion"], table["valence"], table["arousal"]
-    ok = np.flatnonzero(store.found & (table["split"] == "train") & (emotion < config.network.classes) & np.isfinite(valence) & np.isfinite(arousal))
+    ok = np.flatnonzero(
+        store.found
+        & (table["split"] == "train")
+        & (emotion < config.network.classes)
+        & np.isfinite(valence)
+        & np.isfinite(arousal)
+    )
     held, rows = ok[::10], np.setdiff1d(ok, ok[::10])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = SmallEmotion(config.network.classes).to(device)
     pick = lambda values, r, kind: torch.from_numpy(values[r].astype(kind)).to(device)
+
     def loss(images, r):
         logits, v, a = net.outputs(images)
-        return F.cross_entropy(logits, pick(emotion, r, np.int64)) + (v - pick(valence, r, np.float32)).square().mean() + (a - pick(arousal, r, np.float32)).square().mean()
-    if config.standins.train: train_small(net, loss, store, rows, config.standins.emotion_steps, config, config.seed + 13, callbacks, device)
-    with torch.no_grad(): said = [tuple(o.cpu().numpy() for o in net.eval().outputs(i)) for i, _ in plain_crops(store, held, config, device)]
+        return (
+            F.cross_entropy(logits, pick(emotion, r, np.int64))
+            + (v - pick(valence, r, np.float32)).square().mean()
+            + (a - pick(arousal, r, np.float32)).square().mean()
+        )
+
+    if config.standins.train:
+        train_small(net, loss, store, rows, config.standins.emotion_steps, config, config.seed + 13, callbacks, device)
+    with torch.no_grad():
+        said = [
+            tuple(o.cpu().numpy() for o in net.eval().outputs(i)) for i, _ in plain_crops(store, held, config, device)
+        ]
     logits, v, a = (np.concatenate(x) for x in zip(*said))
-    score = {"trained": config.standins.train, "images": len(rows), "heldout": len(held), "accuracy": float((logits.argmax(1) == emotion[held]).mean()),
-             "valence_rmse": float(np.sqrt(np.mean((v - valence[held])**2))), "arousal_rmse": float(np.sqrt(np.mean((a - arousal[held])**2)))}
-    save_tensors(folder/"emotion.safetensors", net.state_dict(), {})
-    write_json(folder/"emotion.json", score)
+    score = {
+        "trained": config.standins.train,
+        "images": len(rows),
+        "heldout": len(held),
+        "accuracy": float((logits.argmax(1) == emotion[held]).mean()),
+        "valence_rmse": float(np.sqrt(np.mean((v - valence[held]) ** 2))),
+        "arousal_rmse": float(np.sqrt(np.mean((a - arousal[held]) ** 2))),
+    }
+    save_tensors(folder / "emotion.safetensors", net.state_dict(), {})
+    write_json(folder / "emotion.json", score)
     return score
 
 # %% ../../nbs/66_training.standins.ipynb #2a8c398c
 def make_trunk(
-    folder:Path,                  # the run's `standins` folder
-    stores:dict,                  # dataset -> CropStore
-    head:Head,
-    config:Config,
-    callbacks:tuple=(),           # see `train`
+    folder: Path,  # the run's `standins` folder
+    stores: dict,  # dataset -> CropStore
+    head: Head,
+    config: Config,
+    callbacks: tuple = (),  # see `train`
     device="cpu",
-) -> dict:                        # the score
+) -> dict:  # the score
     "Train the trunk with which the small encoders begin, and write it with its score."
-    def probe(): trunk.scores(trunk(images)).mean().backward()
-    trunk, images = PointTrunk().to(device), torch.rand(config.standins.batch, 3, config.network.image_size, config.network.image_size, device=device)
-    precision = choose_precision(config.train.precision, folder.parent/"precision.json", probe, device)
-    trunk, score = train_trunk(stores, np.asarray(head.embeddings["mediapipe105"].indices), config, callbacks, device, precision)
-    save_tensors(folder/"trunk.safetensors", trunk.state_dict(), {})
-    write_json(folder/"trunk.json", score)
+
+    def probe():
+        trunk.scores(trunk(images)).mean().backward()
+
+    trunk, images = (
+        PointTrunk().to(device),
+        torch.rand(config.standins.batch, 3, config.network.image_size, config.network.image_size, device=device),
+    )
+    precision = choose_precision(config.train.precision, folder.parent / "precision.json", probe, device)
+    trunk, score = train_trunk(
+        stores, np.asarray(head.embeddings["mediapipe105"].indices), config, callbacks, device, precision
+    )
+    save_tensors(folder / "trunk.safetensors", trunk.state_dict(), {})
+    write_json(folder / "trunk.json", score)
     return score
 
 # %% ../../nbs/66_training.standins.ipynb #19412d31
 def identity_codes(
-    standins:Path,                # the run's `standins` folder
-    head:Head,
-    config:Config,
+    standins: Path,  # the run's `standins` folder
+    head: Head,
+    config: Config,
     device="cpu",
-) -> tuple[Callable, str]:        # (store, rows) -> (N,300), and which network it is
+) -> tuple[Callable, str]:  # (store, rows) -> (N,300), and which network it is
     "Return MICA if it is given for this head, else the trained stand-in; raise `ValueError` if that was made for another head."
     path = find_asset("mica")
     if path and head.version == "FLAME 2020":
         mica = import_mica(path, head).to(device)
+
         def codes(store, rows):
-            images = torch.from_numpy(np.ascontiguousarray(store.images[rows][..., :3])).to(device).permute(0, 3, 1, 2).float()/255
-            p = (store.points[rows] + 1)*images.shape[-1]/2 - .5
+            images = (
+                torch.from_numpy(np.ascontiguousarray(store.images[rows][..., :3]))
+                .to(device)
+                .permute(0, 3, 1, 2)
+                .float()
+                / 255
+            )
+            p = (store.points[rows] + 1) * images.shape[-1] / 2 - 0.5
             eye = lambda i: p[:, i].mean(1)
-            five = torch.from_numpy(np.stack([eye([33, 133]), eye([263, 362]), p[:, 1], p[:, 61], p[:, 291]], 1).astype(np.float32)).to(device)
+            five = torch.from_numpy(
+                np.stack([eye([33, 133]), eye([263, 362]), p[:, 1], p[:, 61], p[:, 291]], 1).astype(np.float32)
+            ).to(device)
             return mica(align(images, five))
+
         return codes, f"identity codes: MICA from {path.name}"
-    state, header = read_tensors(Path(standins)/"identity.safetensors")
-    if header.get("head_sha256") != head.sha256: raise ValueError(f"{standins}/identity.safetensors was trained for another head; run the `standins` step again")
+    state, header = read_tensors(Path(standins) / "identity.safetensors")
+    if header.get("head_sha256") != head.sha256:
+        raise ValueError(f"{standins}/identity.safetensors was trained for another head; run the `standins` step again")
     net = SmallIdentity(len(state["layers.2.bias"])).to(device)
     net.load_state_dict(state)
-    return lambda store, rows: torch.cat([net.eval()(i) for i, _ in plain_crops(store, rows, config, device)]), "identity codes: stand-in (MICA was not found for this head)"
+    return lambda store, rows: torch.cat(
+        [net.eval()(i) for i, _ in plain_crops(store, rows, config, device)]
+    ), "identity codes: stand-in (MICA was not found for this head)"
+
 
 def derive_targets(
-    crops:Path,                   # folder with one folder a dataset
-    standins:Path,                # the run's `standins` folder
-    head:Head,
-    config:Config,
-    names=DATASETS,               # datasets
+    crops: Path,  # folder with one folder a dataset
+    standins: Path,  # the run's `standins` folder
+    head: Head,
+    config: Config,
+    names=DATASETS,  # datasets
     device="cpu",
-    progress:Callable|None=None,  # called with (done, total, label)
-) -> list[str]:                   # sentences for the log
+    progress: Callable | None = None,  # called with (done, total, label)
+) -> list[str]:  # sentences for the log
     "Write derived.npz beside the crops of every dataset."
     rule, (codes, note) = load_correspondence(standins), identity_codes(standins, head, config, device)
     for k, name in enumerate(names):
-        store = CropStore(Path(crops)/name)
+        store = CropStore(Path(crops) / name)
         ids, rows = read_columns(store)["id"], np.flatnonzero(store.found)
         n = len(ids)
-        contour, points, identity = np.zeros((n, 17, 2), np.float32), np.zeros((n, 203, 2), np.float32), np.zeros((n, 300), np.float32)
+        contour, points, identity = (
+            np.zeros((n, 17, 2), np.float32),
+            np.zeros((n, 203, 2), np.float32),
+            np.zeros((n, 300), np.float32),
+        )
         contour[rows], points[rows] = rule(np.asarray(store.points[rows]))
         with torch.no_grad():
-            for start in range(0, len(rows), 256): identity[rows[start:start + 256]] = codes(store, rows[start:start + 256]).float().cpu().numpy()
+            for start in range(0, len(rows), 256):
+                identity[rows[start : start + 256]] = codes(store, rows[start : start + 256]).float().cpu().numpy()
         found = np.asarray(store.found, bool)
-        Derived(ids, contour, found, points, found, identity, found, head.sha256).save(Path(crops)/name/"derived.npz")
-        if progress: progress(k + 1, len(names), name)
-    return ["contour and 203 points: correspondence from MediaPipe's points (FAN and the 203-point network were not used)", note]
+        Derived(ids, contour, found, points, found, identity, found, head.sha256).save(
+            Path(crops) / name / "derived.npz"
+        )
+        if progress:
+            progress(k + 1, len(names), name)
+    return [
+        "contour and 203 points: correspondence from MediaPipe's points (FAN and the 203-point network were not used)",
+        note,
+    ]
 
 # %% ../../nbs/66_training.standins.ipynb #ca78d56d
 def make_standins(
-    run:Path|str,                 # run folder
-    config:Config,
-    head:Head,
-    callbacks:tuple=(),           # see `train`
+    run: Path | str,  # run folder
+    config: Config,
+    head: Head,
+    callbacks: tuple = (),  # see `train`
     device="cpu",
-    progress:Callable|None=None,  # called with (done, total, label)
-) -> dict:                        # scores by name, and notes
+    progress: Callable | None = None,  # called with (done, total, label)
+) -> dict:  # scores by name, and notes
     "Make what is missing, write the scores, and derive the targets of all datasets."
-    run, folder, c = Path(run), Path(run)/"standins", config
+    run, folder, c = Path(run), Path(run) / "standins", config
     folder.mkdir(parents=True, exist_ok=True)
     if c.profile == "paper":
-        for name in ("mica", "vgg16"): require_asset(name)
-    scores = {"correspondence": make_correspondence(folder, c, progress and (lambda i, n: progress(i, n, "calibration renders")))}
-    if (run/"crops"/"identity").is_dir():
-        people = CropStore(run/"crops"/"identity")
-        scores["identity"] = make_identity(folder, people, ExpressionLabels.load(run/"scans"/"identity.npz"), c, callbacks, device)
+        for name in ("mica", "vgg16"):
+            require_asset(name)
+    scores = {
+        "correspondence": make_correspondence(
+            folder, c, progress and (lambda i, n: progress(i, n, "calibration renders"))
+        )
+    }
+    if (run / "crops" / "identity").is_dir():
+        people = CropStore(run / "crops" / "identity")
+        scores["identity"] = make_identity(
+            folder, people, ExpressionLabels.load(run / "scans" / "identity.npz"), c, callbacks, device
+        )
         scores["perceptual"] = make_perceptual(folder, people, c, callbacks, device)
-    scores["emotion"] = make_emotion(folder, CropStore(run/"crops"/"affectnet"), c, callbacks, device)
-    if c.network.size == "small": scores["trunk"] = make_trunk(folder, {n: CropStore(run/"crops"/n) for n in DATASETS}, head, c, callbacks, device)
-    scores["notes"] = derive_targets(run/"crops", folder, head, c, device=device, progress=progress)
+    scores["emotion"] = make_emotion(folder, CropStore(run / "crops" / "affectnet"), c, callbacks, device)
+    if c.network.size == "small":
+        scores["trunk"] = make_trunk(
+            folder, {n: CropStore(run / "crops" / n) for n in DATASETS}, head, c, callbacks, device
+        )
+    scores["notes"] = derive_targets(run / "crops", folder, head, c, device=device, progress=progress)
     return scores

@@ -18,77 +18,117 @@ from .losses import Terms
 
 # %% ../../nbs/63_training.trunk.ipynb #3415506e
 def marking(
-    scores:Tensor,                # (B,K,S,S) of `PointTrunk.scores`
-    points:Tensor,                # (B,K,2) NDC
-) -> Tensor:                      # scalar
+    scores: Tensor,  # (B,K,S,S) of `PointTrunk.scores`
+    points: Tensor,  # (B,K,2) NDC
+) -> Tensor:  # scalar
     "Compare marks with detected points."
     side = scores.shape[-1]
-    place = ((points + 1)*side/2 - .5).clamp(0, side - 1.001)
+    place = ((points + 1) * side / 2 - 0.5).clamp(0, side - 1.001)
     corner = place.floor().long()
     part, chance, cross = place - corner, scores.flatten(2).log_softmax(2), 0
     for dx in (0, 1):
         for dy in (0, 1):
-            weight = (part[..., 0] if dx else 1 - part[..., 0])*(part[..., 1] if dy else 1 - part[..., 1])
-            cross = cross - weight*chance.gather(2, ((corner[..., 1] + dy)*side + corner[..., 0] + dx)[..., None])[..., 0]
-    return (expected_places(scores) - points).abs().mean() + .1*cross.mean()
+            weight = (part[..., 0] if dx else 1 - part[..., 0]) * (part[..., 1] if dy else 1 - part[..., 1])
+            cross = (
+                cross
+                - weight * chance.gather(2, ((corner[..., 1] + dy) * side + corner[..., 0] + dx)[..., None])[..., 0]
+            )
+    return (expected_places(scores) - points).abs().mean() + 0.1 * cross.mean()
 
 # %% ../../nbs/63_training.trunk.ipynb #fc42b4b0
 def crops_of(
-    stores:dict,                  # dataset -> CropStore
-    picks:list,                   # (dataset, row)
-    indices:np.ndarray,           # (K,) MediaPipe indices of the points
-    plan,                         # of the augmentation
-    config:Config,
+    stores: dict,  # dataset -> CropStore
+    picks: list,  # (dataset, row)
+    indices: np.ndarray,  # (K,) MediaPipe indices of the points
+    plan,  # of the augmentation
+    config: Config,
     device,
-):                                # Augmented: image and points of the new crops
+):  # Augmented: image and points of the new crops
     "Gather crops and points, and augment both."
     crops = torch.from_numpy(np.stack([stores[n].images[r] for n, r in picks])).to(device)
     points = torch.from_numpy(np.stack([stores[n].points[r][indices] for n, r in picks]).astype(np.float32)).to(device)
     return augment(crops, points, plan, config.network.image_size, config.prepare.cache_scale)
 
+
 def train_trunk(
-    stores:dict,                  # dataset -> CropStore
-    indices:np.ndarray,           # (K,) MediaPipe indices of the points to mark
-    config:Config,
-    callbacks:tuple=(),           # see `fields.training.loop.train`
+    stores: dict,  # dataset -> CropStore
+    indices: np.ndarray,  # (K,) MediaPipe indices of the points to mark
+    config: Config,
+    callbacks: tuple = (),  # see `fields.training.loop.train`
     device="cpu",
-    precision:str="32",           # "32" | "bf16", of the network
-) -> tuple[PointTrunk, dict]:     # the trunk, and how far its marks are on BP4D's validation subjects
+    precision: str = "32",  # "32" | "bf16", of the network
+) -> tuple[PointTrunk, dict]:  # the trunk, and how far its marks are on BP4D's validation subjects
     "Train a trunk; raise `ValueError` without a usable training crop."
     steps, rate, parts = config.standins.trunk_steps, 6e-3, {n: read_columns(s)["split"] for n, s in stores.items()}
-    rows = [(n, int(r)) for n, s in stores.items() for r in np.flatnonzero((parts[n] == "train") & np.asarray(s.found, bool))]
-    if not rows: raise ValueError("no training crop with a face to train the trunk on; look at the reports of `prepare`")
+    rows = [
+        (n, int(r))
+        for n, s in stores.items()
+        for r in np.flatnonzero((parts[n] == "train") & np.asarray(s.found, bool))
+    ]
+    if not rows:
+        raise ValueError("no training crop with a face to train the trunk on; look at the reports of `prepare`")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trunk = PointTrunk(points=len(indices)).to(device)
     adam = torch.optim.Adam([{"params": list(trunk.parameters()), "lr": rate, "base": rate}], fused=True)
+
     def inputs(step):
         r = stream(config.seed + 14, step, SAMPLING)
         picks = [rows[i] for i in r.integers(0, len(rows), config.standins.batch)]
-        return Moment(step), [crops_of(stores, picks, indices, draw_plan(r.integers(0, 2**62, len(picks))), config, device)]
+        return Moment(step), [
+            crops_of(stores, picks, indices, draw_plan(r.integers(0, 2**62, len(picks))), config, device)
+        ]
+
     def evaluate(item, moment):
-        with half(precision, device): scores = trunk.scores(trunk(item.image))
-        value = marking(scores, item.points)*min(1, (moment.step + 1)/20)      # the first steps are short
+        with half(precision, device):
+            scores = trunk.scores(trunk(item.image))
+        value = marking(scores, item.points) * min(1, (moment.step + 1) / 20)  # the first steps are short
         return value, Terms(landmark=value)
-    if steps: train(trunk, [Pass("trunk", [trunk], evaluate, [adam])], inputs, Setting(steps, schedule="cosine"), callbacks=callbacks)
+
+    if steps:
+        train(
+            trunk,
+            [Pass("trunk", [trunk], evaluate, [adam])],
+            inputs,
+            Setting(steps, schedule="cosine"),
+            callbacks=callbacks,
+        )
     r = stream(config.seed + 14, steps, SAMPLING)
     picks = [rows[i] for i in r.integers(0, len(rows), 512)]
-    trunk.eval().standardise(crops_of(stores, picks, indices, draw_plan(r.integers(0, 2**62, len(picks))), config, device).image.split(64))
-    return trunk, {"trained": bool(steps), "crops": len(rows), "steps": steps} | judge(trunk, stores, parts, indices, config, device)
+    trunk.eval().standardise(
+        crops_of(stores, picks, indices, draw_plan(r.integers(0, 2**62, len(picks))), config, device).image.split(64)
+    )
+    return trunk, {"trained": bool(steps), "crops": len(rows), "steps": steps} | judge(
+        trunk, stores, parts, indices, config, device
+    )
+
 
 def judge(
-    trunk:PointTrunk,
-    stores:dict,                  # dataset -> CropStore
-    parts:dict,                   # dataset -> (N,) split of its rows
-    indices:np.ndarray,           # (K,) MediaPipe indices
-    config:Config,
+    trunk: PointTrunk,
+    stores: dict,  # dataset -> CropStore
+    parts: dict,  # dataset -> (N,) split of its rows
+    indices: np.ndarray,  # (K,) MediaPipe indices
+    config: Config,
     device,
-    most:int=256,                 # frames
-) -> dict:                        # median distance in percent of the crop's side
+    most: int = 256,  # frames
+) -> dict:  # median distance in percent of the crop's side
     "Measure the marks on BP4D's validation subjects."
-    if "bp4d" not in stores: return {}
+    if "bp4d" not in stores:
+        return {}
     rows = np.flatnonzero((parts["bp4d"] == "val") & np.asarray(stores["bp4d"].found, bool))[:most]
-    if not len(rows): return {}
-    item = crops_of(stores, [("bp4d", r) for r in rows], indices, fixed_plan(len(rows), config.prepare.evaluation_scale), config, device)
-    with torch.no_grad(): made = torch.cat([expected_places(trunk.scores(trunk(i))) for i in item.image.split(64)])
-    return {"heldout": len(rows), "error_percent_of_side": float((made - item.points).norm(dim=-1).mean(1).median()*50)}
+    if not len(rows):
+        return {}
+    item = crops_of(
+        stores,
+        [("bp4d", r) for r in rows],
+        indices,
+        fixed_plan(len(rows), config.prepare.evaluation_scale),
+        config,
+        device,
+    )
+    with torch.no_grad():
+        made = torch.cat([expected_places(trunk.scores(trunk(i))) for i in item.image.split(64)])
+    return {
+        "heldout": len(rows),
+        "error_percent_of_side": float((made - item.points).norm(dim=-1).mean(1).median() * 50),
+    }

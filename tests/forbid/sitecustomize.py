@@ -1,4 +1,5 @@
 """Refuse to open anything under a run's `truth` folder; the chain test puts this on the path of the training steps."""
+
 import sys
 
 
