@@ -9,7 +9,7 @@ __all__ = ['emotion_columns', 'Saver']
 import dataclasses, os
 from pathlib import Path
 import numpy as np, torch
-from .stage import atomic
+from .files import atomic
 from .types import EMOTIONS, HeadParams
 from .head.geometry import write_mesh
 from .panels import save_picture

@@ -8,7 +8,7 @@ __all__ = ['VIEW', 'panel', 'save_picture']
 # %% ../nbs/81_panels.ipynb #0ec698de
 from pathlib import Path
 import numpy as np, torch
-from .stage import atomic
+from .files import atomic
 from .types import Prediction
 from .viz import to_uint8
 from .render.shade import geometry_image, smooth_geometry_image
