@@ -31,7 +31,7 @@ class Summary:
 
 # %% ../nbs/85_reconstruct.ipynb #2e1750f0
 class Reconstruction:
-    "Faces of many files on their way to results: collected by `add`, worked on in pieces by `flush`, closed by `close`."
+    "Faces of many files on their way to results: `add` collects, `flush` works on them in pieces, `close` ends."
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from .models.fields import FieldsModel
 def find_checkpoint(
     path: str | Path | None = None,  # a checkpoint, or None for the one that ships
 ) -> Path:  # the file
-    "Return the given checkpoint, the shipped one, or the newest of the repository's runs; raise `FileNotFoundError` if there is none."
+    "Return the given checkpoint, the shipped one, or the newest run's; raise `FileNotFoundError` if there is none."
     if path:
         if not Path(path).is_file():
             raise FileNotFoundError(
