@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATA', 'count_split', 'count_rows', 'count_data', 'ends_of', 'losses']
 
-# %% ../../nbs/73_evaluation.counts.ipynb #9cf3449c
+# %% ../../nbs/73_evaluation.counts.ipynb #f34aa4ab
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..comparison import number, write_metrics
 from ..manifests import load_manifest
 from ..training.loop import read_log
 
-# %% ../../nbs/73_evaluation.counts.ipynb #fab5ccbb
+# %% ../../nbs/73_evaluation.counts.ipynb #1363b168
 STRATA = tuple(f"{group}_{sex}" for group in ("Asian", "White", "Black") for sex in ("M", "F"))
 
 
@@ -37,7 +37,7 @@ def count_split(
         }
     return result
 
-# %% ../../nbs/73_evaluation.counts.ipynb #4cd6f56e
+# %% ../../nbs/73_evaluation.counts.ipynb #24a402dd
 def count_rows(
     rows,  # table of a prepared dataset: found, subject, split
 ) -> dict:  # rows, no_face, subjects, splits
@@ -51,7 +51,7 @@ def count_rows(
         "splits": dict.fromkeys(("train", "val", "test"), 0) | {str(k): int(v) for k, v in splits.items()},
     }
 
-# %% ../../nbs/73_evaluation.counts.ipynb #8c034c26
+# %% ../../nbs/73_evaluation.counts.ipynb #adb31e30
 def count_data(
     run: Path,  # run folder
 ) -> dict:  # what was written
@@ -66,7 +66,7 @@ def count_data(
             split = count_split(rows)
     return write_metrics(Path(run) / "metrics" / "data.json", {"datasets": datasets, "bp4d_split": split})
 
-# %% ../../nbs/73_evaluation.counts.ipynb #89ac8980
+# %% ../../nbs/73_evaluation.counts.ipynb #8c6851bc
 def ends_of(
     values,  # (N,) a loss over the steps, N at least 4
     draws: int = 1000,  # bootstrap resamples
@@ -85,7 +85,7 @@ def ends_of(
         "change": change | {"resolved": change["ci_high"] < 0 or change["ci_low"] > 0},
     }
 
-# %% ../../nbs/73_evaluation.counts.ipynb #3df6e796
+# %% ../../nbs/73_evaluation.counts.ipynb #2c31dec7
 def losses(
     run: Path,  # run folder
     draws: int = 1000,  # bootstrap resamples
