@@ -218,6 +218,9 @@ def write_sources():
 
 
 def main():
+    if "--readme" in sys.argv:
+        (ROOT / "README.md").write_text(pages.readme_with_results(ROOT), encoding="utf-8")
+        return 0
     write_sources()
     if "--sources" in sys.argv:
         return 0

@@ -218,3 +218,13 @@ def readme_lines(root, most=10):
     if older:
         kept.append(f"- {len(older)} older files are not quoted; `evidence/OUTDATED.yaml` says why.")
     return kept
+
+
+RESULTS = re.compile(r"(<!-- results:[^>]*-->\n).*?(<!-- end of results -->)", re.S)
+
+
+def readme_with_results(root):
+    """README's text with the block of results as the evidence says it today."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    lines = "".join(f"{line}\n" for line in readme_lines(root))
+    return RESULTS.sub(lambda found: found[1] + lines + found[2], text)

@@ -179,11 +179,11 @@ def inspect(
 
 @app.command()
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone, or files study_seedN.json")],
     out: Annotated[Path, typer.Option(help="folder for study_seedN.json and study.json")],
 ):
     "Merge the key figures of several seeds and print Table 4 over them."
-    from fields.evaluation.claims import merge_files
+    from fields.evaluation.seeds import merge_files
 
     print(merge_files(runs, out))
 
@@ -213,7 +213,7 @@ def world(
     "Write the demo world: twins of the six datasets in their official layouts."
     from fields.config import load_profile
     from fields.data.twins import build_world
-    from fields.stage import processes
+    from fields.workers import processes
     from tqdm import tqdm
 
     config = load_profile(profile, change or [])
