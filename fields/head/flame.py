@@ -8,8 +8,10 @@ __all__ = ['LIDS', 'JAW', 'SHAPE', 'EXPRESSION', 'REST', 'WANTED', 'HOW', 'Head'
 # %% ../../nbs/13_head.flame.ipynb #7c930bf1
 import warnings
 from pathlib import Path
-import numpy as np, torch
-from torch import nn, Tensor
+import numpy as np
+import torch
+from fastcore.basics import patch
+from torch import Tensor, nn
 from ..assets import ASSETS, Notice, package_file, require_asset
 from ..types import HeadParams, HeadOutput
 from .geometry import rodrigues, chain_transforms, apply_maps, pose_feature, barycentric_points
@@ -35,7 +37,7 @@ def _tables(data):
     joints = np.einsum("jv,kvc->kjc", regressor, rows[11:411].reshape(400, V, 3), optimize=True)
     return rows, regressor @ data.template, joints.reshape(400, -1)
 
-# %% ../../nbs/13_head.flame.ipynb #e5ffd15b
+# %% ../../nbs/13_head.flame.ipynb #90f1ae3b
 def _completed(data):
     "Carry over what a FLAME head lacks, and say so; a surface that is no face stays as it is."
     try:
@@ -53,6 +55,12 @@ def _completed(data):
     return full
 
 
+def _real_components(data, rows):
+    "Count the identity and expression components that carry shape: at least 0.05 mm RMS over the surface."
+    rms = np.sqrt((rows[11:411] ** 2).sum(1) / len(data.template)) >= 0.05e-3
+    return data.real or (int(rms[:300].sum()), int(rms[300:].sum()))
+
+# %% ../../nbs/13_head.flame.ipynb #e5ffd15b
 class Head(nn.Module):
     "A FLAME-format head as a layer; make one with `Head.load`."
 
@@ -63,96 +71,97 @@ class Head(nn.Module):
     ):
         super().__init__()
         rows, joints, joint_rows = _tables(data)
-        arrays = {
-            "template": data.template,
-            "basis": rows,
-            "joint_template": joints,
-            "joint_basis": joint_rows,
-            "joint_regressor": data.joint_regressor,
-            "weights": data.weights,
-        }
-        for name, a in arrays.items():
-            self.register_buffer(name, torch.as_tensor(np.ascontiguousarray(a)).to(dtype), persistent=False)
-        self.register_buffer("faces", torch.from_numpy(data.faces), persistent=False)
+        self._keep("template", data.template, dtype)
+        self._keep("basis", rows, dtype)
+        self._keep("joint_template", joints, dtype)
+        self._keep("joint_basis", joint_rows, dtype)
+        self._keep("joint_regressor", data.joint_regressor, dtype)
+        self._keep("weights", data.weights, dtype)
+        self._keep("uv", data.uv, dtype)
+        self._keep("paint", data.paint, dtype)
+        self._keep("faces", data.faces)
         for name, e in data.embeddings.items():
-            self.register_buffer(f"_faces_{name}", torch.from_numpy(e.face_index), persistent=False)
-            self.register_buffer(f"_bary_{name}", torch.from_numpy(e.barycentric).to(dtype), persistent=False)
+            self._keep(f"_faces_{name}", e.face_index)
+            self._keep(f"_bary_{name}", e.barycentric, dtype)
         for name, m in data.masks.items():
-            self.register_buffer(f"_mask_{name}", torch.from_numpy(m), persistent=False)
-        for name in ("uv", "paint"):
-            self.register_buffer(
-                name,
-                None if getattr(data, name) is None else torch.as_tensor(getattr(data, name)).to(dtype),
-                persistent=False,
-            )
-        self.name, self.version, self.sha256, self.path, self.parents = (
-            data.name,
-            data.version,
-            data.sha256,
-            data.path,
-            data.parents,
-        )
-        self.has_eyelids, self.embeddings, self._mask_names = (
-            data.eyelids is not None,
-            data.embeddings,
-            list(data.masks),
-        )
-        self.eyelids_mode, self.carried = "before", data.carried
-        rms = np.sqrt((rows[11:411] ** 2).sum(1) / len(data.template)) >= 0.05e-3
-        self.real_components = data.real or (int(rms[:300].sum()), int(rms[300:].sum()))
+            self._keep(f"_mask_{name}", m)
+        self.name, self.version = data.name, data.version
+        self.sha256, self.path = data.sha256, data.path
+        self.parents = data.parents
+        self.has_eyelids = data.eyelids is not None
+        self.eyelids_mode = "before"  # or posed; see `forward`
+        self.embeddings, self.carried = data.embeddings, data.carried
+        self._mask_names = list(data.masks)
+        self.real_components = _real_components(data, rows)
 
-    @classmethod
-    def load(
-        cls,
-        source="open",  # "open" for the packaged head, the name of an asset (flame2020), or the path of a FLAME pickle or .npz
-        side_files_dir=None,  # where landmarks, lids and masks of a licensed head lie; default: beside it
-        dtype=torch.float32,
-        carry: bool = True,  # give a head of FLAME's mesh what its files lack, from the open head
-    ) -> "Head":
-        "Load a head; raise `HeadFileError` with one clear sentence where that cannot be done."
-        if str(source) == "open":
-            source = package_file("head/open_head.npz")
-        elif str(source) in {a.name for a in ASSETS}:
-            source = require_asset(str(source))
-        data = read_head(source, side_files_dir)
-        if carry and (len(data.template), len(data.faces)) == FLAME_SIZE:
-            data = _completed(data)
-        return cls(data, dtype)
+    def _keep(self, name, array, dtype=None):
+        "Register an array as a buffer that is not saved with weights."
+        tensor = None if array is None else torch.as_tensor(np.ascontiguousarray(array)).to(dtype=dtype)
+        self.register_buffer(name, tensor, persistent=False)
 
     def extra_repr(self):
-        return f"{self.name}, {self.version}, {len(self.template)} vertices, {len(self.faces)} triangles, sha256 {self.sha256[:12]}"
+        size = f"{len(self.template)} vertices, {len(self.faces)} triangles"
+        return f"{self.name}, {self.version}, {size}, sha256 {self.sha256[:12]}"
 
-    def _view(self, rows):
-        return self.basis[rows].unflatten(1, (-1, 3))
+# %% ../../nbs/13_head.flame.ipynb #5d02b1c9
+@patch(cls_method=True)
+def load(
+    cls: Head,
+    source="open",  # "open" for the packaged head, an asset's name (flame2020), or the path of a FLAME pickle or .npz
+    side_files_dir=None,  # where landmarks, lids and masks of a licensed head lie; default: beside it
+    dtype=torch.float32,
+    carry: bool = True,  # give a head of FLAME's mesh what its files lack, from the open head
+) -> Head:
+    "Load a head; raise `HeadFileError` with one clear sentence where that cannot be done."
+    if str(source) == "open":
+        source = package_file("head/open_head.npz")
+    elif str(source) in {a.name for a in ASSETS}:
+        source = require_asset(str(source))
+    data = read_head(source, side_files_dir)
+    if carry and (len(data.template), len(data.faces)) == FLAME_SIZE:
+        data = _completed(data)
+    return cls(data, dtype)
 
-    @property
-    def shapedirs(self):
-        return self._view(SHAPE).permute(1, 2, 0)  # (V,3,300) views of the one table
+# %% ../../nbs/13_head.flame.ipynb #8f6c3b52
+@patch(as_prop=True)
+def shapedirs(self: Head) -> Tensor:  # (V,3,300) metres per standard deviation
+    "Return the identity directions."
+    return self.basis[SHAPE].unflatten(1, (-1, 3)).permute(1, 2, 0)
 
-    @property
-    def exprdirs(self):
-        return self._view(EXPRESSION).permute(1, 2, 0)  # (V,3,100)
 
-    @property
-    def eyelids(self):
-        return self._view(LIDS) if self.has_eyelids else None  # (2,V,3) or None
+@patch(as_prop=True)
+def exprdirs(self: Head) -> Tensor:  # (V,3,100) metres per standard deviation
+    "Return the expression directions."
+    return self.basis[EXPRESSION].unflatten(1, (-1, 3)).permute(1, 2, 0)
 
-    @property
-    def posedirs(self):  # (V,3,36) in the order of the pose feature
-        out = self.template.new_empty(36, *self.template.shape)
-        out[_ORDER[0]], out[_ORDER[1]] = self._view(JAW), self._view(REST)
-        return out.permute(1, 2, 0)
+# %% ../../nbs/13_head.flame.ipynb #d39b05ae
+@patch(as_prop=True)
+def eyelids(self: Head) -> Tensor | None:  # (2,V,3) metres at closing 1, or None
+    "Return the lids' displacements, left and right."
+    return self.basis[LIDS].unflatten(1, (-1, 3)) if self.has_eyelids else None
 
-    @property
-    def masks(self):
-        return {n: getattr(self, f"_mask_{n}") for n in self._mask_names}  # vertex lists by region
+
+@patch(as_prop=True)
+def posedirs(self: Head) -> Tensor:  # (V,3,36) in the order of the pose feature
+    "Return the pose correctives; this one is a copy."
+    out = self.template.new_empty(36, *self.template.shape)
+    out[_ORDER[0]] = self.basis[JAW].unflatten(1, (-1, 3))
+    out[_ORDER[1]] = self.basis[REST].unflatten(1, (-1, 3))
+    return out.permute(1, 2, 0)
+
+# %% ../../nbs/13_head.flame.ipynb #62b4ee90
+@patch(as_prop=True)
+def masks(self: Head) -> dict:  # (N,) vertex numbers by region
+    "Return the regions."
+    return {n: getattr(self, f"_mask_{n}") for n in self._mask_names}
 
 # %% ../../nbs/13_head.flame.ipynb #90a83042
 def _columns(head, params, pose, lids=True):
     "Put the coefficients of a head side by side, in the order of the table."
     if lids and not head.has_eyelids and bool((params.eyelids != 0).any()):
         raise HeadFileError(
-            f"head {head.name} has no eyelids: put l_eyelid.npy and r_eyelid.npy beside {head.path}, or transfer them from the open head"
+            f"head {head.name} has no eyelids: put l_eyelid.npy and r_eyelid.npy beside {head.path}, "
+            "or transfer them from the open head"
         )
     shape, expression = params.shape.to(head.basis.dtype), params.expression.to(head.basis.dtype)
     for name, c, most in (("identity", shape, 300), ("expression", expression, 100)):
@@ -161,9 +170,11 @@ def _columns(head, params, pose, lids=True):
     if shape.shape[1] < 300:
         shape = nn.functional.pad(shape, (0, 300 - shape.shape[1]))
     first = params.eyelids.to(head.basis.dtype) if lids else shape.new_zeros(len(shape), 2)
-    return torch.cat([first, pose if pose is not None else shape.new_zeros(len(shape), 9), shape, expression], 1)
+    if pose is None:
+        pose = shape.new_zeros(len(shape), 9)
+    return torch.cat([first, pose, shape, expression], 1)
 
-
+# %% ../../nbs/13_head.flame.ipynb #b8823d1f
 def _blend(head, columns):
     "Multiply coefficients with the top of the table and add the template: (B,V,3)."
     return torch.addmm(head.template.view(1, -1), columns, head.basis[: columns.shape[1]]).unflatten(1, (-1, 3))
@@ -171,11 +182,10 @@ def _blend(head, columns):
 
 def _joints(head, columns):
     "Return unposed joints (B,5,3); they follow identity and expression, not the lids."
-    return torch.addmm(
-        head.joint_template.view(1, -1), columns[:, 11:], head.joint_basis[: columns.shape[1] - 11]
-    ).unflatten(1, (-1, 3))
+    directions = head.joint_basis[: columns.shape[1] - 11]
+    return torch.addmm(head.joint_template.view(1, -1), columns[:, 11:], directions).unflatten(1, (-1, 3))
 
-
+# %% ../../nbs/13_head.flame.ipynb #0d7f52cb
 def _rotations(rotation, jaw, neck, eyes):
     "Return the rotation of each joint against its parent (B,5,3,3)."
     zero = torch.zeros_like(rotation)
@@ -183,20 +193,19 @@ def _rotations(rotation, jaw, neck, eyes):
     return rodrigues(torch.stack([rotation, zero if neck is None else neck, jaw, *eyes], 1))
 
 
-def _rest(feature):
-    return torch.cat([feature[:, :9], feature[:, 18:]], 1)  # neck and eyes of the pose feature
-
-
 def _pose(head, unposed, joints, rotations, rest):
     "Add what is left of the pose correctives, and skin."
     if rest is not None:
-        unposed = unposed + (rest @ head.basis[REST]).unflatten(1, (-1, 3))
+        # the columns of neck and eyes, which are still at rest for most callers
+        feature = torch.cat([rest[:, :9], rest[:, 18:]], 1)
+        unposed = unposed + (feature @ head.basis[REST]).unflatten(1, (-1, 3))
     maps, posed = chain_transforms(rotations, joints, head.parents)
     return HeadOutput(apply_maps(unposed, head.weights, maps), posed, rotations[:, 0] @ rotations[:, 1])
 
 # %% ../../nbs/13_head.flame.ipynb #d1b90f9c
-def _forward(
-    self,
+@patch
+def forward(
+    self: Head,
     params: HeadParams,  # shape (B,<=300), expression (B,<=100), eyelids (B,2), jaw, rotation
     neck: Tensor | None = None,  # (B,3) axis-angle, radians
     eyes: Tensor | None = None,  # (B,6) left and right eye, axis-angle
@@ -206,20 +215,24 @@ def _forward(
     eyelids = eyelids or self.eyelids_mode
     if eyelids not in ("before", "posed"):
         raise ValueError(f"eyelids must be 'before' or 'posed', not {eyelids!r}")
+
+    def own(tensor):
+        return None if tensor is None else tensor.to(self.basis.dtype)
+
     with torch.autocast(self.template.device.type, enabled=False):
-        like = lambda t: None if t is None else t.to(self.basis.dtype)
-        rotations = _rotations(like(params.rotation), like(params.jaw), like(neck), like(eyes))
+        rotations = _rotations(own(params.rotation), own(params.jaw), own(neck), own(eyes))
         feature = pose_feature(rotations)
         columns = _columns(self, params, feature[:, 9:18], eyelids == "before")
-        rest = None if neck is None and eyes is None else _rest(feature)
+        rest = None if neck is None and eyes is None else feature
         output = _pose(self, _blend(self, columns), _joints(self, columns), rotations, rest)
         if eyelids == "posed" and self.has_eyelids:
-            output.vertices = output.vertices + (like(params.eyelids) @ self.basis[LIDS]).unflatten(1, (-1, 3))
+            output.vertices = output.vertices + (own(params.eyelids) @ self.basis[LIDS]).unflatten(1, (-1, 3))
     return output
 
-
-def _unposed(
-    self,
+# %% ../../nbs/13_head.flame.ipynb #f3c2b817
+@patch
+def unposed(
+    self: Head,
     params: HeadParams,
 ) -> Tensor:  # (B,V,3) metres
     "Return the surface before any joint moves: template, identity, expression and lids."
@@ -227,8 +240,9 @@ def _unposed(
         return _blend(self, _columns(self, params, None))
 
 
-def _pose_vertices(
-    self,
+@patch
+def pose_vertices(
+    self: Head,
     unposed: Tensor,  # (B,V,3) any surface with this head's vertices, metres
     rotation: Tensor,  # (B,3)
     jaw: Tensor,  # (B,3)
@@ -242,10 +256,7 @@ def _pose_vertices(
     rotations = _rotations(rotation, jaw, neck, eyes)
     feature = pose_feature(rotations)
     unposed = unposed + (feature[:, 9:18] @ self.basis[JAW]).unflatten(1, (-1, 3))
-    return _pose(self, unposed, joints, rotations, None if neck is None and eyes is None else _rest(feature))
-
-
-Head.forward, Head.unposed, Head.pose_vertices = _forward, _unposed, _pose_vertices
+    return _pose(self, unposed, joints, rotations, None if neck is None and eyes is None else feature)
 
 # %% ../../nbs/13_head.flame.ipynb #d8352ab8
 def contour_rows(
@@ -265,7 +276,7 @@ def yaw_matrix(
     return rodrigues(torch.stack([torch.zeros_like(y), y, torch.zeros_like(y)], -1))
 
 # %% ../../nbs/13_head.flame.ipynb #ad38d152
-WANTED = {"fan68": ("contour17", "static51"), "static49": ("static51",)}
+WANTED = {"fan68": ("contour17", "static51"), "static49": ("static51",)}  # sets that are made of others
 HOW = {
     "mediapipe105": "mediapipe_landmark_embedding.npz",
     "points203": "203_landmark_embedding.npz",
@@ -273,18 +284,21 @@ HOW = {
 }
 
 
-def _landmarks(
-    self,
+@patch
+def landmarks(
+    self: Head,
     output: HeadOutput,  # what the head returned
     which: str,  # static51, contour17, fan68, static49, full68, mediapipe105, points203 or bp4d83
 ) -> Tensor:  # (B,L,3) metres
     "Return landmarks of posed heads; raise `HeadFileError` where the head has no such set."
     if which in WANTED:
         points = torch.cat([self.landmarks(output, part) for part in WANTED[which]], 1)
+        # BP4D's evaluation leaves out the inner corners of the mouth
         return torch.cat([points[:, :43], points[:, 44:47], points[:, 48:]], 1) if which == "static49" else points
     if which not in self.embeddings:
         raise HeadFileError(
-            f"head {self.name} has no landmarks {which!r}: put {HOW.get(which, 'landmark_embedding.npy')} beside {self.path or 'it'}, or transfer them from the open head"
+            f"head {self.name} has no landmarks {which!r}: put {HOW.get(which, 'landmark_embedding.npy')} "
+            f"beside {self.path or 'it'}, or transfer them from the open head"
         )
     faces, bary = getattr(self, f"_faces_{which}"), getattr(self, f"_bary_{which}")
     if which == "contour17":
@@ -292,21 +306,20 @@ def _landmarks(
         faces, bary = faces[rows], bary[rows]
     return barycentric_points(output.vertices, self.faces, faces, bary)
 
-
-def _mask_faces(
-    self,
+# %% ../../nbs/13_head.flame.ipynb #c70b1a9d
+@patch
+def mask_faces(
+    self: Head,
     name: str = "face",  # region
     any_corner: bool = False,  # count triangles with one corner in the region, not only whole ones
 ) -> Tensor:  # (F',3) triangles as vertex indices
     "Return the triangles of a region; raise `HeadFileError` where the head has no such mask."
     if name not in self._mask_names:
         raise HeadFileError(
-            f"head {self.name} has no mask {name!r}: put FLAME_masks.pkl beside {self.path or 'it'}, or transfer it from the open head"
+            f"head {self.name} has no mask {name!r}: put FLAME_masks.pkl beside {self.path or 'it'}, "
+            "or transfer it from the open head"
         )
     inside = torch.zeros(len(self.template), dtype=torch.bool, device=self.faces.device)
     inside[getattr(self, f"_mask_{name}")] = True
     corners = inside[self.faces]
     return self.faces[corners.any(1) if any_corner else corners.all(1)]
-
-
-Head.landmarks, Head.mask_faces = _landmarks, _mask_faces

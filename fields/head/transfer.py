@@ -205,7 +205,7 @@ def transfer(
     target: HeadData,  # a head that lacks landmarks, lids or masks
     source: HeadData | None = None,  # a head that has them; default: the open head
 ) -> HeadData:  # the target, with what it lacked
-    "Give a head the landmarks, lids and masks of another; what it has already stays. Raise `HeadFileError` for no face."
+    "Give a head what it lacks of landmarks, lids and masks; raise `HeadFileError` where the two heads do not fit."
     source = read_head(package_file("head/open_head.npz")) if source is None else source
     lying, gap = drape(source, target)
     size = np.ptp(lying, axis=0).max() / np.ptp(source.template, axis=0).max()
