@@ -176,8 +176,9 @@ def require_asset(
     "Find a file the user has provided, or raise `FileNotFoundError` saying how to get it."
     path, asset = find_asset(name), {a.name: a for a in ASSETS}[name]
     if path is None:
+        places = ", ".join(map(str, asset_folders())) or "any folder"
         raise FileNotFoundError(
-            f"{asset.files[0]} was not found in {', '.join(map(str, asset_folders())) or 'any folder'}; get it from {asset.source} "
+            f"{asset.files[0]} was not found in {places}; get it from {asset.source} "
             f"({asset.licence}) and set FIELDS_ASSETS to its folder"
         )
     return path
