@@ -3,8 +3,8 @@
     python docs/links.py            write them
     python docs/links.py --check    say which notebooks lack some, and which links lead nowhere
 
-Only markdown cells change. The first cell stays as it is, for its sentence becomes the module's docstring. A name is
-linked once in a notebook, where it is first mentioned, and only if it cannot be mistaken for a word.
+Only markdown cells change. A notebook's title and its sentence stay, for they become the module's docstring.
+A name is linked once in a notebook, where it is first mentioned, and only if it cannot be mistaken for a word.
 """
 
 import ast
@@ -152,8 +152,11 @@ def with_links(path, before, after, known, root):
     old = [source(cell) for cell in cells]
     seen = set()
     for n, cell in enumerate(cells):
-        if cell["cell_type"] == "markdown" and n and cell.get("id") != FOOTER:
-            text = linked(source(cell), path, places, names, stems, seen, root)
+        if cell["cell_type"] == "markdown" and cell.get("id") != FOOTER:
+            # title and sentence of the first cell become the module's docstring
+            head, quote, rest = ("", "", source(cell)) if n else source(cell).partition("\n\n> ")
+            sentence, newline, rest = ("", "", rest) if n else rest.partition("\n")
+            text = head + quote + sentence + newline + linked(rest, path, places, names, stems, seen, root)
             if text != source(cell):
                 cell["source"] = text.splitlines(keepends=True)
     line = footer(path, before, after, root)
@@ -171,7 +174,8 @@ def with_links(path, before, after, known, root):
 
 def neighbours(group):
     """Each notebook with the one before and the one after."""
-    return zip(group, [None, *group[:-1]], [*group[1:], None], strict=True)
+    around = [None, *group, None]
+    return zip(group, around, around[2:], strict=False)
 
 
 def broken(root):
