@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from .stage import write_json
+from .files import write_json
 from .types import HeadParams
 from .head.flame import Head
 from .head.geometry import rodrigues
@@ -18,7 +18,8 @@ from .render.camera import normaliser
 from .data.detect import read_image
 from .evaluation.landmarks import fit_pose, mean_head, projected
 from .inputs import IMAGES, VIDEOS, frames
-from .reconstruct import Reconstructor, panel
+from .panels import panel
+from .reconstructor import Reconstructor
 from .refine import LandmarkHead, RefineConfig, Refiner, refine
 
 # %% ../nbs/86_photographs.ipynb #e38a6506
