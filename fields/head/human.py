@@ -164,7 +164,10 @@ def pair_line(
     line = np.roll(line, -int(np.argmin(vertices[line, 0])))
     far = int(np.argmax(vertices[line, 0]))
     a, b = line[: far + 1], np.r_[line[far:], line[:1]][::-1]
-    across = lambda side: (vertices[side, 0] - vertices[line[0], 0]) / np.ptp(vertices[line, 0])
+
+    def across(side):
+        return (vertices[side, 0] - vertices[line[0], 0]) / np.ptp(vertices[line, 0])
+
     upper, lower = (a, b) if vertices[a, 1].mean() > vertices[b, 1].mean() else (b, a)
     upper = upper[1:-1]  # corners meet already
     match = np.abs(across(upper)[:, None] - across(lower)[None]).argmin(1)
@@ -437,8 +440,8 @@ def head_data(
     human: Human,
     levels: int = 0,  # how often each quad is cut into four
 ) -> tuple[
-    HeadData, object
-]:  # a head without components, and the matrix (V',V) that refines vertices (None at level 0)
+    HeadData, object, np.ndarray, np.ndarray
+]:  # head without components, (V',V) matrix that refines (None at level 0), uv, (F',3) corners
     "Return what `Head.pose_vertices` needs, on this mesh or a finer one; its texture coordinates go with its triangles."
     parts, matrix = human.parts, None
     quads, uv_quads, uv = parts.quads, parts.uv_quads, parts.uv
