@@ -442,7 +442,7 @@ def head_data(
 ) -> tuple[
     HeadData, object, np.ndarray, np.ndarray
 ]:  # head without components, (V',V) matrix that refines (None at level 0), uv, (F',3) corners
-    "Return what `Head.pose_vertices` needs, on this mesh or a finer one; its texture coordinates go with its triangles."
+    "Return what `Head.pose_vertices` needs, on this mesh or a finer one, and its texture coordinates."
     parts, matrix = human.parts, None
     quads, uv_quads, uv = parts.quads, parts.uv_quads, parts.uv
     arrays = [human.template / 1e3, human.weights, human.correctives.reshape(len(human.weights), -1) / 1e3]
