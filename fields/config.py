@@ -199,6 +199,10 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     head: str = "open"  # "open", a name as flame2020, or the path of a FLAME file
     assets: str = ""  # folder of licensed files, searched before those of FIELDS_ASSETS
+    allow_unknown_weights: bool = False  # use files of other groups whose checksum is not known
+    allow_standins: list[str] = field(default_factory=list)  # files of other groups that ours may stand in for
+    devices: int = 0  # GPUs, or CPU processes, of one training; 0: all GPUs of this machine
+    nodes: int = 1  # machines of one training
     data: str = "world"  # "world", or the root folder of the licensed datasets
     world: WorldConfig = field(default_factory=WorldConfig)
     scans: ScanConfig = field(default_factory=ScanConfig)
