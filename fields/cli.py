@@ -38,9 +38,18 @@ def sentence(
     )
 
 
+def _say(message, category, filename, line, file=None, text=None):
+    "Print a notice of ours as one line, and any other warning as usual."
+    from fields.assets import Notice
+
+    ours = issubclass(category, Notice)
+    print(f"fields: {message}" if ours else warnings.formatwarning(message, category, filename, line), file=sys.stderr)
+
+
 def main():
     "Entry point of the `fields` command."
     warnings.filterwarnings("ignore", module="PIL")  # a damaged picture gets one sentence of ours
+    warnings.showwarning = _say
     try:
         app()
     except KeyboardInterrupt:
