@@ -15,7 +15,7 @@ from .types import HeadParams
 from .head.flame import Head
 from .head.geometry import rodrigues
 from .render.camera import normaliser
-from .data.detect import read_image
+from .media import read_image
 from .evaluation.landmarks import fit_pose, mean_head, projected
 from .inputs import IMAGES, VIDEOS, frames
 from .reconstruct import Reconstructor, panel

@@ -20,7 +20,9 @@ from .viz import to_uint8
 from .head.flame import Head
 from .head.geometry import write_mesh
 from .data.crop import FaceCrop, crop_face, crop_image
-from .data.detect import Face, cached_detector, detect, overlap, read_image
+from .data.detect import cached_detector, detect, read_image
+from .data.mesh import Face
+from .data.window import overlap
 from .models.masking import masked_background
 from .models.fields import FieldsModel
 

@@ -15,7 +15,7 @@ from .viz import grid, labelled, to_uint8
 from .models.masking import masked_background
 from .render.shade import geometry_image, smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
-from .data.detect import read_image
+from .media import read_image
 from .reconstruct import Reconstructor, Saver, VIEW, save_picture
 
 # %% ../nbs/85_transfer.ipynb #f81d9fcb
