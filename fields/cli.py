@@ -179,11 +179,11 @@ def inspect(
 
 @app.command()
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone, or files study_seedN.json")],
     out: Annotated[Path, typer.Option(help="folder for study_seedN.json and study.json")],
 ):
     "Merge the key figures of several seeds and print Table 4 over them."
-    from fields.evaluation.claims import merge_files
+    from fields.evaluation.seeds import merge_files
 
     print(merge_files(runs, out))
 
