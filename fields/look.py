@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .inputs import OUR_FAULTS, VIDEOS, frames
 from .data.crop import crop_image
-from .data.detect import read_image
+from .media import read_image
 from .panels import VIEW
 from .reconstructor import Reconstructor
 

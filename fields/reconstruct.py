@@ -8,23 +8,6 @@ __all__ = ['Summary', 'Reconstruction', 'reconstruct_files']
 # %% ../nbs/85_reconstruct.ipynb #4c8fb37d
 from dataclasses import dataclass, field
 from pathlib import Path
-<<<<<<< HEAD
-import numpy as np, torch
-from .assets import package_file
-from .config import find_root
-from .inputs import IMAGES, OUR_FAULTS, VIDEOS, ahead, frames, list_files, write_table
-from .files import atomic
-from .types import EMOTIONS, HeadParams, Prediction, concatenate
-from .viz import to_uint8
-from .head.flame import Head
-from .head.geometry import write_mesh
-from .data.crop import FaceCrop, crop_face, crop_image
-from .data.detect import cached_detector, detect, read_image
-from .data.mesh import Face
-from .data.window import overlap
-from .models.masking import masked_background
-from .models.fields import FieldsModel
-=======
 import numpy as np
 from .inputs import ahead, list_files, write_table
 from .types import concatenate
@@ -32,7 +15,6 @@ from .look import Found, look
 from .outputs import Saver
 from .panels import panel
 from .reconstructor import Reconstructor
->>>>>>> main
 
 # %% ../nbs/85_reconstruct.ipynb #12b71c3e
 @dataclass

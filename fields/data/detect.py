@@ -32,7 +32,7 @@ def check(
             return again
     return None
 
-# %% ../../nbs/31_data.detect.ipynb #89cf75f1
+# %% ../../nbs/31_data.detect.ipynb #0e0f9658
 def windows(
     height: int,  # of the picture, pixels
     width: int,
@@ -44,7 +44,7 @@ def windows(
     rounds += [tiles(height, width, short / part * 1.1) for part in (2, 4)]
     return [r for r in rounds if r]
 
-# %% ../../nbs/31_data.detect.ipynb #e13780bf
+# %% ../../nbs/31_data.detect.ipynb #71305252
 def tiles(
     height: int,  # of the picture, pixels
     width: int,
@@ -60,7 +60,7 @@ def tiles(
 
     return [Window(x, y, side) for y in places(height) for x in places(width)]
 
-# %% ../../nbs/31_data.detect.ipynb #9e46aa27
+# %% ../../nbs/31_data.detect.ipynb #0bb1769b
 SURE = 0.75  # score that a face needs which is not the only one
 
 
@@ -122,7 +122,7 @@ class FaceDetector:
         if self.far:
             self.far.close()
 
-# %% ../../nbs/31_data.detect.ipynb #a7d331fd
+# %% ../../nbs/31_data.detect.ipynb #e4cbfbb5
 @patch
 def search(self: FaceDetector, image):
     "Return the faces of a picture (H,W,3), largest first, however many looks it takes."
@@ -150,7 +150,7 @@ def content(self: FaceDetector, found):
     "Say whether something sure was found; one confirmed face is enough for effort 1."
     return any(f.score >= self.accept for f in found) or (self.max_faces == 1 and self.effort == 1 and bool(found))
 
-# %% ../../nbs/31_data.detect.ipynb #e85cf587
+# %% ../../nbs/31_data.detect.ipynb #d1e782f7
 @patch
 def settle(self: FaceDetector, image, face):
     "Return a face, read again upright where it leans."
@@ -166,7 +166,7 @@ def confirmed(self: FaceDetector, image, candidates, least):
         return [Face(f.points478, self.accept) for f in readings if f is not None]
     return [f for f in readings if f is not None and f.score >= least]
 
-# %% ../../nbs/31_data.detect.ipynb #7bbb0387
+# %% ../../nbs/31_data.detect.ipynb #c11d9e79
 @patch
 def glance(self: FaceDetector, image, group, known):
     "Return the confirmed faces of some windows that are not among the known ones."
@@ -189,7 +189,7 @@ def turned(self: FaceDetector, image, known):
             break
     return found
 
-# %% ../../nbs/31_data.detect.ipynb #592f1013
+# %% ../../nbs/31_data.detect.ipynb #af91cddb
 def keypoint_window(
     keypoints: np.ndarray,  # (4,2) eyes, nose and mouth, pixels
 ) -> Window:  # an upright window around the face
