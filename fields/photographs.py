@@ -20,7 +20,8 @@ from .evaluation.landmarks import fit_pose, mean_head, projected
 from .inputs import IMAGES, VIDEOS, frames
 from .panels import panel
 from .reconstructor import Reconstructor
-from .refine import LandmarkHead, RefineConfig, Refiner, refine
+from .refine import RefineConfig, Refiner, refine
+from .render.marks import LandmarkHead
 
 # %% ../nbs/86_photographs.ipynb #e38a6506
 def held_out(

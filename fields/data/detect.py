@@ -32,7 +32,7 @@ def check(
             return again
     return None
 
-# %% ../../nbs/31_data.detect.ipynb #0e0f9658
+# %% ../../nbs/31_data.detect.ipynb #b93d9b82
 def windows(
     height: int,  # of the picture, pixels
     width: int,
@@ -44,23 +44,24 @@ def windows(
     rounds += [tiles(height, width, short / part * 1.1) for part in (2, 4)]
     return [r for r in rounds if r]
 
-# %% ../../nbs/31_data.detect.ipynb #71305252
+# %% ../../nbs/31_data.detect.ipynb #b5d40676
 def tiles(
     height: int,  # of the picture, pixels
     width: int,
     side: float,  # of the windows, pixels
+    share: float = 0.5,  # of a window that the next one covers again, at least
 ) -> list[Window]:  # none where they would be smaller than 24 pixels
-    "Cover a picture with windows that overlap by half or more."
+    "Cover a picture with windows that overlap."
     if side < 24:
         return []
 
     def places(length):
-        count = max(1, int(np.ceil(2 * length / side)) - 1)
+        count = max(1, int(np.ceil((length / side - share) / (1 - share))))
         return np.linspace(side / 2, length - side / 2, count).tolist() if count > 1 else [length / 2]
 
     return [Window(x, y, side) for y in places(height) for x in places(width)]
 
-# %% ../../nbs/31_data.detect.ipynb #0bb1769b
+# %% ../../nbs/31_data.detect.ipynb #5455b118
 SURE = 0.75  # score that a face needs which is not the only one
 
 
@@ -122,7 +123,7 @@ class FaceDetector:
         if self.far:
             self.far.close()
 
-# %% ../../nbs/31_data.detect.ipynb #e4cbfbb5
+# %% ../../nbs/31_data.detect.ipynb #f531af7d
 @patch
 def search(self: FaceDetector, image):
     "Return the faces of a picture (H,W,3), largest first, however many looks it takes."
@@ -150,7 +151,7 @@ def content(self: FaceDetector, found):
     "Say whether something sure was found; one confirmed face is enough for effort 1."
     return any(f.score >= self.accept for f in found) or (self.max_faces == 1 and self.effort == 1 and bool(found))
 
-# %% ../../nbs/31_data.detect.ipynb #d1e782f7
+# %% ../../nbs/31_data.detect.ipynb #7a4126ad
 @patch
 def settle(self: FaceDetector, image, face):
     "Return a face, read again upright where it leans."
@@ -166,7 +167,7 @@ def confirmed(self: FaceDetector, image, candidates, least):
         return [Face(f.points478, self.accept) for f in readings if f is not None]
     return [f for f in readings if f is not None and f.score >= least]
 
-# %% ../../nbs/31_data.detect.ipynb #c11d9e79
+# %% ../../nbs/31_data.detect.ipynb #93ce7673
 @patch
 def glance(self: FaceDetector, image, group, known):
     "Return the confirmed faces of some windows that are not among the known ones."
@@ -189,7 +190,7 @@ def turned(self: FaceDetector, image, known):
             break
     return found
 
-# %% ../../nbs/31_data.detect.ipynb #af91cddb
+# %% ../../nbs/31_data.detect.ipynb #8204a994
 def keypoint_window(
     keypoints: np.ndarray,  # (4,2) eyes, nose and mouth, pixels
 ) -> Window:  # an upright window around the face
@@ -224,12 +225,18 @@ def distant(self: FaceDetector, image, known):
     more = sum(f.score >= SURE for f in known) > 1
     if not more and _largest(known, image) >= MIDDLE and max(image.shape[:2]) < LARGE:
         return []
+    parts = tiles(*image.shape[:2], 0.6 * min(image.shape[:2]), 0.25) if more else []
     if self.far is None:
-        return self.glance(image, tiles(*image.shape[:2], min(image.shape[:2]) * 0.55), known)
+        return self.glance(image, parts, known)
     self.far = self.far or FarDetector()
     places = [keypoint_window(k) for k in self.far(image)]
-    new = [w for w in places if not any(holds(f, w.cx, w.cy) for f in known)]
-    return self.glance(image, new, known)
+    for part in parts:
+        places += [keypoint_window(part.outside(k)) for k in self.far(part.cut(image))]
+    found = []
+    for place in places:
+        if not any(holds(f, place.cx, place.cy) for f in [*known, *found]):
+            found += self.glance(image, [place], [*known, *found])
+    return found
 
 
 @patch
