@@ -106,7 +106,7 @@ def evaluate_photographs(
     params = reconstructor.predict(crops).params.to("cpu")
     reconstructor.improve = stage
     indices = torch.as_tensor(head.embeddings["mediapipe105"].indices).long()
-    points = torch.from_numpy(np.stack([c.points for c in crops]))[:, indices, :2]
+    points = torch.from_numpy(np.stack([c.picture_points for c in crops]))[:, indices, :2]
     scores, turned = answers(head, params, points)
     use, filmed, result = (
         turned.abs() <= most_yaw,
