@@ -32,7 +32,7 @@ def check(
             return again
     return None
 
-# %% ../../nbs/31_data.detect.ipynb #b93d9b82
+# %% ../../nbs/31_data.detect.ipynb #03625bcb
 def windows(
     height: int,  # of the picture, pixels
     width: int,
@@ -44,7 +44,7 @@ def windows(
     rounds += [tiles(height, width, short / part * 1.1) for part in (2, 4)]
     return [r for r in rounds if r]
 
-# %% ../../nbs/31_data.detect.ipynb #b5d40676
+# %% ../../nbs/31_data.detect.ipynb #cc0d0370
 def tiles(
     height: int,  # of the picture, pixels
     width: int,
@@ -61,7 +61,7 @@ def tiles(
 
     return [Window(x, y, side) for y in places(height) for x in places(width)]
 
-# %% ../../nbs/31_data.detect.ipynb #5455b118
+# %% ../../nbs/31_data.detect.ipynb #0dda9a69
 SURE = 0.75  # score that a face needs which is not the only one
 
 
@@ -123,15 +123,16 @@ class FaceDetector:
         if self.far:
             self.far.close()
 
-# %% ../../nbs/31_data.detect.ipynb #f531af7d
+# %% ../../nbs/31_data.detect.ipynb #a99c5b34
 @patch
 def search(self: FaceDetector, image):
     "Return the faces of a picture (H,W,3), largest first, however many looks it takes."
     first = self.mesh(image)
     if not self.effort:
         return sorted(first, key=lambda f: -np.prod(f.box[2:] - f.box[:2]))
-    found = [self.settle(image, f) for f in first if f.score >= self.accept]
-    doubtful = [f for f in first if f.score < self.accept and all(covered(f, k) < 0.7 for k in found)]
+    stands = self.accept if self.scored else np.inf
+    found = [self.settle(image, f) for f in first if f.score >= stands]
+    doubtful = [f for f in first if f.score < stands and all(covered(f, k) < 0.7 for k in found)]
     # a single doubtful reading that is confirmed is better than none; beside a sure face it must be fair
     found += self.confirmed(image, doubtful, 0.5 if found else 0.3)
     if not self.content(found):
@@ -151,7 +152,7 @@ def content(self: FaceDetector, found):
     "Say whether something sure was found; one confirmed face is enough for effort 1."
     return any(f.score >= self.accept for f in found) or (self.max_faces == 1 and self.effort == 1 and bool(found))
 
-# %% ../../nbs/31_data.detect.ipynb #7a4126ad
+# %% ../../nbs/31_data.detect.ipynb #a7f1d63f
 @patch
 def settle(self: FaceDetector, image, face):
     "Return a face, read again upright where it leans."
@@ -167,7 +168,7 @@ def confirmed(self: FaceDetector, image, candidates, least):
         return [Face(f.points478, self.accept) for f in readings if f is not None]
     return [f for f in readings if f is not None and f.score >= least]
 
-# %% ../../nbs/31_data.detect.ipynb #93ce7673
+# %% ../../nbs/31_data.detect.ipynb #d82e0298
 @patch
 def glance(self: FaceDetector, image, group, known):
     "Return the confirmed faces of some windows that are not among the known ones."
@@ -190,7 +191,7 @@ def turned(self: FaceDetector, image, known):
             break
     return found
 
-# %% ../../nbs/31_data.detect.ipynb #8204a994
+# %% ../../nbs/31_data.detect.ipynb #144e92af
 def keypoint_window(
     keypoints: np.ndarray,  # (4,2) eyes, nose and mouth, pixels
 ) -> Window:  # an upright window around the face

@@ -6,7 +6,7 @@
 __all__ = ['MEDIAPIPE_105', 'KEYPOINTS', 'SHORT_RANGE', 'Face', 'quiet', 'landmark_array', 'match_scores', 'BundledMesh',
            'FarDetector', 'TaskMesh']
 
-# %% ../../nbs/30_data.mesh.ipynb #c82fbfc7
+# %% ../../nbs/30_data.mesh.ipynb #5223c0dd
 import contextlib
 import os
 import sys
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/30_data.mesh.ipynb #9721efd3
+# %% ../../nbs/30_data.mesh.ipynb #aa91efb0
 @dataclass
 class Face:
     "One detected face."
@@ -32,7 +32,7 @@ class Face:
         "Distance of the outer eye corners, pixels."
         return float(np.linalg.norm(self.points478[33, :2] - self.points478[263, :2]))
 
-# %% ../../nbs/30_data.mesh.ipynb #7d3e9a28
+# %% ../../nbs/30_data.mesh.ipynb #aa9c9594
 MEDIAPIPE_105 = tuple(
     int(k)
     for k in (
@@ -43,7 +43,7 @@ MEDIAPIPE_105 = tuple(
     ).split()
 )
 
-# %% ../../nbs/30_data.mesh.ipynb #2ed56e37
+# %% ../../nbs/30_data.mesh.ipynb #92644634
 @contextlib.contextmanager
 def quiet():
     "Silence everything written to the process's standard error inside the block."
@@ -62,7 +62,7 @@ def quiet():
         os.close(nothing)
         os.close(saved)
 
-# %% ../../nbs/30_data.mesh.ipynb #2a95b05b
+# %% ../../nbs/30_data.mesh.ipynb #ffdd6dc1
 def landmark_array(
     face,  # MediaPipe's NormalizedLandmarkList
 ) -> np.ndarray:  # (478,3) float32 fractions of the picture
@@ -74,7 +74,7 @@ def landmark_array(
     # three float32 numbers a row, each behind a byte that names its field
     return np.concatenate([np.ascontiguousarray(rows[:, k : k + 4]).view("<f4") for k in (3, 8, 13)], 1)
 
-# %% ../../nbs/30_data.mesh.ipynb #e5c54d3a
+# %% ../../nbs/30_data.mesh.ipynb #2e724003
 KEYPOINTS = (33, 133), (362, 263), (1, 4), (13, 14)  # points whose means are the detector's eyes, nose and mouth
 
 
@@ -95,7 +95,7 @@ def match_scores(
         far[mesh], far[:, detection] = np.inf, np.inf
     return found
 
-# %% ../../nbs/30_data.mesh.ipynb #d778fcf9
+# %% ../../nbs/30_data.mesh.ipynb #363f499d
 SHORT_RANGE = "facedetectionshortrangecpu__facedetectionshortrange__facedetection__TensorsToDetectionsCalculator"
 
 
@@ -142,7 +142,7 @@ class BundledMesh:
         "Free the graph."
         self.graph.close()
 
-# %% ../../nbs/30_data.mesh.ipynb #beaeb2fc
+# %% ../../nbs/30_data.mesh.ipynb #33d9d07d
 class FarDetector:
     "MediaPipe's full-range detector: where small faces may be."
 
@@ -169,7 +169,7 @@ class FarDetector:
         "Free the graph."
         self.graph.close()
 
-# %% ../../nbs/30_data.mesh.ipynb #6192f3c0
+# %% ../../nbs/30_data.mesh.ipynb #8d3b37be
 class TaskMesh:
     "MediaPipe's Tasks interface with a `face_landmarker.task` file."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['derivatives', 'mixed_tables', 'times', 'LandmarkHead', 'seen_landmarks', 'misfit']
 
-# %% ../../nbs/21_render.marks.ipynb #dc3d7ae8
+# %% ../../nbs/21_render.marks.ipynb #bae24b17
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..head.flame import Head
 from ..head.geometry import rodrigues
 from .camera import normaliser, project
 
-# %% ../../nbs/21_render.marks.ipynb #ae3ac514
+# %% ../../nbs/21_render.marks.ipynb #1d623e92
 def derivatives(
     axis_angle: Tensor,  # (B,3) radians, float64
     step: float = 1e-5,  # of the central differences
@@ -24,7 +24,7 @@ def derivatives(
     both = rodrigues(torch.cat([axis_angle[:, None], axis_angle[:, None] + moves, axis_angle[:, None] - moves], 1))
     return both[:, 0], ((both[:, 1:4] - both[:, 4:]) / (2 * step)).movedim(1, -1)
 
-# %% ../../nbs/21_render.marks.ipynb #9c8b6225
+# %% ../../nbs/21_render.marks.ipynb #552a1979
 def mixed_tables(
     head: Head,  # the whole head
     corners: Tensor,  # (L,3) vertices of each landmark's triangle
@@ -43,7 +43,7 @@ def times(table, by):
     "Sum a table (L,3,K) over its coefficients (B,K)."
     return torch.nn.functional.linear(by, table.flatten(0, 1)).unflatten(1, table.shape[:2])
 
-# %% ../../nbs/21_render.marks.ipynb #37edacd4
+# %% ../../nbs/21_render.marks.ipynb #35867b8b
 class LandmarkHead:
     "A head restricted to one set of landmarks, in float64."
 
@@ -74,7 +74,7 @@ class LandmarkHead:
         "A table (L,3,K) as (3,L*K), so that one product turns all of it."
         return table.movedim(1, 0).flatten(1).contiguous()
 
-# %% ../../nbs/21_render.marks.ipynb #08dfb6fc
+# %% ../../nbs/21_render.marks.ipynb #9698d1ef
 @patch
 def start(self: LandmarkHead, params: HeadParams):
     "Return the free coefficients (B,K), and what the fixed ones add to both tables and the joints."
@@ -86,7 +86,7 @@ def start(self: LandmarkHead, params: HeadParams):
     still = [rest + torch.einsum("lxk,bk->blx", table, fixed) for rest, table in self.tables]
     return free, (*still, self.joints[0] + torch.einsum("jxk,bk->bjx", self.joints[1], fixed))
 
-# %% ../../nbs/21_render.marks.ipynb #91379c22
+# %% ../../nbs/21_render.marks.ipynb #2b533f6f
 @patch
 def __call__(
     self: LandmarkHead,
@@ -123,7 +123,7 @@ def _opened(self: LandmarkHead, turns, lever, bend):
     skin, skin_lever = (times(t, slopes).unflatten(0, (-1, 3)).movedim(1, -1) for t in self.posing)
     return torch.einsum("bxyn,bly->blxn", turns, lever) + skin + torch.einsum("bxy,blyn->blxn", bend, skin_lever)
 
-# %% ../../nbs/21_render.marks.ipynb #d18973d0
+# %% ../../nbs/21_render.marks.ipynb #a85303dd
 def seen_landmarks(
     small: LandmarkHead,  # the head's landmarks
     params: HeadParams,  # (B,...)
