@@ -17,7 +17,8 @@ from .bench_peers import empty_buffers, plain_head, plain_tables, plain_zbuffer,
 from .bench_training import bench_memory, bench_training, split_of_iteration
 from .head.flame import Head
 from .evaluation.landmarks import projected
-from .refine import LandmarkHead, RefineConfig, refine
+from .refine import RefineConfig, refine
+from .render.marks import LandmarkHead
 from .render.camera import normaliser, project
 from .render.rasterize import rasterize
 from .render.shade import geometry_image
