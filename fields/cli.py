@@ -203,16 +203,21 @@ def merge(
 # %% ../nbs/95_cli.ipynb #0e78f3d7
 @app.command("fit-scan")
 def fit_scan(
-    scan: Annotated[Path, typer.Argument(help="obj, ply or wrl")],
-    landmarks: Annotated[Path, typer.Option(help="51 or 83 landmarks: npy, mat, bnd or txt")],
+    scan: Annotated[Path, typer.Argument(help="obj, ply, wrl, stl, off, glb or xyz")],
     out: Annotated[Path, typer.Option(help="folder for the results")],
+    landmarks: Annotated[
+        Optional[Path],
+        typer.Option(help="51, 68 or 83 landmarks: npy, mat, bnd, txt, csv, pp, json or fcsv; found if not given"),
+    ] = None,
     head: Annotated[str, typer.Option(help='"open" or the path of a FLAME file')] = "open",
-    unit: Annotated[str, typer.Option(help="mm, cm, m or auto")] = "auto",
+    unit: Annotated[str, typer.Option(help="mm, cm, m, auto, or unknown for a scan without a scale")] = "auto",
+    infant: Annotated[bool, typer.Option(help="the face is a child's of less than about two years")] = False,
 ):
     "Fit the head to one scan: parameters, mesh, residual picture, fit.json."
-    from fields.scans.fit import fit_file
+    from fields.scans.file import describe_fit, fit_file
 
-    print(fit_file(scan, landmarks, head=head, unit=unit, out=out))
+    fit = fit_file(scan, landmarks, head=head, unit=unit, out=out, infant=infant)
+    print(describe_fit(fit, scan, out))
 
 
 @app.command()
