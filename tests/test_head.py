@@ -24,7 +24,8 @@ from fields.head.geometry import (
     vertex_normals,
     write_mesh,
 )
-from fields.head.landmarks import PARTS, STATIC49, transfer
+from fields.head.landmarks import PARTS, STATIC49
+from fields.head.transfer import transfer
 from fields.head.pickles import HeadFileError
 from fields.types import HeadParams
 
@@ -552,94 +553,3 @@ def test_open_head_is_packaged():
     assert {"front", "left", "right"} == set(head.embeddings["points203"].groups) and len(
         head.embeddings["mediapipe105"].indices
     ) == 105
-
-
-# --- the view
-
-
-def test_view_follows_its_sliders():
-    pytest.importorskip("ipywidgets")
-    pytest.importorskip("plotly")
-    from fields.head.view import mesh_figure, slider_ranges, slider_vertices, vertex_colors, view
-
-    head = Head(data("open"))
-    shown = view(head, identities=2, expressions=2)
-    sliders = {w.description: w for w in shown.children[1].children[1:]}
-    assert list(sliders) == list(slider_ranges(head, 2, 2))
-    still = slider_vertices(head, {})
-    for name, (_, high) in slider_ranges(head, 2, 2).items():
-        assert np.abs(slider_vertices(head, {name: high}) - still).max() > 1e-4, name
-    sliders["jaw opens"].value = 0.3
-    canvas = shown.children[0]
-    mesh = (
-        canvas.data[0]
-        if hasattr(canvas, "data")
-        else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
-    )
-    if hasattr(canvas, "data"):
-        assert np.allclose(mesh.y, slider_vertices(head, {"jaw opens": 0.3})[:, 1])
-    else:
-        assert len(mesh["vertexcolor"]) == len(still)
-    shown.children[1].children[0].click()
-    assert all(s.value == 0 for s in sliders.values())
-    assert len(mesh_figure(still, head.faces).data[0].i) == len(head.faces)
-    with pytest.raises(ValueError, match="texture coordinates"):
-        vertex_colors(Head(data("toy")), np.zeros((4, 4, 3)))
-
-
-# --- the interactive view
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_view_draws_what_its_sliders_say(monkeypatch, in_place):
-    """Without a browser: the mesh of the figure is the head that the sliders describe, with anywidget and without."""
-    import importlib.util
-
-    pytest.importorskip("ipywidgets"), pytest.importorskip("plotly")
-    if in_place:
-        pytest.importorskip("anywidget")
-    from fields.head.view import slider_vertices, view
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "anywidget" and not in_place else find(name, *a)
-    )
-    head = Head.load("open")
-    shown = view(head, identities=2, expressions=2)
-    canvas, column = shown.children
-    sliders = {w.description: w for w in column.children[1:]}
-
-    def drawn():
-        mesh = (
-            canvas.data[0]
-            if in_place
-            else canvas.children[0].outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"][0]
-        )
-        values = [mesh[axis] for axis in "xyz"]
-        if not in_place and isinstance(values[0], dict):  # plotly writes arrays as base64
-            import base64
-
-            values = [np.frombuffer(base64.b64decode(v["bdata"]), v["dtype"]) for v in values]
-        return np.stack([np.asarray(v, np.float64) for v in values], 1)
-
-    assert np.abs(drawn() - head.template.numpy()).max() < 1e-5
-    wanted = {"jaw opens": 0.3, "identity 2": 1.5, "left lid": 1.0, "gaze up": 0.2}
-    for name, value in wanted.items():
-        sliders[name].value = value
-    assert (
-        np.abs(drawn() - slider_vertices(head, {name: s.value for name, s in sliders.items()})).max() < 1e-5
-        and np.abs(drawn() - head.template.numpy()).max() > 0.01
-    )
-    column.children[0].click()
-    assert np.abs(drawn() - head.template.numpy()).max() < 1e-5
-
-
-def test_view_names_what_it_misses(monkeypatch):
-    import importlib.util
-    from fields.head.view import mesh_figure, view
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(ImportError, match="needs ipywidgets and plotly"):
-        view()
-    with pytest.raises(ImportError, match="needs plotly, not installed here; pip install plotly$"):
-        mesh_figure(np.zeros((3, 3)), np.zeros((1, 3), int))
