@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Spool', 'KeptCrop']
 
-# %% ../nbs/82_keep.ipynb #5183e290
+# %% ../nbs/82_keep.ipynb #826f4d28
 import dataclasses, tempfile
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/82_keep.ipynb #6e79f690
+# %% ../nbs/82_keep.ipynb #464949c5
 class Spool:
     "Arrays in a temporary file: put in one after the other, taken out at will."
 
@@ -18,7 +18,7 @@ class Spool:
         self,
         folder: Path,  # on the disk that has room
     ):
-        self.file = tempfile.TemporaryFile(dir=folder)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the clip is in work
 
     def put(
         self,
@@ -42,7 +42,7 @@ class Spool:
         "Give the room back."
         self.file.close()
 
-# %% ../nbs/82_keep.ipynb #cb36a929
+# %% ../nbs/82_keep.ipynb #610aa11d
 class KeptCrop:
     "A face whose arrays wait in a spool."
 

@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .inputs import Labels, LeftOut, ahead, find_inputs, read_table, tidy, write_table
+from .inputs import Labels, LeftOut, ahead, find_inputs, read_table, write_table
 from .types import concatenate
 from .keep import KeptCrop, Spool
 from .look import Found, look
@@ -19,7 +19,7 @@ from .panels import panel
 from .reconstructor import Reconstructor
 from .summary import Summary, counted
 
-# %% ../nbs/85_reconstruct.ipynb #055d8bb5
+# %% ../nbs/85_reconstruct.ipynb #2bb5a21b
 class Reconstruction:
     "Faces of many files on their way to results: `add` collects, `flush` works on them in pieces, `close` ends."
 
@@ -42,7 +42,7 @@ class Reconstruction:
         self.clip = None  # Clip in work
         self.faces = self.beyond = 0  # faces in the file that is read now: reconstructed, and more than was asked for
 
-# %% ../nbs/85_reconstruct.ipynb #cbe60ca3
+# %% ../nbs/85_reconstruct.ipynb #5b9d54a0
 @patch
 def add(
     self: Reconstruction,
@@ -63,7 +63,7 @@ def add(
         if len(self.kept) >= self.batch:
             self.flush()
 
-# %% ../nbs/85_reconstruct.ipynb #a6753d28
+# %% ../nbs/85_reconstruct.ipynb #20da5207
 class ClipRecord:
     "A clip while it is read: its frames, the parameters of its faces, and their pictures on the disk."
 
@@ -105,7 +105,7 @@ class ClipRecord:
         "The faces of the clip, frame after frame."
         return [(found, k) for found in self.frames for k in range(len(found.crops))]
 
-# %% ../nbs/85_reconstruct.ipynb #67ef1666
+# %% ../nbs/85_reconstruct.ipynb #d7c58e70
 @patch
 def _write(self: Reconstruction, items, labels, persons, prediction, load=None):
     "Write some faces; `load` fetches views from the disk. Return their panels."
@@ -122,7 +122,7 @@ def _write(self: Reconstruction, items, labels, persons, prediction, load=None):
         self.rows.append({"file": str(found.path)} | row)
     return pictures
 
-# %% ../nbs/85_reconstruct.ipynb #fa95fb35
+# %% ../nbs/85_reconstruct.ipynb #9bad3fed
 @patch
 def flush(self: Reconstruction):
     "Reconstruct and write the pictures that wait."
@@ -138,7 +138,7 @@ def flush(self: Reconstruction):
         self._write(some, labels, [k for _, k in some], prediction)
     self.kept.clear()
 
-# %% ../nbs/85_reconstruct.ipynb #2bb7b820
+# %% ../nbs/85_reconstruct.ipynb #68bf5f0f
 @patch
 def _finish_clip(self: Reconstruction):
     "Smooth, write and film the clip that has been read."
@@ -168,7 +168,7 @@ def _finish_clip(self: Reconstruction):
         reason = f"{clip.path}: the film shows {self.shown} of {len(people)} people; all stand in predictions.csv"
         self.summary.left.append(LeftOut(clip.path, "people in the film", reason, len(people) - self.shown))
 
-# %% ../nbs/85_reconstruct.ipynb #3b10ce9f
+# %% ../nbs/85_reconstruct.ipynb #a3b356bb
 @patch
 def _write_clip(self: Reconstruction, labels, persons, prediction, people, reel):
     "Write the faces of a clip frame by frame, some frames at a time, and show them in its film."
@@ -195,7 +195,7 @@ def _write_clip(self: Reconstruction, labels, persons, prediction, people, reel)
                 )
         row += count
 
-# %% ../nbs/85_reconstruct.ipynb #b2ec8505
+# %% ../nbs/85_reconstruct.ipynb #f2a9abbb
 def film_picture(
     rows: list,  # for each person its panel (S,4*S,3) uint8, or None in a frame without it
     context: np.ndarray | None,  # (S,S,3) uint8 of a frame without any face
@@ -208,7 +208,7 @@ def film_picture(
         picture[:side, : 2 * side] = np.concatenate([context, context], 1)
     return picture
 
-# %% ../nbs/85_reconstruct.ipynb #b524d689
+# %% ../nbs/85_reconstruct.ipynb #aaa7055f
 @patch
 def _end_file(self: Reconstruction, found: Found):
     clip, self.clip = self.clip, self.clip
@@ -234,7 +234,7 @@ def _end_file(self: Reconstruction, found: Found):
         self.summary.failed.append((path, problem or missing or f"{path}: no face was found"))
     self.faces = self.beyond = 0
 
-# %% ../nbs/85_reconstruct.ipynb #51aa9b26
+# %% ../nbs/85_reconstruct.ipynb #b8151922
 @patch
 def close(self: Reconstruction) -> Summary:
     "Write the tables, and return what was done."
