@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'Found', 'Looker', 'look']
 
-# %% ../nbs/82_look.ipynb #5fad0d8d
+# %% ../nbs/82_look.ipynb #9aab1aed
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data.crop import Box, crop_image
 from .panels import VIEW
 from .reconstructor import Reconstructor
 
-# %% ../nbs/82_look.ipynb #43bdce01
+# %% ../nbs/82_look.ipynb #c15a2024
 MOST = 20  # faces of a picture that are looked for, so that those beyond the wanted number can be counted
 
 
@@ -37,7 +37,7 @@ class Found:
     problem: str = ""  # at the end: one sentence, why the file could not be read
     left: list = field(default_factory=list)  # at the end: LeftOut, what of the file could not be read
 
-# %% ../nbs/82_look.ipynb #338a9b94
+# %% ../nbs/82_look.ipynb #f7a714c2
 class Looker:
     "Finds the faces of one file after the other."
 
@@ -49,7 +49,7 @@ class Looker:
     ):
         self.reconstructor, self.max_faces, self.views = reconstructor, max_faces, views
         self.side = max(VIEW, reconstructor.size)  # of views, pixels
-        self.box = None  # of the last face, for films
+        self.place = None  # box and roll of the last face, for films
 
     def faces(
         self,
@@ -63,11 +63,12 @@ class Looker:
         crops = self.reconstructor.crop(image, max(self.max_faces, MOST))
         wanted, views, context = crops[: self.max_faces], [], None
         if self.views and wanted:
-            views = [crop_image(image, crop.box, self.side) for crop in wanted]
-            self.box = wanted[0].box
+            views = [crop_image(image, crop.box, self.side, roll=crop.roll) for crop in wanted]
+            self.place = wanted[0].box, wanted[0].roll
         elif self.views and frame is not None:
             height, width = image.shape[:2]
-            context = crop_image(image, self.box or Box(width / 2, height / 2, max(height, width)), self.side)
+            box, roll = self.place or (Box(width / 2, height / 2, max(height, width)), 0.0)
+            context = crop_image(image, box, self.side, roll=roll)
         return Found(path, label, wanted, views, frame, seconds, len(crops) - len(wanted), context)
 
     def picture(
@@ -90,7 +91,7 @@ class Looker:
         left: list,  # gets what is left out
     ):  # yields a Found for each frame
         "Look at every frame of a clip; raise as `Clip` does."
-        self.box = None
+        self.place = None
         clip = Clip(path)
         for frame in clip:
             yield self.faces(frame.image, path, label, frame.number, frame.time)
@@ -98,7 +99,7 @@ class Looker:
             lost = max(clip.declared - clip.frames, clip.damaged, 1)
             left.append(LeftOut(path, "frames that cannot be read", clip.missing(), lost))
 
-# %% ../nbs/82_look.ipynb #26add998
+# %% ../nbs/82_look.ipynb #54958e09
 def look(
     reconstructor: Reconstructor,  # for the crops
     files: list,  # what `list_files` returned
@@ -122,7 +123,7 @@ def look(
             problem = f"{path}: {what}; {whose}"
         yield Found(path, name, last=True, problem=problem, left=left)
 
-# %% ../nbs/82_look.ipynb #df4cc747
+# %% ../nbs/82_look.ipynb #6aa7f46f
 def _sentence_of(error, path):
     "One sentence about a file that could not be read, with its name."
     if isinstance(error, OSError) and error.strerror:

@@ -19,7 +19,7 @@ from .panels import panel
 from .reconstructor import Reconstructor
 from .summary import Summary, counted
 
-# %% ../nbs/85_reconstruct.ipynb #2bb5a21b
+# %% ../nbs/85_reconstruct.ipynb #05590f0c
 class Reconstruction:
     "Faces of many files on their way to results: `add` collects, `flush` works on them in pieces, `close` ends."
 
@@ -42,7 +42,7 @@ class Reconstruction:
         self.clip = None  # Clip in work
         self.faces = self.beyond = 0  # faces in the file that is read now: reconstructed, and more than was asked for
 
-# %% ../nbs/85_reconstruct.ipynb #5b9d54a0
+# %% ../nbs/85_reconstruct.ipynb #c503a3f9
 @patch
 def add(
     self: Reconstruction,
@@ -63,7 +63,7 @@ def add(
         if len(self.kept) >= self.batch:
             self.flush()
 
-# %% ../nbs/85_reconstruct.ipynb #20da5207
+# %% ../nbs/85_reconstruct.ipynb #86b73b52
 class ClipRecord:
     "A clip while it is read: its frames, the parameters of its faces, and their pictures on the disk."
 
@@ -105,7 +105,7 @@ class ClipRecord:
         "The faces of the clip, frame after frame."
         return [(found, k) for found in self.frames for k in range(len(found.crops))]
 
-# %% ../nbs/85_reconstruct.ipynb #d7c58e70
+# %% ../nbs/85_reconstruct.ipynb #763bcd96
 @patch
 def _write(self: Reconstruction, items, labels, persons, prediction, load=None):
     "Write some faces; `load` fetches views from the disk. Return their panels."
@@ -120,9 +120,11 @@ def _write(self: Reconstruction, items, labels, persons, prediction, load=None):
     ]
     for (found, _), row in zip(items, self.save(labels, crops, prediction, pictures, notes)):
         self.rows.append({"file": str(found.path)} | row)
+        if row.get("doubt"):
+            self.summary.doubtful.append((row["name"], row["doubt"]))
     return pictures
 
-# %% ../nbs/85_reconstruct.ipynb #9bad3fed
+# %% ../nbs/85_reconstruct.ipynb #5018d202
 @patch
 def flush(self: Reconstruction):
     "Reconstruct and write the pictures that wait."
@@ -138,7 +140,7 @@ def flush(self: Reconstruction):
         self._write(some, labels, [k for _, k in some], prediction)
     self.kept.clear()
 
-# %% ../nbs/85_reconstruct.ipynb #68bf5f0f
+# %% ../nbs/85_reconstruct.ipynb #94f7c459
 @patch
 def _finish_clip(self: Reconstruction):
     "Smooth, write and film the clip that has been read."
@@ -168,7 +170,7 @@ def _finish_clip(self: Reconstruction):
         reason = f"{clip.path}: the film shows {self.shown} of {len(people)} people; all stand in predictions.csv"
         self.summary.left.append(LeftOut(clip.path, "people in the film", reason, len(people) - self.shown))
 
-# %% ../nbs/85_reconstruct.ipynb #a3b356bb
+# %% ../nbs/85_reconstruct.ipynb #0c17eb9b
 @patch
 def _write_clip(self: Reconstruction, labels, persons, prediction, people, reel):
     "Write the faces of a clip frame by frame, some frames at a time, and show them in its film."
@@ -195,7 +197,7 @@ def _write_clip(self: Reconstruction, labels, persons, prediction, people, reel)
                 )
         row += count
 
-# %% ../nbs/85_reconstruct.ipynb #f2a9abbb
+# %% ../nbs/85_reconstruct.ipynb #8fac437b
 def film_picture(
     rows: list,  # for each person its panel (S,4*S,3) uint8, or None in a frame without it
     context: np.ndarray | None,  # (S,S,3) uint8 of a frame without any face
@@ -208,7 +210,7 @@ def film_picture(
         picture[:side, : 2 * side] = np.concatenate([context, context], 1)
     return picture
 
-# %% ../nbs/85_reconstruct.ipynb #aaa7055f
+# %% ../nbs/85_reconstruct.ipynb #5c2d3985
 @patch
 def _end_file(self: Reconstruction, found: Found):
     clip, self.clip = self.clip, self.clip
@@ -234,7 +236,7 @@ def _end_file(self: Reconstruction, found: Found):
         self.summary.failed.append((path, problem or missing or f"{path}: no face was found"))
     self.faces = self.beyond = 0
 
-# %% ../nbs/85_reconstruct.ipynb #b8151922
+# %% ../nbs/85_reconstruct.ipynb #c22ba977
 @patch
 def close(self: Reconstruction) -> Summary:
     "Write the tables, and return what was done."

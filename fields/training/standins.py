@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..assets import find_asset, require_asset
 from ..config import Config
 from ..data.augment import SAMPLING, augment, draw_plan, fixed_plan, stream
-from ..data.detect import MEDIAPIPE_105, FaceDetector
+from ..data.detect import FaceDetector
+from ..data.mesh import MEDIAPIPE_105
 from ..data.imaging import photograph, sample_scene
 from ..data.mixing import Derived, read_columns
 from ..data.prepare import CropStore
