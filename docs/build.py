@@ -65,6 +65,8 @@ STYLE = """\
 .bd-article table { display: block; overflow-x: auto; }
 .bd-article .cell_output pre, .bd-article pre { overflow-x: auto; }
 .bd-article img { max-width: 100%; }
+.bd-article { overflow-wrap: anywhere; }
+.bd-article mjx-container[display="true"] { overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 """
 
 
