@@ -22,7 +22,7 @@ setup(
     packages=[*find_packages(include=["fields", "fields.*"]), "fields.data_manifests"],
     package_dir={"fields.data_manifests": "data_manifests"},
     include_package_data=True,
-    package_data={"": ["*.npz", "*.yaml", "*.json"], "fields": ["checkpoints/*"]},
+    package_data={"": ["*.npz", "*.yaml", "*.json"], "fields": ["checkpoints/*", "profiles/*"]},
     python_requires=">=3.11",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -10,7 +10,9 @@ import fcntl, os, queue, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from .config import Config, find_root, load_profile, to_dict
-from .stage import RunDir, Step, jobs, plan, read_json
+from .files import read_json
+from .plan import Step, jobs, plan
+from .stage import RunDir
 
 # %% ../nbs/81_chain.ipynb #543bfe53
 class ChainError(RuntimeError):

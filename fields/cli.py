@@ -213,7 +213,7 @@ def world(
     "Write the demo world: twins of the six datasets in their official layouts."
     from fields.config import load_profile
     from fields.data.twins import build_world
-    from fields.stage import processes
+    from fields.workers import processes
     from tqdm import tqdm
 
     config = load_profile(profile, change or [])

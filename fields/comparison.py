@@ -11,7 +11,7 @@ __all__ = ['FORBIDDEN', 'ALIASES', 'WIDTHS', 'SETS', 'COMPARED', 'digits', 'numb
 import math
 from pathlib import Path
 import numpy as np, torch
-from .stage import read_json, write_json
+from .files import read_json, write_json
 from .types import HeadParams, Prediction
 
 # %% ../nbs/06_comparison.ipynb #1cc8d40e

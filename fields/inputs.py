@@ -9,7 +9,7 @@ __all__ = ['IMAGES', 'VIDEOS', 'OUR_FAULTS', 'tidy', 'list_files', 'frames', 'ah
 import csv, io, os, queue, threading
 from pathlib import Path
 import numpy as np
-from .stage import atomic
+from .files import atomic
 
 # %% ../nbs/08_inputs.ipynb #a78fb138
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")

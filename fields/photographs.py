@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
-from .stage import write_json
+from .files import write_json
 from .types import HeadParams
 from .head.flame import Head
 from .head.geometry import rodrigues

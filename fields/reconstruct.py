@@ -14,7 +14,7 @@ import numpy as np, torch
 from .assets import package_file
 from .config import find_root
 from .inputs import IMAGES, OUR_FAULTS, VIDEOS, ahead, frames, list_files, write_table
-from .stage import atomic
+from .files import atomic
 from .types import EMOTIONS, HeadParams, Prediction, concatenate
 from .viz import to_uint8
 from .head.flame import Head

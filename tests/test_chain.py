@@ -84,7 +84,8 @@ def test_a_finished_run_does_nothing(smoke):
 
 def test_a_changed_parameter_runs_what_depends_on_it(smoke, tmp_path):
     from fields.config import load_profile
-    from fields.stage import RunDir, plan
+    from fields.plan import plan
+    from fields.stage import RunDir
 
     run = RunDir(smoke)
     same, other = load_profile("smoke"), load_profile("smoke", ["evaluation.bootstrap=77"])
@@ -175,7 +176,7 @@ def test_work_is_shared_by_processes_of_one_thread():
     """Every job is done once, by this process and a helper; the helper has one thread, this one gets its threads back."""
     import cv2
     import torch
-    from fields.stage import one_thread, work_together
+    from fields.workers import one_thread, work_together
 
     threads, before = (
         lambda: (torch.get_num_threads(), cv2.getNumThreads()),

@@ -196,7 +196,7 @@ def test_second_look():
 @pytest.mark.slow
 def test_correspondences_on_faces_they_were_not_fitted_on(tmp_path):
     """Contour and 203 points from the detector's 478, fitted on renders of some heads and judged on others, at the size of the demo profile."""
-    from fields.stage import write_json
+    from fields.files import write_json
     from fields.training.standins import make_correspondence
 
     score = make_correspondence(tmp_path, load_profile("demo"))

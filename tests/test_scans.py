@@ -819,7 +819,7 @@ def test_killed_dask_workers_lose_nothing(small, tmp_path):
 
 
 def write_evidence(name, values):
-    from fields.stage import write_json
+    from fields.files import write_json
 
     write_json(EVIDENCE / f"{name}.json", values)
 

@@ -354,7 +354,7 @@ def test_two_processes_agree_with_one(tmp_path):
         relative(saved[2]["grads"], saved[1]["grads"]),
         relative(saved[2]["params"], saved[1]["params"]),
     )
-    from fields.stage import write_json
+    from fields.files import write_json
 
     write_json(
         ROOT / "evidence/two_processes.json",
@@ -395,7 +395,7 @@ def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources
     outcome = run_method(killed, "F4", small_config(**config), head, sources)
     assert outcome.resumed == 10
     equal = same_files(whole, killed)
-    from fields.stage import write_json
+    from fields.files import write_json
 
     write_json(
         ROOT / "evidence/resume.json",
@@ -440,7 +440,7 @@ def test_paper_profile_runs_two_iterations(tmp_path):
     outcome = train(model, job.passes(), iterations(data, 1, Team(), job.prepare), Setting(2, tmp_path, "F4"))
     log = read_log(tmp_path / "log.csv")
     assert outcome.steps == 2 and all(len(v) == 2 and np.isfinite(v).all() for _, v in log.values())
-    from fields.stage import write_json
+    from fields.files import write_json
 
     write_json(
         ROOT / "evidence/paper_profile.json",

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from ..config import PrepareConfig, fingerprint
-from ..stage import begin_worker, work_together
+from ..workers import begin_worker, work_together
 from .crop import Box, crop_face
 from .detect import cached_detector
 from .readers import open_dataset

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from ..config import WorldConfig, to_dict
-from ..stage import atomic, one_thread, read_json, work_together, write_json
+from ..files import atomic, read_json, write_json
+from ..workers import one_thread, work_together
 from ..types import EMOTIONS, HeadOutput
 from ..manifests import load_manifest
 from ..head.flame import Head

@@ -14,7 +14,7 @@ from ..comparison import find
 from ..config import EvaluationConfig, WorldConfig, fingerprint
 from ..data.population import CONSTANTS, WorldConstants, generator, make_moment, make_person, unposed_surface
 from ..data.twins import affectnet_plan, project_surfaces
-from ..stage import read_json, write_json
+from ..files import read_json, write_json
 from ..types import HeadParams, Prediction
 from .emotion import Labels, run_protocol
 

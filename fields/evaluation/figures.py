@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable
 from ..config import Config
-from ..stage import write_json
+from ..files import write_json
 from ..viz import save_figure
 from .diagrams import figure1, figure3, figure8, figure9, read_pieces
 from .panels import figure4, figure10, figure11, figure_bp4d, read_raw

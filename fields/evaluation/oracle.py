@@ -11,7 +11,7 @@ import numpy as np, torch
 from ..types import HeadParams, Prediction
 from ..head.flame import Head
 from ..training.predict import SETS, prediction_file, save_prediction
-from ..stage import atomic
+from ..files import atomic
 
 # %% ../../nbs/77_evaluation.oracle.ipynb #eaa29a4e
 def load_truth(

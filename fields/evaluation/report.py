@@ -11,7 +11,7 @@ import base64, html, json
 from dataclasses import dataclass
 from pathlib import Path
 from ..comparison import find, read_metrics
-from ..stage import atomic
+from ..files import atomic
 from .figures import FIGURES
 from .tables import Table, Value, all_tables, read_all, record_value, to_html, value_html
 

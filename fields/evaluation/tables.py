@@ -13,7 +13,7 @@ import csv, html, io, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..comparison import find, read_metrics
-from ..stage import atomic
+from ..files import atomic
 from ..types import EMOTIONS
 from .geometry import paper_tables
 

@@ -16,7 +16,7 @@ from ..config import ScanConfig
 from .crop import ScanError, ellipse_crop
 from .energy import Target, align, check_config, prepare_target, solve
 from .surface import HeadModel, State, at_shape, head_model, pose, rest_state
-from ..stage import atomic, write_json
+from ..files import atomic, write_json
 from ..viz import figure, save_figure
 
 # %% ../../nbs/44_scans.fit.ipynb #dab564d8

@@ -15,7 +15,7 @@ import numpy as np
 from ..config import ScanConfig, fingerprint, to_dict
 from .crop import ScanError, ellipse_crop
 from .workers import run_tasks
-from ..stage import atomic, read_json, write_json
+from ..files import atomic, read_json, write_json
 
 # %% ../../nbs/47_scans.labels.ipynb #c846f7fa
 @dataclass

@@ -8,7 +8,7 @@ __all__ = ['run_tasks', 'slurm_cluster']
 # %% ../../nbs/45_scans.workers.ipynb #09940cae
 import time, warnings
 from multiprocessing import get_context
-from ..stage import begin_worker, one_thread
+from ..workers import begin_worker, one_thread
 
 # %% ../../nbs/45_scans.workers.ipynb #1fece4a8
 _OWN = {}  # the arguments that every task of this process shares

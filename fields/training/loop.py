@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from ..stage import atomic, write_json, read_json
+from ..files import atomic, write_json, read_json
 from .losses import Counts, Terms
 from ..viz import lines, picture
 

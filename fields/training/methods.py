@@ -21,7 +21,7 @@ from ..models.encoders import branches, reading_once
 from ..models.fields import FieldsModel, read_tensors, save_tensors
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
-from ..stage import write_json
+from ..files import write_json
 from .alternate import Alternating, Method
 from .cycle import famos_templates, templates_of
 from .loop import Outcome, Setting, Team, choose_precision, launch, train, training_only

@@ -8,7 +8,7 @@ __all__ = ['SETS', 'prediction_file', 'save_prediction', 'predict_set', 'predict
 # %% ../../nbs/67_training.predict.ipynb #9b5c4201
 from pathlib import Path
 from ..config import Config
-from ..stage import atomic
+from ..files import atomic
 from ..types import Prediction, concatenate
 from ..head.flame import Head
 from ..data.mixing import MixedData, open_sources

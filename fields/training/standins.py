@@ -29,7 +29,7 @@ from ..models.fields import read_tensors, save_tensors
 from ..models.identity import SmallIdentity, align
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
-from ..stage import write_json
+from ..files import write_json
 from .loop import Moment, Pass, Setting, choose_precision, train
 from .losses import Terms
 from .pretrain import projected
