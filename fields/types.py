@@ -189,6 +189,7 @@ class Prediction(Batched):
     valence: Tensor | None = None  # (B,)
     arousal: Tensor | None = None  # (B,)
     boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
+    lids: str = "before"  # how the lids join the head: before skinning, or "posed" as in SMIRK and TEASER
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -197,9 +198,8 @@ class Prediction(Batched):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name).detach().cpu().numpy()
         with open(path, "wb") as file:
-            np.savez(
-                file, ids=np.array(self.ids, dtype=np.str_), head_sha256=self.head_sha256, method=self.method, **arrays
-            )
+            text = {"head_sha256": self.head_sha256, "method": self.method, "lids": self.lids}
+            np.savez(file, ids=np.array(self.ids, dtype=np.str_), **text, **arrays)
 
     @classmethod
     def load(cls, path):
@@ -217,6 +217,7 @@ class Prediction(Batched):
                     t("valence"),
                     t("arousal"),
                     t("boxes"),
+                    str(z["lids"]) if "lids" in z.files else "before",
                 )
         except (KeyError, ValueError, OSError, TypeError, AttributeError) as e:
             raise ValueError(
