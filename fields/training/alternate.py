@@ -39,7 +39,7 @@ class Sample:
     emotion: Tensor | None  # (P,D) emotion features of the painted images
     read: tuple | None = None  # parameters, tokens and head of the painted images, as the joint step read them
 
-# %% ../../nbs/64_training.alternate.ipynb #19675d64
+# %% ../../nbs/64_training.alternate.ipynb #8c8c308e
 _WORDS = {
     "train_parts": ("fig3", "sec33", "teaser"),
     "passes": ("paper", "smirk"),
@@ -121,7 +121,7 @@ def _pixels(self: Alternating, sample: Sample, painting: Painting) -> Terms:
         terms.region = losses.region(image, made, sample.regions, self.config.train.region_norm)
     return terms
 
-# %% ../../nbs/64_training.alternate.ipynb #7f9e14ca
+# %% ../../nbs/64_training.alternate.ipynb #1f4ab2d4
 @patch
 def _visibility(self: Alternating, output: HeadOutput, params: HeadParams) -> Tensor:
     "(B,203) weights of the pose-dependent landmarks."
@@ -133,7 +133,7 @@ def _visibility(self: Alternating, output: HeadOutput, params: HeadParams) -> Te
     points = self.head.landmarks(output, "points203")
     return landmark_visibility(points, output.vertices, self.head.faces, params.camera, softness=0.002)
 
-# %% ../../nbs/64_training.alternate.ipynb #a0922887
+# %% ../../nbs/64_training.alternate.ipynb #19cdd00d
 @patch
 def _points(self: Alternating, terms: Terms, sample: Sample, params: HeadParams, output: HeadOutput, moment: Moment):
     "Add the landmark terms of Eq. 8."
@@ -144,7 +144,7 @@ def _points(self: Alternating, terms: Terms, sample: Sample, params: HeadParams,
         weights = self._visibility(output, params)
         terms.pose_landmark = losses.pose_landmark(seen("points203"), weights, batch, counts and counts.points203)
 
-# %% ../../nbs/64_training.alternate.ipynb #25741dcf
+# %% ../../nbs/64_training.alternate.ipynb #4a83807c
 @patch
 def _labels(self: Alternating, terms: Terms, sample: Sample, params: HeadParams, moment: Moment):
     "Add the terms of labels and regularisers (Eqs. 6, 7, 9)."
@@ -164,7 +164,7 @@ def _labels(self: Alternating, terms: Terms, sample: Sample, params: HeadParams,
     if w.jaw_reg:
         terms.jaw_reg = losses.jaw_reg(params)
 
-# %% ../../nbs/64_training.alternate.ipynb #231dffe6
+# %% ../../nbs/64_training.alternate.ipynb #8074689d
 @patch
 def _feeling(self: Alternating, sample: Sample, painting: Painting, tokens: Tensor | None) -> Tensor:
     "Compare emotion features; no gradient reaches the synthesizer."
@@ -174,7 +174,7 @@ def _feeling(self: Alternating, sample: Sample, painting: Painting, tokens: Tens
             image = self._net(synthesizer, painting.geometry, painting.masked, tokens)
     return losses.feature_consistency(sample.emotion.float(), self._net(self.emotion_net, image).float())
 
-# %% ../../nbs/64_training.alternate.ipynb #c785bd0d
+# %% ../../nbs/64_training.alternate.ipynb #595f53c0
 @patch
 def _encoder_terms(self: Alternating, sample: Sample, moment: Moment):
     "Terms of Eq. 10; the synthesis, and the parameters and tokens that it came from."
@@ -229,7 +229,7 @@ def _cycle(
         value = value + self.weights.cycle_token * losses.token_cycle(deepest, tokens[:1])
     return value
 
-# %% ../../nbs/64_training.alternate.ipynb #d25e12de
+# %% ../../nbs/64_training.alternate.ipynb #94a7d6a3
 @patch
 def synthesizer_loss(
     self: Alternating,
@@ -264,7 +264,7 @@ def joint_loss(
     terms.token_cycle = losses.token_cycle(self.tokens(painting.image), tokens, moving)
     return objective + self.weights.token_cycle * terms.token_cycle, terms
 
-# %% ../../nbs/64_training.alternate.ipynb #ad85587f
+# %% ../../nbs/64_training.alternate.ipynb #0e046583
 @patch
 def cycle_loss(
     self: Alternating,
@@ -283,7 +283,7 @@ def cycle_loss(
 
     return loss
 
-# %% ../../nbs/64_training.alternate.ipynb #356761a9
+# %% ../../nbs/64_training.alternate.ipynb #2629c9d8
 @patch
 def learning_encoders(self: Alternating) -> list[nn.Module]:
     "Return the encoders that learn."

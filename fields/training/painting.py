@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['painted_rows', 'Painting', 'Painter']
 
-# %% ../../nbs/63_training.painting.ipynb #7cad9721
+# %% ../../nbs/63_training.painting.ipynb #b6a9d037
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from ..models.masking import masked_background, sparse_background, sparse_weight
 from ..render.camera import project
 from ..render.shade import geometry_image
 from .loop import Moment
-from .rows import Method, settings_of
+from .rows import Method, row_settings
 from .team import Team, half
 from ..types import Batch, HeadOutput, HeadParams
 
-# %% ../../nbs/63_training.painting.ipynb #c2abfb8f
+# %% ../../nbs/63_training.painting.ipynb #93cf1dcf
 def painted_rows(
     count: int,  # images in the batch
     chosen: int,  # of them to be painted; 0: all
@@ -29,7 +29,7 @@ def painted_rows(
         return slice(None)
     return ((torch.arange(chosen) * count // chosen + step) % count).sort().values
 
-# %% ../../nbs/63_training.painting.ipynb #5f58d6f0
+# %% ../../nbs/63_training.painting.ipynb #1390111a
 @dataclass
 class Painting:
     "One synthesis and what led to it."
@@ -40,7 +40,7 @@ class Painting:
     masked: Tensor  # (P,3,H,W) what the synthesizer sees of the image
     image: Tensor  # (P,3,H,W) synthesis
 
-# %% ../../nbs/63_training.painting.ipynb #b480d09b
+# %% ../../nbs/63_training.painting.ipynb #2327a852
 class Painter:
     "A method's networks and head, and how they paint."
 
@@ -54,7 +54,7 @@ class Painter:
         precision: str = "32",  # "32" | "bf16", of the networks
     ):
         self.model, self.head, self.method = model, head, method
-        self.config = settings_of(method, config)
+        self.config = row_settings(method, config)
         self.weights = self.config.loss
         self.team, self.precision = team or Team(), precision
         self.faces = head.mask_faces("face")
