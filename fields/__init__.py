@@ -6,7 +6,7 @@ _PUBLIC = {
     "Head": "fields.head.flame",
     "HeadParams": "fields.types",
     "Prediction": "fields.types",
-    "Reconstructor": "fields.reconstruct",
+    "Reconstructor": "fields.reconstructor",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -38,9 +38,18 @@ def sentence(
     )
 
 
+def _say(message, category, filename, line, file=None, text=None):
+    "Print a notice of ours as one line, and any other warning as usual."
+    from fields.assets import Notice
+
+    ours = issubclass(category, Notice)
+    print(f"fields: {message}" if ours else warnings.formatwarning(message, category, filename, line), file=sys.stderr)
+
+
 def main():
     "Entry point of the `fields` command."
     warnings.filterwarnings("ignore", module="PIL")  # a damaged picture gets one sentence of ours
+    warnings.showwarning = _say
     try:
         app()
     except KeyboardInterrupt:
@@ -75,13 +84,15 @@ def chain(
         ),
     ] = "",
     notebooks: Annotated[bool, typer.Option(help="execute every component notebook too")] = False,
+    force: Annotated[
+        bool, typer.Option(help="throw away what the folder holds of another profile or settings")
+    ] = False,
 ):
     "Execute the pipeline notebooks end to end; what is done is not done again."
     from fields.chain import run_chain, run_components
 
-    executed = run_chain(
-        run, profile, [*(change or []), *([f"scheduler={scheduler}"] if scheduler else [])], first, last
-    )
+    changes = [*(change or []), *([f"scheduler={scheduler}"] if scheduler else [])]
+    executed = run_chain(run, profile, changes, first, last, force=force)
     if notebooks:
         executed += run_components(run)
     print(f"{len(executed)} notebooks executed" if executed else "nothing to do: every step is done")
@@ -179,11 +190,13 @@ def inspect(
 
 @app.command()
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="run folders that differ in their seed alone")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="run folders that differ in their seed alone, or files study_seedN.json")
+    ],
     out: Annotated[Path, typer.Option(help="folder for study_seedN.json and study.json")],
 ):
     "Merge the key figures of several seeds and print Table 4 over them."
-    from fields.evaluation.claims import merge_files
+    from fields.evaluation.seeds import merge_files
 
     print(merge_files(runs, out))
 

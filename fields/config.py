@@ -207,7 +207,8 @@ class Config:
     jobs: int = 0  # steps of the chain at work at the same time; 0: one a core up to 4, one on a GPU
     scheduler: str = "processes"  # of the scan steps: processes | dask | address of a Dask scheduler
     device: str = "auto"  # auto | cpu | cuda
-    head: str = "open"  # "open", or the path of a FLAME file
+    head: str = "open"  # "open", a name as flame2020, or the path of a FLAME file
+    assets: str = ""  # folder of licensed files, searched before those of FIELDS_ASSETS
     data: str = "world"  # "world", or the root folder of the licensed datasets
     world: WorldConfig = field(default_factory=WorldConfig)
     scans: ScanConfig = field(default_factory=ScanConfig)

@@ -18,7 +18,8 @@ from .render.camera import normaliser
 from .data.detect import read_image
 from .evaluation.landmarks import fit_pose, mean_head, projected
 from .inputs import IMAGES, VIDEOS, frames
-from .reconstruct import Reconstructor, panel
+from .panels import panel
+from .reconstructor import Reconstructor
 from .refine import LandmarkHead, RefineConfig, Refiner, refine
 
 # %% ../nbs/86_photographs.ipynb #e38a6506

@@ -16,7 +16,9 @@ from .models.masking import masked_background
 from .render.shade import geometry_image, smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
 from .data.detect import read_image
-from .reconstruct import Reconstructor, Saver, VIEW, save_picture
+from .outputs import Saver
+from .panels import VIEW, save_picture
+from .reconstructor import Reconstructor
 
 # %% ../nbs/85_transfer.ipynb #f81d9fcb
 def with_expression(

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np, pytest
 from fake_run import METHODS, fake_run, smoke_config
 from fields.comparison import find, read_metrics
-from fields.evaluation.claims import BAR, ablation, below, count_data, judge, merge_seeds, seed_record
+from fields.evaluation.claims import BAR, ablation, below, claim_verdict
+from fields.evaluation.counts import count_data
+from fields.evaluation.seeds import merge_seeds, seed_record
 from fields.evaluation.emotion import evaluate_emotion
 from fields.evaluation.figures import FIGURES, make_figures
 from fields.evaluation.geometry import evaluate_geometry, paper_tables
@@ -244,7 +246,7 @@ def test_what_does_not_hold_is_said_loudly(done):
             "ci_high": -row["record"]["ci_low"],
         }
     }
-    turned["verdict"] = judge(turned["record"], "lower")
+    turned["verdict"] = claim_verdict(turned["record"], "lower")
     assert turned["verdict"] == "contradicted" and "The opposite was measured" in banners({"claims": [turned]})
     assert "Not resolved" in banners({"claims": [row | {"verdict": "not resolved"}]})
 
@@ -315,7 +317,7 @@ def test_seeds(done):
 
 
 def test_seeds_are_merged_from_files(done, tmp_path):
-    from fields.evaluation.claims import merge_files
+    from fields.evaluation.seeds import merge_files
     from shutil import copytree
 
     runs = [tmp_path / f"s{k}" for k in range(2)]

@@ -24,7 +24,8 @@ from fields.head.geometry import (
     vertex_normals,
     write_mesh,
 )
-from fields.head.landmarks import PARTS, STATIC49, transfer
+from fields.head.landmarks import PARTS, STATIC49
+from fields.head.transfer import transfer
 from fields.head.pickles import HeadFileError
 from fields.types import HeadParams
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from fields import Head, HeadParams, Reconstructor
 from fields.config import NetworkConfig
+from fields.data.faces import find_faces
 from fields.evaluation.landmarks import projected
 from fields.models.fields import FieldsModel
-from fields.reconstruct import find_faces, reconstruct_files
+from fields.reconstruct import reconstruct_files
 from fields.refine import RefineConfig, Refiner, refine
 from fields.render.camera import normaliser
 

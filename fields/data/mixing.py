@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shares', 'stage_of', 'allocation', 'MixedSampler', 'share_of', 'Derived', 'read_columns', 'Source', 'MixedData',
-           'open_sources']
+           'check_expression_labels', 'open_sources']
 
 # %% ../../nbs/39_data.mixing.ipynb #69450b73
 import csv, math
@@ -362,6 +362,20 @@ class MixedData:
             self.config.network.image_size,
             self.device,
             self.config.prepare.cache_scale,
+        )
+
+# %% ../../nbs/39_data.mixing.ipynb #6f16cfdf
+def check_expression_labels(
+    sources: dict[str, Source],  # dataset -> Source
+    method: str,  # name of the method, for the message
+):
+    "Raise `ValueError` if no training frame of BP4D has an accepted scan fit."
+    bp4d = sources["bp4d"]
+    training = np.asarray(bp4d.has_expression) & (np.asarray(bp4d.split) == "train")
+    if not training.any():
+        raise ValueError(
+            f"{method} needs expression labels, and no training frame of BP4D has an accepted scan fit; "
+            "look at scans/fits/bp4d/report.json of the run, and run the chain's `fit_scans` step again"
         )
 
 # %% ../../nbs/39_data.mixing.ipynb #f624901e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AFFECTNET_COLUMNS', 'READERS', 'read_affectnet', 'read_celeba', 'read_ffhq', 'read_identity', 'read_lrw', 'read_mead',
-           'read_bp4d', 'open_dataset', 'inspect']
+           'sequence_rows', 'sequence_row', 'read_bp4d', 'open_dataset', 'inspect']
 
 # %% ../../nbs/33_data.readers.ipynb #10e33c36
 import csv, json, re, zlib
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from ..manifests import load_manifest, read_twin
 from ..media import check_clip
-from .scanfiles import detect_axes, detect_unit, eye_corner_distance
+from .scanfiles import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
 from .records import Dataset, DatasetItem, Problem, Reading, suffix_pattern
 
 # %% ../../nbs/33_data.readers.ipynb #da7210be
@@ -348,40 +348,93 @@ def _numbered(r, folder, role, warn=False):
             out[int(m[1])] = p
     return out
 
+# %% ../../nbs/33_data.readers.ipynb #64852aa0
+def sequence_rows(
+    path: Path,  # .npy or .mat file with the landmarks of a whole sequence
+) -> int:  # frames that it holds, 0 for a file that cannot be read
+    "Count the frames of a landmark file."
+    try:
+        points = np.load(path, mmap_mode="r") if path.suffix == ".npy" else _read_mat(path)
+        return len(_by_frame(points, path)) if points.ndim == 3 else 1
+    except (ValueError, OSError, EOFError):
+        return 0  # the same file is named with the reason when its landmarks are read
 
+
+def sequence_row(
+    number: int,  # picture number
+    offset: int,  # scan number minus picture number
+    rows: int,  # frames of the landmark file
+    pictures: list[int],  # numbers of the pictures that are there
+    scans: list[int],  # numbers of the scans that are there
+) -> int:  # row of this picture's landmarks
+    "Find the row by frame number: rows count from 0, as pictures do, or as scans do where the scans begin with 0."
+    last_scan = max([*scans, *(p + offset for p in pictures)])
+    # with an offset of 1 the scans count from 1 (row = picture number), or the first scan has no picture
+    if rows == max(pictures) + 1:
+        return number
+    if rows == last_scan + 1 or 0 in scans or offset <= 0:
+        return number + offset
+    return number
+
+# %% ../../nbs/33_data.readers.ipynb #b80e76ce
+def _first_numbered(r, role, subject, task, roles):
+    "Return {number: path} of the first place that holds files of a role for one sequence."
+    for name in [n for place in roles for n in r.manifest.layout.roles[place]]:
+        found = _numbered(r, r.folder / name / subject / task, role)
+        if found:
+            return found
+    return {}
+
+
+def _sequence_file(r, subject, task):
+    "Return the landmark file of a whole sequence, or None."
+    for name in r.manifest.layout.roles["landmarks"]:
+        for suffix in (".mat", ".npy"):
+            path = r.folder / name / f"{subject}_{task}{suffix}"
+            if path.is_file():
+                return path
+    return None
+
+
+def _report_foreign(r, folder):
+    "Report files of a sequence's folder that are not a number with a suffix that belongs there."
+    known = re.compile(r"\d+" + suffix_pattern(r.manifest, "images", "scans", "landmarks"))
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or known.fullmatch(path.name) or path.suffix.lower() == ".mtl":
+            continue
+        lost = int(path.suffix.lower() in r.manifest.layout.suffixes["images"])
+        r.fault("misnamed", path, "the name is not a number with a suffix that belongs here", lost)
+
+
+def _report_scans(r, folder, images, meshes, lacking):
+    "Report pictures without scans and scans without pictures, or one shift that explains them all."
+    for shift in (1, -1):
+        if lacking and len(images) > 1 and all(n + r.scan_offset + shift in meshes for n in images):
+            right = r.scan_offset + shift
+            r.fault("count", folder, f"scans and pictures are shifted; open the dataset with scan_offset={right}", 0)
+            break
+    else:
+        for n in lacking:
+            r.fault("missing", images[n], "the picture has no scan", 0)
+    for n in sorted(set(meshes) - {k + r.scan_offset for k in images}):
+        r.fault("missing", meshes[n], "the scan has no picture", 0)
+
+# %% ../../nbs/33_data.readers.ipynb #5ef889f1
 def _bp4d_task(r, folder, subject, task, split, scans, points):
     "Read one sequence of one subject."
     images = _numbered(r, folder, "images", True)
-    place = lambda role: [
-        r.folder / n / subject / task for n in r.manifest.layout.roles[role] if (r.folder / n / subject / task).is_dir()
-    ]
-    meshes = next((m for p in place("scans") if (m := _numbered(r, p, "scans"))), {}) if scans else {}
-    marks = (
-        next((m for p in [*place("landmarks"), *place("scans")] if (m := _numbered(r, p, "landmarks"))), {})
-        if points
-        else {}
-    )
-    whole = next(
-        (
-            p
-            for n in r.manifest.layout.roles["landmarks"]
-            for s in (".mat", ".npy")
-            if (p := r.folder / n / f"{subject}_{task}{s}").is_file()
-        ),
-        None,
-    )
-    known = re.compile(r"\d+" + suffix_pattern(r.manifest, "images", "scans", "landmarks"))
-    for p in sorted(folder.iterdir()):
-        if not p.name.startswith(".") and not known.fullmatch(p.name) and p.suffix.lower() != ".mtl":
-            r.fault(
-                "misnamed",
-                p,
-                "the name is not a number with a suffix that belongs here",
-                int(p.suffix.lower() in r.manifest.layout.suffixes["images"]),
-            )
+    meshes = _first_numbered(r, "scans", subject, task, ["scans"]) if scans else {}
+    marks = _first_numbered(r, "landmarks", subject, task, ["landmarks", "scans"]) if points else {}
+    whole = _sequence_file(r, subject, task)
+    rows = sequence_rows(whole) if whole and images else 0
+    _report_foreign(r, folder)
     lacking = []
-    for order, (number, path) in enumerate(sorted(images.items())):
+    for number, path in sorted(images.items()):
         scan, mark = meshes.get(number + r.scan_offset), marks.get(number + r.scan_offset)
+        row = sequence_row(number, r.scan_offset, rows, list(images), list(meshes)) if rows else None
+        if mark is None and row is not None and row >= rows:
+            r.fault("missing", whole, f"it has {rows} frames and none for picture {number}", 0)
+            row = None
         if scan is not None and scan.stat().st_size == 0:
             r.fault("truncated", scan, "the file is empty", 0)
             scan = None
@@ -390,33 +443,20 @@ def _bp4d_task(r, folder, subject, task, split, scans, points):
         elif points and scan is not None and mark is None and whole is None:
             r.fault("missing", scan, "the scan has no landmarks", 0)
         if r.image_ok(path):
+            # a file that cannot be read keeps its place: reading it says what is wrong with it
+            from_whole = whole if mark is None and (row is not None or not rows) else None
             r.add(
                 f"{subject}/{task}/{number:04d}",
                 split,
                 path,
                 subject=subject,
                 scan=scan,
-                landmarks3d=mark or whole,
-                landmarks3d_index=order if mark is None and whole else None,
+                landmarks3d=mark or from_whole,
+                landmarks3d_index=row if from_whole else None,
             )
-    shifted = next(
-        (k for k in (1, -1) if lacking and len(images) > 1 and all(n + r.scan_offset + k in meshes for n in images)),
-        None,
-    )
-    if shifted:
-        r.fault(
-            "count",
-            folder,
-            f"scans and pictures are shifted; open the dataset with scan_offset={r.scan_offset + shifted}",
-            0,
-        )
-    else:
-        for n in lacking:
-            r.fault("missing", images[n], "the picture has no scan", 0)
-    for n in sorted(set(meshes) - {k + r.scan_offset for k in images}):
-        r.fault("missing", meshes[n], "the scan has no picture", 0)
+    _report_scans(r, folder, images, meshes, lacking)
 
-
+# %% ../../nbs/33_data.readers.ipynb #8f259e4f
 def read_bp4d(r):
     "Read BP4D: subject, task, pictures with scans and landmarks."
     images = r.place("images")
@@ -529,6 +569,6 @@ def inspect(
             lines.append(
                 f"unit {dict([(1e-3, 'mm'), (1e-2, 'cm'), (1.0, 'm')])[factor]}; eye corners {eye_corner_distance(points) * factor * 1e3:.1f} mm apart; left {axes.left}, up {axes.up}, forward {axes.forward}"
             )
-        except (ValueError, OSError) as e:
-            lines.append(f"first scan: {e}")
+        except (ValueError, OSError) as error:
+            lines.append(f"first scan: {error}")
     return "\n".join(lines + [f"{len(data.problems)} problems"] + [f"  {p}" for p in data.problems[:10]])

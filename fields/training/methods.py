@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..assets import find_asset
 from ..config import Config, fingerprint, set_up, to_dict
-from ..data.mixing import MixedData, open_sources
+from ..data.mixing import MixedData, check_expression_labels, open_sources
 from ..head.flame import Head
 from ..models.checkpoints import import_emotion, import_teaser, start_from_timm, import_vgg16
 from ..models.encoders import branches, reading_once
@@ -288,6 +288,8 @@ def _train_alternating(run, method, config, head, data, team, callbacks, initial
     if method.use_feature:
         feature_net, note = emotion_network(run / "standins")
         notes.append(note)
+    if method.use_expression:
+        check_expression_labels(data.sources, method.name)
     templates, note = cycle_templates(data.sources, head)
     notes.append(note)
     if method.use_expression and method.loss(config.loss).eyelids and not data.sources["bp4d"].eyelids.any():
