@@ -173,6 +173,7 @@ class TrainConfig:
     frozen_norm: str = "still"  # BatchNorm of frozen encoders: still | moving, as in SMIRK's and TEASER's code
     supervise_jaw: bool = False  # the jaw joins L_3D-GT
     select: str = "last"  # last | best
+    average: float = 0.0  # decay of a running mean of the weights, kept in their place; 0: none, as the paper
     gradient_clip: float = 0.1  # on the synthesizer: in SMIRK's cycle step; with passes=paper, in its whole pass
     accumulate: int = 1  # batches a step
     checkpoint_every: int = 100  # iterations

@@ -224,6 +224,10 @@ class Prediction(Batched):
                 f"{path} is not a prediction file ({e}); make it again with `fields chain` or `Prediction.save`"
             ) from None
 
+    def pose(self, head):
+        "Pose a head with the predicted parameters, lids as the method means them."
+        return head(self.params) if self.lids == "before" else head(self.params, eyelids=self.lids)
+
     def check_head(self, sha256):
         "Raise `ValueError` unless the coefficients belong to the head with this sha256."
         if self.head_sha256 != sha256:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..comparison import common_ids, read_predictions, select
 from ..config import Config
-from ..models.fields import load_model
+from ..models.fields import FieldsModel
 from ..models.masking import masked_background
 from ..render.shade import geometry_image
 from ..types import HeadParams
@@ -170,7 +170,7 @@ def synthesise(
     path = Path(run) / "checkpoints" / method / "model.safetensors"
     if not path.is_file():
         return None
-    model, size = load_model(path, head), config.network.image_size
+    model, size = FieldsModel.load(path, head), config.network.image_size
     seen = torch.nn.functional.interpolate(
         torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float() / 255, (size, size), mode="area"
     )

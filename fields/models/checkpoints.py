@@ -142,7 +142,7 @@ def _import(path, head, kind, named, any_head):
     _same_basis(path, kind, head, any_head)
     config = NetworkConfig(size="paper", image_size=224, output_range="smirk")
     with torch.device("meta"):
-        model = FieldsModel(config, head, kind, emotion=False, method=kind.upper())
+        model = FieldsModel(config, head, kind, emotion=False, method=kind.upper(), lids="posed")
     return load_strict(
         model.to_empty(device="cpu"), content, path, f"a complete {named}", lambda name: _official(name, kind)
     ).eval()
