@@ -3,13 +3,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS := .venv-docs
 
-.PHONY: demo test test-all install export clean help
+.PHONY: demo test test-all install hooks lab docs export clean help
 
 help:
 	@echo "make demo      install what is missing, run the chain on the demo world (runs/demo/report.html)"
+	@echo "make lab       install what is missing, open the notebooks in JupyterLab"
 	@echo "make test      install what is missing, check export, notebooks, floors, tests"
-	@echo "make test-all  make test, then the long proofs (evidence/*.json)"
+	@echo "make test-all  make test, then the long proofs (evidence/*.json) and the browser"
+	@echo "make docs      build the site of the documentation (_docs/html/index.html)"
 	@echo "make export    notebooks -> fields/"
 
 $(INSTALLED): constraints.txt settings.ini setup.py
@@ -19,7 +22,17 @@ $(INSTALLED): constraints.txt settings.ini setup.py
 	$(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -q -c constraints.txt -e '.[all]'
 	@touch $@
 
-install: $(INSTALLED)
+install: $(INSTALLED) hooks
+
+# merges of notebooks by cell (.gitattributes asks for it); nothing outside of this clone is changed
+hooks: $(INSTALLED)
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+	  git config --local merge.nbdev-merge.name "resolve conflicts of notebooks by cell"; \
+	  git config --local merge.nbdev-merge.driver "$(abspath $(BIN))/nbdev_merge %O %A %B %P"; \
+	fi
+
+lab: install
+	JUPYTER_CONFIG_DIR=$(CURDIR)/lab $(BIN)/jupyter lab --notebook-dir=$(CURDIR)/nbs index.ipynb
 
 demo: $(INSTALLED)
 	$(BIN)/fields chain --profile demo --run runs/demo
@@ -32,8 +45,16 @@ test: $(INSTALLED)
 test-all: test
 	$(BIN)/python -m pytest -q -m slow --durations 15 tests
 
+$(DOCS)/.installed: docs/constraints.txt
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c docs/constraints.txt jupyter-book==1.0.4
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python docs/build.py
+
 export: $(INSTALLED)
 	$(BIN)/nbdev_export
 
 clean:
-	rm -rf runs build dist *.egg-info
+	rm -rf runs build dist _docs *.egg-info

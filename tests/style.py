@@ -3,7 +3,7 @@
     python tests/style.py                       the table: before | after | litgpt | fastcore
     python tests/style.py fields/scans/fit.py   one line a module, then every place that a bar does not let pass
     python tests/style.py --modules             one line for each module
-    python tests/style.py --write               measure "after" again and keep it in evidence/style.json
+    python tests/style.py --write               measure "after" again and keep it in tests/style_peers.json
     python tests/style.py --peer litgpt=DIR     measure a column again from an unpacked package (also before=DIR)
 
 Only generated modules are read, so that notebooks and plain packages are measured alike. What the exporter itself
@@ -26,7 +26,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KEPT = ROOT / "evidence" / "style.json"
+KEPT = ROOT / "tests" / "style_peers.json"
 PEERS = {"before": "commit 80b066d", "litgpt": "wheel 0.5.13", "fastcore": "wheel 1.14.5"}
 WIDTH = 120
 CELL = re.compile(r"^# %% .*\.ipynb")

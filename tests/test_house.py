@@ -131,7 +131,9 @@ def test_notebooks_and_tests_pass_the_linter():
 
 def test_every_notebook_has_a_kernel():
     for path in NOTEBOOKS + GUIDES + PIPELINE:
-        assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path.name
+        metadata = json.loads(path.read_text())["metadata"]
+        assert metadata["kernelspec"]["name"] == "python3", path.name
+        assert "widgets" not in metadata, f"{path.name}: the state of widgets is megabytes; save with `make lab`"
 
 
 def test_modules_are_short():
