@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WeightMean']
 
-# %% ../../nbs/61_training.average.ipynb #fd76a08d
+# %% ../../nbs/61_training.average.ipynb #cf398904
 import contextlib
 from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/61_training.average.ipynb #98d95998
+# %% ../../nbs/61_training.average.ipynb #cb314c16
 class WeightMean:
     "Exponential moving average of all floating tensors of a module; others, as counters, are copied."
 

@@ -7,7 +7,7 @@ __all__ = ['perceptual_network', 'emotion_network', 'begin_encoders', 'weights_o
            'official_model', 'cycle_templates', 'open_training', 'run_precision', 'parameter_error', 'emotion_features',
            'warm_up_emotion']
 
-# %% ../../nbs/64_training.starts.ipynb #b1ebdab4
+# %% ../../nbs/64_training.starts.ipynb #5749859f
 import dataclasses
 from pathlib import Path
 import torch
@@ -28,7 +28,7 @@ from .rows import INITIAL_NAME, Method, row_settings
 from .team import Team, choose_precision
 from ..types import Batch, empty_batch
 
-# %% ../../nbs/64_training.starts.ipynb #c80f4d5f
+# %% ../../nbs/64_training.starts.ipynb #09921985
 def perceptual_network(
     standins: Path,  # the run's `standins` folder
 ) -> tuple[nn.Module, str]:  # image -> list of maps, and which one it is
@@ -41,7 +41,7 @@ def perceptual_network(
     net.load_state_dict(state)
     return net.eval(), "perceptual loss: stand-in (VGG16 was not found)"
 
-# %% ../../nbs/64_training.starts.ipynb #5c6dfe0d
+# %% ../../nbs/64_training.starts.ipynb #397a9c8e
 def emotion_network(
     standins: Path,  # the run's `standins` folder
 ) -> tuple[nn.Module, str]:  # image -> (B,D) features, and which one it is
@@ -54,7 +54,7 @@ def emotion_network(
     net.load_state_dict(state)
     return net.eval(), "emotion features: stand-in (EMOCA's network was not found)"
 
-# %% ../../nbs/64_training.starts.ipynb #eb88e8f0
+# %% ../../nbs/64_training.starts.ipynb #c8226735
 def begin_encoders(
     model: FieldsModel,  # its encoders are changed
     run: Path,  # run folder
@@ -75,7 +75,7 @@ def begin_encoders(
         raise ValueError(f"{trunk} is missing, so the encoders would begin at random; run the chain's `standins` step")
     return "encoders begin with random weights: no pretrained backbone was found"
 
-# %% ../../nbs/64_training.starts.ipynb #d05ec891
+# %% ../../nbs/64_training.starts.ipynb #e9bd1377
 def weights_of(
     run: Path,  # run folder
     name: str,  # method
@@ -111,7 +111,7 @@ def starting_model(
         model.synthesizer.load_state_dict(first.synthesizer.state_dict())
     return model, base
 
-# %% ../../nbs/64_training.starts.ipynb #31e52df1
+# %% ../../nbs/64_training.starts.ipynb #6b989b16
 def official_teaser(
     config: Config,
     head: Head,
@@ -125,7 +125,7 @@ def official_teaser(
         return None, f"initialisation: {path.name} was found and not used, because {why}; it is trained here instead"
     return import_teaser(path, head), f"initialisation: token encoder and synthesizer of {path.name}"
 
-# %% ../../nbs/64_training.starts.ipynb #4e3e3a5e
+# %% ../../nbs/64_training.starts.ipynb #380d7a08
 def official_model(
     method: Method,  # with an `asset`
     config: Config,
@@ -141,7 +141,7 @@ def official_model(
     model.method = method.name
     return model
 
-# %% ../../nbs/64_training.starts.ipynb #9d661007
+# %% ../../nbs/64_training.starts.ipynb #7f6edc81
 def cycle_templates(
     sources: dict,  # dataset -> Source
     head: Head,
@@ -156,7 +156,7 @@ def cycle_templates(
         return made, f"cycle templates: {len(made)} expressions fitted to BP4D's training scans"
     return made, "cycle templates: none (no training scan is fitted), so their share gets the random edit"
 
-# %% ../../nbs/64_training.starts.ipynb #08597969
+# %% ../../nbs/64_training.starts.ipynb #ce5456f6
 def open_training(
     run: Path,  # run folder
     config: Config,
@@ -166,7 +166,7 @@ def open_training(
     labels = ExpressionLabels.load(Path(run) / "scans" / "labels.npz")
     return open_sources(Path(run) / "crops", labels, head_sha256=head.sha256)
 
-# %% ../../nbs/64_training.starts.ipynb #3eddb2e3
+# %% ../../nbs/64_training.starts.ipynb #bddaa505
 def run_precision(
     run: Path,  # run folder
     config: Config,
@@ -200,7 +200,7 @@ def parameter_error(
         found.append(both.square().mean(1)[batch.has_expression])
     return float(torch.cat(found).mean())
 
-# %% ../../nbs/64_training.starts.ipynb #fd04f0c9
+# %% ../../nbs/64_training.starts.ipynb #b0026c5e
 def emotion_features(
     model: FieldsModel,  # its encoders read
     data: MixedData,  # opened datasets

@@ -6,7 +6,7 @@
 __all__ = ['Team', 'average_gradients', 'TeamNorm', 'synchronised', 'begin_together', 'launch', 'half', 'probe_seconds',
            'choose_precision']
 
-# %% ../../nbs/61_training.team.ipynb #5e3eebfd
+# %% ../../nbs/61_training.team.ipynb #2124ade4
 import os, time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..files import read_json, write_json
 
-# %% ../../nbs/61_training.team.ipynb #64a1a3bf
+# %% ../../nbs/61_training.team.ipynb #29468aa1
 class Team:
     "This process and the others it trains with; alone by default."
 
@@ -42,7 +42,7 @@ class Team:
         "Return the first process's value: what a clock or a file decides must be one answer."
         return value if self.world == 1 else self.fabric.broadcast(value)
 
-# %% ../../nbs/61_training.team.ipynb #ecfa1bc8
+# %% ../../nbs/61_training.team.ipynb #0d711259
 def average_gradients(
     team: Team,  # processes
     parameters: list,  # their gradients are changed; those without one are left out
@@ -55,7 +55,7 @@ def average_gradients(
     for grad, new in zip(grads, flat.split([g.numel() for g in grads])):
         grad.copy_(new.view_as(grad))
 
-# %% ../../nbs/61_training.team.ipynb #0aad59d7
+# %% ../../nbs/61_training.team.ipynb #696745c8
 class _Mean(torch.autograd.Function):
     "Average over the processes, forward and backward."
 
@@ -100,7 +100,7 @@ class TeamNorm(nn.modules.batchnorm._BatchNorm):
         normal = centred * spread((variance + self.eps).rsqrt())
         return (normal * spread(self.weight) + spread(self.bias)).to(kind)
 
-# %% ../../nbs/61_training.team.ipynb #cc4da408
+# %% ../../nbs/61_training.team.ipynb #f3062166
 def synchronised(
     root: nn.Module,  # its BatchNorm layers are changed in place
     team: Team,  # the processes
@@ -118,7 +118,7 @@ def synchronised(
         layer.team = team
     return len(plain)
 
-# %% ../../nbs/61_training.team.ipynb #8761343f
+# %% ../../nbs/61_training.team.ipynb #038f3c37
 def begin_together(
     root: nn.Module,  # everything that learns
     team: Team,  # the processes
@@ -131,7 +131,7 @@ def begin_together(
         tensor.copy_(team.share(tensor))
     return [f"{team.world} processes; the statistics of {layers} BatchNorm layers are those of all of them"]
 
-# %% ../../nbs/61_training.team.ipynb #d76c3e3a
+# %% ../../nbs/61_training.team.ipynb #9e484e58
 def launch(
     device: str = "cpu",  # cpu | cuda
     devices: int = 1,  # processes on each machine
@@ -147,7 +147,7 @@ def launch(
     fabric.launch()
     return Team(fabric=fabric)
 
-# %% ../../nbs/61_training.team.ipynb #68912968
+# %% ../../nbs/61_training.team.ipynb #6265f667
 def half(
     precision: str,  # "32" | "bf16"
     device,  # torch device
@@ -155,7 +155,7 @@ def half(
     "Return the context in which networks run."
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
-# %% ../../nbs/61_training.team.ipynb #a48e0dc4
+# %% ../../nbs/61_training.team.ipynb #cdb0abbe
 def probe_seconds(
     probe: Callable,  # runs one forward and backward pass of the networks
     precision: str,  # "32" | "bf16"
@@ -173,7 +173,7 @@ def probe_seconds(
         times.append(time.perf_counter() - start)
     return min(times)
 
-# %% ../../nbs/61_training.team.ipynb #d1f15fa9
+# %% ../../nbs/61_training.team.ipynb #49149d1a
 def choose_precision(
     wanted: str,  # auto | 32 | bf16
     path: Path | str,  # where the run keeps the answer
