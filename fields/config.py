@@ -193,6 +193,7 @@ class EvaluationConfig:
     folds: int = 5
     protocols: list[str] = field(default_factory=lambda: ["heldout", "paper"])
     units: str = "mm"  # mm | paper
+    shape_components: str = "real"  # of the shape error: real (at least .05 mm) | all
     bootstrap: int = 1000  # resamples of a confidence interval
     figure_points: int = 700  # points of the t-SNE and UMAP figures
 
