@@ -53,12 +53,13 @@ def save_tensors(
 def read_tensors(
     path: str | Path,  # a `.safetensors` file
 ) -> tuple[dict, dict]:  # name -> tensor, name -> string
-    "Read tensors and header; raise `FileNotFoundError` or `ValueError` if there is no such file or it is something else."
+    "Read tensors and header; raise `FileNotFoundError` or `ValueError` if there is none or it is something else."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path of a .safetensors file")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); write it again or fetch it again"
@@ -159,7 +160,7 @@ class FieldsModel(nn.Module):
         "Pose a head with predicted parameters, its lids as this model means them."
         return head(params) if self.lids == "before" else head(params, eyelids=self.lids)
 
-# %% ../../nbs/58_models.fields.ipynb #a4506956
+# %% ../../nbs/58_models.fields.ipynb #3a38c824
 @patch(as_prop=True)
 def parts(self: FieldsModel) -> dict[str, nn.Module]:
     "Name of each part that learns -> its network."
@@ -168,7 +169,7 @@ def parts(self: FieldsModel) -> dict[str, nn.Module]:
     networks = zip(PARTS, (*geometry, self.token_encoder, self.synthesizer, self.emotion_head))
     return {name: network for name, network in networks if network is not None}
 
-# %% ../../nbs/58_models.fields.ipynb #8e34899b
+# %% ../../nbs/58_models.fields.ipynb #96cb93b1
 @patch
 def set_trainable(
     self: FieldsModel,
@@ -231,7 +232,7 @@ def save(
     }
     return save_tensors(path, self.state_dict(), {**extra, **header}, half)
 
-# %% ../../nbs/58_models.fields.ipynb #9dfc63f4
+# %% ../../nbs/58_models.fields.ipynb #39fdc49c
 def check_header(
     header: dict,  # of a safetensors file
     path: str | Path,  # the file, for the message
@@ -255,7 +256,7 @@ def check_header(
             "coefficients of two heads are not interchangeable, so load that head or train again"
         )
 
-# %% ../../nbs/58_models.fields.ipynb #863880b9
+# %% ../../nbs/58_models.fields.ipynb #95789bd6
 @patch(cls_method=True)
 def load(
     cls: FieldsModel,

@@ -39,7 +39,7 @@ class Sample:
     emotion: Tensor | None  # (P,D) emotion features of the painted images
     read: tuple | None = None  # parameters, tokens and head of the painted images, as the joint step read them
 
-# %% ../../nbs/64_training.alternate.ipynb #8c8c308e
+# %% ../../nbs/64_training.alternate.ipynb #cf285ed9
 _WORDS = {
     "train_parts": ("fig3", "sec33", "teaser"),
     "passes": ("paper", "smirk"),
@@ -121,7 +121,7 @@ def _pixels(self: Alternating, sample: Sample, painting: Painting) -> Terms:
         terms.region = losses.region(image, made, sample.regions, self.config.train.region_norm)
     return terms
 
-# %% ../../nbs/64_training.alternate.ipynb #1f4ab2d4
+# %% ../../nbs/64_training.alternate.ipynb #8c6a7004
 @patch
 def _visibility(self: Alternating, output: HeadOutput, params: HeadParams) -> Tensor:
     "(B,203) weights of the pose-dependent landmarks."
@@ -133,18 +133,21 @@ def _visibility(self: Alternating, output: HeadOutput, params: HeadParams) -> Te
     points = self.head.landmarks(output, "points203")
     return landmark_visibility(points, output.vertices, self.head.faces, params.camera, softness=0.002)
 
-# %% ../../nbs/64_training.alternate.ipynb #19cdd00d
+# %% ../../nbs/64_training.alternate.ipynb #49b4e2e0
 @patch
 def _points(self: Alternating, terms: Terms, sample: Sample, params: HeadParams, output: HeadOutput, moment: Moment):
     "Add the landmark terms of Eq. 8."
     batch, counts = sample.batch, moment.counts
-    seen = lambda which: projected(self.head, params, which, output)
+
+    def seen(which):
+        return projected(self.head, params, which, output)
+
     terms.landmark = losses.landmark(seen("mediapipe105"), seen("contour17"), batch, counts and counts.contour)
     if self.method.use_regions:
         weights = self._visibility(output, params)
         terms.pose_landmark = losses.pose_landmark(seen("points203"), weights, batch, counts and counts.points203)
 
-# %% ../../nbs/64_training.alternate.ipynb #4a83807c
+# %% ../../nbs/64_training.alternate.ipynb #785aa2ea
 @patch
 def _labels(self: Alternating, terms: Terms, sample: Sample, params: HeadParams, moment: Moment):
     "Add the terms of labels and regularisers (Eqs. 6, 7, 9)."
@@ -164,7 +167,7 @@ def _labels(self: Alternating, terms: Terms, sample: Sample, params: HeadParams,
     if w.jaw_reg:
         terms.jaw_reg = losses.jaw_reg(params)
 
-# %% ../../nbs/64_training.alternate.ipynb #8074689d
+# %% ../../nbs/64_training.alternate.ipynb #7d3621e8
 @patch
 def _feeling(self: Alternating, sample: Sample, painting: Painting, tokens: Tensor | None) -> Tensor:
     "Compare emotion features; no gradient reaches the synthesizer."
@@ -174,7 +177,7 @@ def _feeling(self: Alternating, sample: Sample, painting: Painting, tokens: Tens
             image = self._net(synthesizer, painting.geometry, painting.masked, tokens)
     return losses.feature_consistency(sample.emotion.float(), self._net(self.emotion_net, image).float())
 
-# %% ../../nbs/64_training.alternate.ipynb #595f53c0
+# %% ../../nbs/64_training.alternate.ipynb #dfd21ab5
 @patch
 def _encoder_terms(self: Alternating, sample: Sample, moment: Moment):
     "Terms of Eq. 10; the synthesis, and the parameters and tokens that it came from."
@@ -229,7 +232,7 @@ def _cycle(
         value = value + self.weights.cycle_token * losses.token_cycle(deepest, tokens[:1])
     return value
 
-# %% ../../nbs/64_training.alternate.ipynb #94a7d6a3
+# %% ../../nbs/64_training.alternate.ipynb #e2901386
 @patch
 def synthesizer_loss(
     self: Alternating,
@@ -264,7 +267,7 @@ def joint_loss(
     terms.token_cycle = losses.token_cycle(self.tokens(painting.image), tokens, moving)
     return objective + self.weights.token_cycle * terms.token_cycle, terms
 
-# %% ../../nbs/64_training.alternate.ipynb #0e046583
+# %% ../../nbs/64_training.alternate.ipynb #acb2b789
 @patch
 def cycle_loss(
     self: Alternating,
@@ -283,7 +286,7 @@ def cycle_loss(
 
     return loss
 
-# %% ../../nbs/64_training.alternate.ipynb #2629c9d8
+# %% ../../nbs/64_training.alternate.ipynb #dd244453
 @patch
 def learning_encoders(self: Alternating) -> list[nn.Module]:
     "Return the encoders that learn."

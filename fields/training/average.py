@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WeightMean']
 
-# %% ../../nbs/61_training.average.ipynb #cf398904
+# %% ../../nbs/61_training.average.ipynb #fbc292d8
 import contextlib
 from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/61_training.average.ipynb #cb314c16
+# %% ../../nbs/61_training.average.ipynb #abacf7ac
 class WeightMean:
     "Exponential moving average of all floating tensors of a module; others, as counters, are copied."
 

@@ -33,7 +33,7 @@ class CyclePlan(Batched):
     eyelids: Tensor  # (B,2) added to the lids
     lids: Tensor  # (B,2) lids of the zero edit
 
-# %% ../../nbs/61_training.cycle.ipynb #1b477fb6
+# %% ../../nbs/61_training.cycle.ipynb #c4b4396a
 def draw_cycle(
     seed: int,  # training seed
     step: int,  # iteration
@@ -59,7 +59,7 @@ def draw_cycle(
     tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in drawn.items()}
     return CyclePlan(edit=torch.from_numpy(edit), partner=torch.from_numpy(partner), **tensors)
 
-# %% ../../nbs/61_training.cycle.ipynb #4f643e50
+# %% ../../nbs/61_training.cycle.ipynb #0e7af251
 @dataclass
 class Templates:
     "Expressions in groups; a group is drawn first, then one of its members."
@@ -153,7 +153,8 @@ def famos_templates(
             groups.append(np.stack([np.asarray(f, np.float32).reshape(-1)[:50] for f in frames]))
     if not groups:
         raise ValueError(
-            f"{folder} holds no templates; unpack expression_templates_famos.zip there, or remove the folder to use the fitted expressions"
+            f"{folder} holds no templates; unpack expression_templates_famos.zip there, "
+            "or remove the folder to use the fitted expressions"
         )
     count = torch.tensor([len(g) for g in groups])
     return Templates(torch.from_numpy(np.concatenate(groups)), count.cumsum(0) - count, count)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from ..files import atomic
 from .average import WeightMean
-from .log import Diverged, Log, Report, guard, read_log
+from .log import Log, Report, guard
 from .losses import Counts, Terms
-from .team import Team, average_gradients, begin_together, choose_precision, half, launch, synchronised
+from .team import Team, average_gradients, begin_together
 
 # %% ../../nbs/62_training.loop.ipynb #bc62420c
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ class Moment:
     counts: Counts | None = None  # divisors of masked terms
     part: int = 0  # which of the accumulated batches
 
-# %% ../../nbs/62_training.loop.ipynb #a5c32dc6
+# %% ../../nbs/62_training.loop.ipynb #271882bb
 @dataclass
 class Pass:
     "One backward pass of an iteration and what it changes."
@@ -70,7 +70,7 @@ class Pass:
     every: Callable = lambda step: True  # is the pass run at this step?
     moving: list = field(default_factory=list)  # modules whose BatchNorm statistics follow, without learning
 
-# %% ../../nbs/62_training.loop.ipynb #632e58c9
+# %% ../../nbs/62_training.loop.ipynb #41a033ce
 def learning_rate(
     base: float,  # the configured rate
     step: int,  # iteration
@@ -89,7 +89,7 @@ def learning_rate(
         return base * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
     raise ValueError(f"train.schedule={schedule!r} is unknown; use constant, cosine or restarts")
 
-# %% ../../nbs/62_training.loop.ipynb #91e55430
+# %% ../../nbs/62_training.loop.ipynb #3fcca3d1
 def take_step(
     optimizer: torch.optim.Optimizer,  # with gradients
     rate: Callable | None = None,  # base rate -> rate of this step
@@ -131,7 +131,7 @@ def run_pass(
             take_step(optimizer, rate)
     return names, total
 
-# %% ../../nbs/62_training.loop.ipynb #2110520f
+# %% ../../nbs/62_training.loop.ipynb #1593ae63
 def save_weights(
     path: Path | str,  # a safetensors file
     tensors: dict[str, Tensor],  # by name
@@ -168,7 +168,7 @@ def save_state(
         if old != new:
             shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/62_training.loop.ipynb #8df29eb0
+# %% ../../nbs/62_training.loop.ipynb #56732feb
 def load_state(
     folder: Path,  # of the training
     root: nn.Module,  # everything
@@ -225,7 +225,7 @@ class Setting:
         "Return the function from a base rate to the rate of a step."
         return lambda base: learning_rate(base, step, self.steps, self.schedule, self.epoch)
 
-# %% ../../nbs/62_training.loop.ipynb #b7cd289a
+# %% ../../nbs/62_training.loop.ipynb #96b4e2a5
 @dataclass
 class Outcome:
     "What a finished training says about itself."
@@ -237,7 +237,7 @@ class Outcome:
     resumed: int  # iterations that earlier parts had done
     notes: list  # sentences for the log and the report
 
-# %% ../../nbs/62_training.loop.ipynb #5b1bd680
+# %% ../../nbs/62_training.loop.ipynb #0fae4424
 class Course:
     "A training under way: where it is, what was best, and what it writes."
 
@@ -259,7 +259,7 @@ class Course:
         self.log = Log(self.folder, self.first, setting.events)
         self.waiting, self.begun = [], time.perf_counter()
 
-# %% ../../nbs/62_training.loop.ipynb #82ddd7fc
+# %% ../../nbs/62_training.loop.ipynb #aa73a256
 def flush(
     course: Course,
     done: int,  # iterations
@@ -275,7 +275,7 @@ def flush(
     for callback in course.callbacks:
         callback(Report(done, course.setting.steps, row, seconds, course.log))
 
-# %% ../../nbs/62_training.loop.ipynb #270cca5f
+# %% ../../nbs/62_training.loop.ipynb #c181ab42
 def validate_course(
     course: Course,
     validate: Callable,  # () -> value to minimise
@@ -291,7 +291,7 @@ def validate_course(
             if course.setting.keep_best and course.folder:
                 save_weights(course.folder / "best.safetensors", course.root.state_dict())
 
-# %% ../../nbs/62_training.loop.ipynb #8c137c13
+# %% ../../nbs/62_training.loop.ipynb #efb36c37
 def keep_state(
     course: Course,
     done: int,  # iterations

@@ -36,7 +36,7 @@ class Counts:
         flags = [torch.stack([getattr(b, name).sum() for name in names]) for b in batches]
         return cls(*reduce(torch.stack(flags).double().mean(0)).tolist())
 
-# %% ../../nbs/60_training.losses.ipynb #b618634f
+# %% ../../nbs/60_training.losses.ipynb #f2b16b05
 def masked_mean(
     values: Tensor,  # (B,) one value a sample
     mask: Tensor,  # (B,) bool
@@ -93,7 +93,7 @@ def photometric(
     "Mean absolute difference over the image."
     return (image - synthesis).abs().mean()
 
-# %% ../../nbs/60_training.losses.ipynb #475a172a
+# %% ../../nbs/60_training.losses.ipynb #e282143a
 def perceptual(
     features: list,  # feature maps of the target
     synthesis: list,  # feature maps of the synthesis, same shapes
@@ -127,14 +127,14 @@ POINT_GROUPS = {
     "right": _ranges(*_ALWAYS, (112, 124), (185, 192)),  # and the subject's right contour and nose side
 }
 
-# %% ../../nbs/60_training.losses.ipynb #8ea82ecc
+# %% ../../nbs/60_training.losses.ipynb #69080642
 def head_yaw(
     rotation: Tensor,  # (B,3,3)
 ) -> Tensor:  # (B,) radians, positive: nose toward the subject's left
     "Return the yaw of rotation matrices."
     return torch.atan2(-rotation[:, 2, 0], (rotation[:, 0, 0].square() + rotation[:, 1, 0].square()).sqrt())
 
-# %% ../../nbs/60_training.losses.ipynb #96c77728
+# %% ../../nbs/60_training.losses.ipynb #2618eaba
 def group_weights(
     angle: Tensor,  # (B,) yaw
     threshold: float = 0.05,  # radians
@@ -170,7 +170,7 @@ def pixel_grid(
     c = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) * 2 / size - 1
     return c[None, :].expand(size, size), c[:, None].expand(size, size)
 
-# %% ../../nbs/60_training.losses.ipynb #02709f5d
+# %% ../../nbs/60_training.losses.ipynb #c430e2f4
 def box_mask(
     points: Tensor,  # (B,L,2) NDC
     size: int,  # side of the mask, pixels
@@ -211,7 +211,7 @@ def region_masks(
     mask = box_mask if kind == "box" else hull_region
     return mask(mediapipe[:, LIPS], size, 0.5) + mask(mediapipe[:, EYES], size, 0.2)
 
-# %% ../../nbs/60_training.losses.ipynb #bf017dae
+# %% ../../nbs/60_training.losses.ipynb #9d329dd7
 def region(
     image: Tensor,  # (B,3,H,W) target
     synthesis: Tensor,  # (B,3,H,W)
@@ -232,7 +232,7 @@ def shape_reg(
     "Distance of the shape from the base model's (Eq. 9)."
     return (params.shape - base.shape.detach()).square().mean()
 
-# %% ../../nbs/60_training.losses.ipynb #9a3ef140
+# %% ../../nbs/60_training.losses.ipynb #dfb45421
 def expression_reg(
     params: HeadParams,  # predicted
     base: HeadParams | None = None,  # the base model's prediction; None pulls toward zero
@@ -240,7 +240,7 @@ def expression_reg(
     "Distance of the expression from the base model's, or from zero (Eq. 9)."
     return (params.expression - (0 if base is None else base.expression.detach())).square().mean()
 
-# %% ../../nbs/60_training.losses.ipynb #dc8b3df5
+# %% ../../nbs/60_training.losses.ipynb #33932f75
 def jaw_reg(
     params: HeadParams,  # predicted
 ) -> Tensor:  # scalar
@@ -254,11 +254,14 @@ def cycle(
     shape: bool = True,  # compare the shape too
 ) -> Tensor:  # scalar
     "Compare edited parameters with those read back from their synthesis."
-    square = lambda name: (getattr(again, name) - getattr(edited, name).detach()).square().mean()
+
+    def square(name):
+        return (getattr(again, name) - getattr(edited, name).detach()).square().mean()
+
     loss = square("expression") + 10 * square("jaw") + 10 * square("eyelids")
     return loss + square("shape") if shape else loss
 
-# %% ../../nbs/60_training.losses.ipynb #ea9c9490
+# %% ../../nbs/60_training.losses.ipynb #8b107af6
 def token_cycle(
     again: Tensor,  # (K,B,D) tokens of the synthesis
     tokens: Tensor,  # (K,B,D) tokens of the image
@@ -268,7 +271,7 @@ def token_cycle(
     target = tokens if moving else tokens.detach()
     return (again - target).square().mean((1, 2)).sum()
 
-# %% ../../nbs/60_training.losses.ipynb #29d85622
+# %% ../../nbs/60_training.losses.ipynb #9af16290
 def feature_consistency(
     features: Tensor,  # (B,D) emotion features of the image
     again: Tensor,  # (B,D) of the synthesis
@@ -301,7 +304,7 @@ class Terms:
         pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
         return [(name, value) for name, value in pairs if value is not None]
 
-# %% ../../nbs/60_training.losses.ipynb #6e1d34be
+# %% ../../nbs/60_training.losses.ipynb #24d39e2e
 def weighted(
     terms: Terms,  # unweighted terms
     **weights,  # name of a term -> weight
@@ -321,7 +324,7 @@ def two_d(
     names = ("photometric", "perceptual", "landmark", "pose_landmark", "region")
     return weighted(terms, **{name: getattr(config, name) for name in names})
 
-# %% ../../nbs/60_training.losses.ipynb #9c193056
+# %% ../../nbs/60_training.losses.ipynb #2d1346cc
 def encoder_objective(
     terms: Terms,  # unweighted terms
     config: LossConfig,  # weights
@@ -339,7 +342,7 @@ def encoder_objective(
     used = any(name in rest for name, _ in terms.present())
     return config.two_d * two_d(terms, config) + (weighted(terms, **rest) if used else 0)
 
-# %% ../../nbs/60_training.losses.ipynb #a6a8a7c3
+# %% ../../nbs/60_training.losses.ipynb #8d806c84
 def synthesizer_objective(
     terms: Terms,  # unweighted terms
     config: LossConfig,  # weights
@@ -349,7 +352,7 @@ def synthesizer_objective(
     used = any(name in rest for name, _ in terms.present())
     return config.two_d * two_d(terms, config) + (weighted(terms, **rest) if used else 0)
 
-# %% ../../nbs/60_training.losses.ipynb #343b99fa
+# %% ../../nbs/60_training.losses.ipynb #1dc8fd4f
 def pretrain_objective(
     terms: Terms,  # landmark, identity and expression_reg
     config: PretrainConfig,  # weights

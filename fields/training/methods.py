@@ -38,7 +38,7 @@ from fields.training.starts import (
 )
 from .team import Team, launch
 
-# %% ../../nbs/65_training.methods.ipynb #52dd99bb
+# %% ../../nbs/65_training.methods.ipynb #e4a38654
 @dataclass
 class Job:
     "One training: the row, its settings and where it writes."
@@ -61,7 +61,7 @@ class Job:
         "Folder of checkpoint, log and summary."
         return self.run / "checkpoints" / self.name
 
-# %% ../../nbs/65_training.methods.ipynb #5dc60b08
+# %% ../../nbs/65_training.methods.ipynb #39099b91
 def job_of(
     run: Path | str,  # run folder
     name: str,  # a key of METHODS, or TEASER_init
@@ -76,7 +76,7 @@ def job_of(
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
     return Job(Path(run), name, method, config, row_settings(method, config), team)
 
-# %% ../../nbs/65_training.methods.ipynb #782022a0
+# %% ../../nbs/65_training.methods.ipynb #0c351fba
 def iterations_of(
     job: Job,
 ) -> int:  # iterations
@@ -91,7 +91,7 @@ def iterations_of(
     # SMIRK has a synthesizer of its own, which no initialisation has trained
     return c.steps + (0 if job.method.use_tokens else c.teaser_steps)
 
-# %% ../../nbs/65_training.methods.ipynb #4b7a3c6e
+# %% ../../nbs/65_training.methods.ipynb #dc4c1278
 _PARTS = ("seed", "head", "mixing", "network", "loss", "train", "prepare", "pretrain")
 
 
@@ -120,7 +120,7 @@ def setting_of(
         average=c.average,
     )
 
-# %% ../../nbs/65_training.methods.ipynb #8ad0bc3a
+# %% ../../nbs/65_training.methods.ipynb #54f481bf
 def train_base(
     job: Job,
     head: Head,
@@ -168,7 +168,7 @@ def untrained(
             return weights_of(job.run, INITIAL_NAME, head, "teaser")
     return None
 
-# %% ../../nbs/65_training.methods.ipynb #153e06f7
+# %% ../../nbs/65_training.methods.ipynb #22184514
 def alternating(
     job: Job,
     model: nn.Module,  # FieldsModel
@@ -216,19 +216,19 @@ def train_row(
     frames = list(data.evaluation("bp4d", "val", 64)) if setting.keep_best else []
     if setting.keep_best and not any(batch.has_expression.any() for batch in frames):
         raise ValueError(
-            "train.select=best needs scan labels of BP4D's validation subjects; run `fit_scans`, or use train.select=last"
+            "train.select=best needs scan labels of BP4D's validation subjects; "
+            "run `fit_scans`, or use train.select=last"
         )
     if job.method.use_emotion and c.emotion_warmup:
         job.notes.append(warm_up_emotion(model, data, job.config))
     feed = iterations(data, c.accumulate, team, losses.prepare)
     with reading_once(branches(model, base, kind="pose" if c.backbone_lr_scale else "")):
-        validate = lambda: parameter_error(model, frames)
-        outcome = train(model, losses.passes(), feed, setting, team, validate, callbacks)
+        outcome = train(model, losses.passes(), feed, setting, team, lambda: parameter_error(model, frames), callbacks)
     if setting.keep_best and outcome.best_step:
         model.load_state_dict(read_tensors(job.folder / "best.safetensors")[0])
     return model, outcome, precision
 
-# %% ../../nbs/65_training.methods.ipynb #3753fa42
+# %% ../../nbs/65_training.methods.ipynb #a34c99b9
 def keep_result(
     job: Job,
     model: FieldsModel,

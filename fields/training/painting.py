@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['painted_rows', 'Painting', 'Painter']
 
-# %% ../../nbs/63_training.painting.ipynb #b6a9d037
+# %% ../../nbs/63_training.painting.ipynb #31abb723
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .rows import Method, row_settings
 from .team import Team, half
 from ..types import Batch, HeadOutput, HeadParams
 
-# %% ../../nbs/63_training.painting.ipynb #93cf1dcf
+# %% ../../nbs/63_training.painting.ipynb #fc77c66c
 def painted_rows(
     count: int,  # images in the batch
     chosen: int,  # of them to be painted; 0: all
@@ -29,7 +29,7 @@ def painted_rows(
         return slice(None)
     return ((torch.arange(chosen) * count // chosen + step) % count).sort().values
 
-# %% ../../nbs/63_training.painting.ipynb #1390111a
+# %% ../../nbs/63_training.painting.ipynb #3df5ea49
 @dataclass
 class Painting:
     "One synthesis and what led to it."
@@ -40,7 +40,7 @@ class Painting:
     masked: Tensor  # (P,3,H,W) what the synthesizer sees of the image
     image: Tensor  # (P,3,H,W) synthesis
 
-# %% ../../nbs/63_training.painting.ipynb #2327a852
+# %% ../../nbs/63_training.painting.ipynb #76386dde
 class Painter:
     "A method's networks and head, and how they paint."
 

@@ -6,7 +6,7 @@
 __all__ = ['Team', 'average_gradients', 'TeamNorm', 'synchronised', 'begin_together', 'launch', 'half', 'probe_seconds',
            'choose_precision']
 
-# %% ../../nbs/61_training.team.ipynb #2124ade4
+# %% ../../nbs/61_training.team.ipynb #d2e199eb
 import os, time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..files import read_json, write_json
 
-# %% ../../nbs/61_training.team.ipynb #29468aa1
+# %% ../../nbs/61_training.team.ipynb #e260684e
 class Team:
     "This process and the others it trains with; alone by default."
 
@@ -42,7 +42,7 @@ class Team:
         "Return the first process's value: what a clock or a file decides must be one answer."
         return value if self.world == 1 else self.fabric.broadcast(value)
 
-# %% ../../nbs/61_training.team.ipynb #0d711259
+# %% ../../nbs/61_training.team.ipynb #493c8263
 def average_gradients(
     team: Team,  # processes
     parameters: list,  # their gradients are changed; those without one are left out
@@ -55,7 +55,7 @@ def average_gradients(
     for grad, new in zip(grads, flat.split([g.numel() for g in grads])):
         grad.copy_(new.view_as(grad))
 
-# %% ../../nbs/61_training.team.ipynb #696745c8
+# %% ../../nbs/61_training.team.ipynb #935a0033
 class _Mean(torch.autograd.Function):
     "Average over the processes, forward and backward."
 
@@ -88,19 +88,19 @@ class TeamNorm(nn.modules.batchnorm._BatchNorm):
         # statistics in float32 at least, whatever the network runs in
         kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         axes = [0, *range(2, x.dim())]
-        spread = lambda t: t.view(1, -1, *[1] * (x.dim() - 2))
+        across = (1, -1, *[1] * (x.dim() - 2))
         mean = _Mean.apply(x.mean(axes), self.team)
-        centred = x - spread(mean)
+        centred = x - mean.view(across)
         variance = _Mean.apply(centred.square().mean(axes), self.team)
         with torch.no_grad():
             count = x.numel() // x.shape[1] * self.team.world
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
             self.num_batches_tracked += 1
-        normal = centred * spread((variance + self.eps).rsqrt())
-        return (normal * spread(self.weight) + spread(self.bias)).to(kind)
+        normal = centred * (variance + self.eps).rsqrt().view(across)
+        return (normal * self.weight.view(across) + self.bias.view(across)).to(kind)
 
-# %% ../../nbs/61_training.team.ipynb #f3062166
+# %% ../../nbs/61_training.team.ipynb #797e4afc
 def synchronised(
     root: nn.Module,  # its BatchNorm layers are changed in place
     team: Team,  # the processes
@@ -118,7 +118,7 @@ def synchronised(
         layer.team = team
     return len(plain)
 
-# %% ../../nbs/61_training.team.ipynb #038f3c37
+# %% ../../nbs/61_training.team.ipynb #4baa9ae7
 def begin_together(
     root: nn.Module,  # everything that learns
     team: Team,  # the processes
@@ -131,7 +131,7 @@ def begin_together(
         tensor.copy_(team.share(tensor))
     return [f"{team.world} processes; the statistics of {layers} BatchNorm layers are those of all of them"]
 
-# %% ../../nbs/61_training.team.ipynb #9e484e58
+# %% ../../nbs/61_training.team.ipynb #f844a724
 def launch(
     device: str = "cpu",  # cpu | cuda
     devices: int = 1,  # processes on each machine
@@ -147,7 +147,7 @@ def launch(
     fabric.launch()
     return Team(fabric=fabric)
 
-# %% ../../nbs/61_training.team.ipynb #6265f667
+# %% ../../nbs/61_training.team.ipynb #afd79b52
 def half(
     precision: str,  # "32" | "bf16"
     device,  # torch device
@@ -155,7 +155,7 @@ def half(
     "Return the context in which networks run."
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
-# %% ../../nbs/61_training.team.ipynb #cdb0abbe
+# %% ../../nbs/61_training.team.ipynb #d5dfc3d4
 def probe_seconds(
     probe: Callable,  # runs one forward and backward pass of the networks
     precision: str,  # "32" | "bf16"
@@ -173,7 +173,7 @@ def probe_seconds(
         times.append(time.perf_counter() - start)
     return min(times)
 
-# %% ../../nbs/61_training.team.ipynb #49149d1a
+# %% ../../nbs/61_training.team.ipynb #4840e0a2
 def choose_precision(
     wanted: str,  # auto | 32 | bf16
     path: Path | str,  # where the run keeps the answer
