@@ -63,8 +63,18 @@ def main():
 
 # %% ../nbs/95_cli.ipynb #1f016007
 @app.command()
-def doctor():
+def doctor(
+    profile: Annotated[str, typer.Option(help="look for everything that a run of this profile opens")] = "",
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as for `fields chain`")] = None,
+):
     "Say what is installed and found, and what each missing piece would enable."
+    if profile:
+        from fields.config import load_profile
+        from fields.demands import demand_table, look_ahead
+
+        found = look_ahead(load_profile(profile, change or []), seconds=600)
+        print(demand_table(found))
+        raise typer.Exit(1 if any(d.stops for d in found) else 0)
     from fields.doctor import examine, report
 
     print(report(examine()))
@@ -223,16 +233,21 @@ def evaluate_meshes_command(
 # %% ../nbs/95_cli.ipynb #0e78f3d7
 @app.command("fit-scan")
 def fit_scan(
-    scan: Annotated[Path, typer.Argument(help="obj, ply or wrl")],
-    landmarks: Annotated[Path, typer.Option(help="51 or 83 landmarks: npy, mat, bnd or txt")],
+    scan: Annotated[Path, typer.Argument(help="obj, ply, wrl, stl, off, glb or xyz")],
     out: Annotated[Path, typer.Option(help="folder for the results")],
+    landmarks: Annotated[
+        Optional[Path],
+        typer.Option(help="51, 68 or 83 landmarks: npy, mat, bnd, txt, csv, pp, json or fcsv; found if not given"),
+    ] = None,
     head: Annotated[str, typer.Option(help='"open" or the path of a FLAME file')] = "open",
-    unit: Annotated[str, typer.Option(help="mm, cm, m or auto")] = "auto",
+    unit: Annotated[str, typer.Option(help="mm, cm, m, auto, or unknown for a scan without a scale")] = "auto",
+    infant: Annotated[bool, typer.Option(help="the face is a child's of less than about two years")] = False,
 ):
     "Fit the head to one scan: parameters, mesh, residual picture, fit.json."
-    from fields.scans.fit import fit_file
+    from fields.scans.file import describe_fit, fit_file
 
-    print(fit_file(scan, landmarks, head=head, unit=unit, out=out))
+    fit = fit_file(scan, landmarks, head=head, unit=unit, out=out, infant=infant)
+    print(describe_fit(fit, scan, out))
 
 
 @app.command()

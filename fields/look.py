@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .inputs import OUR_FAULTS, VIDEOS, frames
 from .data.crop import crop_image
-from .data.detect import read_image
+from .media import read_image
 from .panels import VIEW
 from .reconstructor import Reconstructor
 
@@ -42,7 +42,11 @@ def look(
             video = path.suffix.lower() in VIDEOS
             for k, image in enumerate(frames(path) if video else [read_image(path)]):
                 crops = reconstructor.crop(image, max_faces)
-                cut = [crop_image(image, c.box, max(VIEW, reconstructor.size)) for c in crops] if views else []
+                cut = (
+                    [crop_image(image, c.box, max(VIEW, reconstructor.size), roll=c.roll) for c in crops]
+                    if views
+                    else []
+                )
                 yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
         except (ValueError, OSError, MemoryError) as e:
             problem = (

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np, torch
 from .types import HeadParams, Prediction, concatenate
 from .viz import grid, labelled, to_uint8
-from .models.masking import masked_background
-from .render.shade import geometry_image, smooth_geometry_image
+from .render.shade import smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
-from .data.detect import read_image
+from .data.level import turn_heads
+from .media import read_image
 from .outputs import Saver
 from .panels import VIEW, save_picture
 from .reconstructor import Reconstructor
@@ -61,17 +61,20 @@ def swap(
     prediction = reconstructor.predict(crops, ["first", "second"])
     other, model = torch.tensor([1, 0]), reconstructor.model
     moved = with_expression(prediction.params, prediction.params[other], share)
+    # pictures show the faces level, as the network saw them
+    rolls = [-c.roll for c in crops]
+    plain, changed = (turn_heads(reconstructor.head, params, rolls) for params in (prediction.params, moved))
     image = reconstructor.stack(crops)
     tokens = model.tokens(image)
     paint = lambda params, t: _paint(reconstructor, crops, image, params, t)
-    views = np.stack([crop_image(i, c.box, VIEW) for i, c in zip(images, crops)])
+    views = np.stack([crop_image(i, c.box, VIEW, roll=c.roll) for i, c in zip(images, crops)])
     tiles = [
         to_uint8(views),
-        _head(reconstructor, prediction.params),
-        _head(reconstructor, moved),
-        paint(prediction.params, tokens),
-        paint(moved, tokens),
-        paint(prediction.params, None if tokens is None else tokens[:, other]),
+        _head(reconstructor, plain),
+        _head(reconstructor, changed),
+        paint(plain, tokens),
+        paint(changed, tokens),
+        paint(plain, None if tokens is None else tokens[:, other]),
     ]
     rows = [np.concatenate([labelled(tile[k], title) for tile, title in zip(tiles, COLUMNS)], 1) for k in (0, 1)]
     return Swap(prediction, moved, crops, np.concatenate(rows))
@@ -84,10 +87,8 @@ def _head(reconstructor, params):
 
 
 def _paint(reconstructor, crops, image, params, tokens):
-    head, size = reconstructor.head, reconstructor.size
-    face, mask = geometry_image(head(params).vertices, head.mask_faces("face"), params.camera, size)
     hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(image.device).float() / 255
-    painted = reconstructor.model.synthesize(face, masked_background(image, hull, mask), tokens).clamp(0, 1)
+    painted = reconstructor.model.paint(reconstructor.head, image, hull, params, tokens).clamp(0, 1)
     return to_uint8(torch.nn.functional.interpolate(painted, VIEW, mode="bicubic", antialias=True))
 
 # %% ../nbs/85_transfer.ipynb #52ff3752

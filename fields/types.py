@@ -189,6 +189,9 @@ class Prediction(Batched):
     valence: Tensor | None = None  # (B,)
     arousal: Tensor | None = None  # (B,)
     boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
+    misfit: Tensor | None = (
+        None  # (B,) distance of the network's landmarks from the detector's, over the eyes' distance
+    )
     lids: str = "before"  # how the lids join the head: before skinning, or "posed" as in SMIRK and TEASER
 
     def save(self, path):
@@ -217,7 +220,7 @@ class Prediction(Batched):
                     t("valence"),
                     t("arousal"),
                     t("boxes"),
-                    str(z["lids"]) if "lids" in z.files else "before",
+                    lids=str(z["lids"]) if "lids" in z.files else "before",
                 )
         except (KeyError, ValueError, OSError, TypeError, AttributeError) as e:
             raise ValueError(

@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 from ..config import NetworkConfig
 from .emotion import EmotionHead, EmotionOutput
 from .encoders import GeometryEncoders, branches, reading_once
+from .masking import masked_background, sparse_background, sparse_weights
 from .synthesizer import SmirkSynthesizer, Synthesizer
 from .tokens import TokenEncoder
+from ..render.camera import project
+from ..render.shade import geometry_image
 from ..types import HeadOutput, HeadParams, Prediction, concatenate
 
 # %% ../../nbs/58_models.fields.ipynb #e461f376
@@ -160,7 +163,7 @@ class FieldsModel(nn.Module):
         "Pose a head with predicted parameters, its lids as this model means them."
         return head(params) if self.lids == "before" else head(params, eyelids=self.lids)
 
-# %% ../../nbs/58_models.fields.ipynb #3a38c824
+# %% ../../nbs/58_models.fields.ipynb #4920a756
 @patch(as_prop=True)
 def parts(self: FieldsModel) -> dict[str, nn.Module]:
     "Name of each part that learns -> its network."
@@ -169,7 +172,7 @@ def parts(self: FieldsModel) -> dict[str, nn.Module]:
     networks = zip(PARTS, (*geometry, self.token_encoder, self.synthesizer, self.emotion_head))
     return {name: network for name, network in networks if network is not None}
 
-# %% ../../nbs/58_models.fields.ipynb #96cb93b1
+# %% ../../nbs/58_models.fields.ipynb #22974068
 @patch
 def set_trainable(
     self: FieldsModel,
@@ -182,6 +185,30 @@ def set_trainable(
     for name, network in self.parts.items():
         network.train(name in names).requires_grad_(name in names)
     return [p for name in names if name in self.parts for p in self.parts[name].parameters()]
+
+# %% ../../nbs/58_models.fields.ipynb #79d198f9
+@patch
+@torch.no_grad()
+def paint(
+    self: FieldsModel,
+    head,  # the `Head`
+    image: Tensor,  # (B,3,S,S) RGB in [0,1]
+    hull: Tensor,  # (B,1,S,S) 1 inside the convex hull of the face's points
+    params: HeadParams,  # of these images, or others that shall be shown
+    tokens: Tensor | None = None,  # (4,B,256) appearance; None: of the images
+    seed: int = 0,  # of the sparse pixels
+) -> Tensor:  # (B,3,S,S) RGB in [0,1]
+    "Paint faces into photographs."
+    vertices = self.pose(head, params).vertices
+    geometry, covered = geometry_image(vertices, head.mask_faces("face"), params.camera, image.shape[-1])
+    masked = masked_background(image, hull, covered)
+    if self.kind == "smirk":
+        generator = torch.Generator(image.device).manual_seed(seed)
+        placed, weights = project(vertices, params.camera), sparse_weights(head)
+        masked = sparse_background(image, masked, placed, head.faces, weights, generator)
+    elif tokens is None:
+        tokens = self.tokens(image)
+    return self.synthesize(geometry, masked, tokens)
 
 # %% ../../nbs/58_models.fields.ipynb #5226c875
 @patch
@@ -208,7 +235,7 @@ def predict(
         for m, training in modes:
             m.training = training
     said = (None, None, None) if emotion is None else (emotion.logits, emotion.valence, emotion.arousal)
-    return Prediction(params, list(ids), self.head_sha256, self.method, *said, boxes, self.lids)
+    return Prediction(params, list(ids), self.head_sha256, self.method, *said, boxes, lids=self.lids)
 
 # %% ../../nbs/58_models.fields.ipynb #5b67fe61
 @patch
@@ -232,7 +259,7 @@ def save(
     }
     return save_tensors(path, self.state_dict(), {**extra, **header}, half)
 
-# %% ../../nbs/58_models.fields.ipynb #39fdc49c
+# %% ../../nbs/58_models.fields.ipynb #85c0dd22
 def check_header(
     header: dict,  # of a safetensors file
     path: str | Path,  # the file, for the message
@@ -256,7 +283,7 @@ def check_header(
             "coefficients of two heads are not interchangeable, so load that head or train again"
         )
 
-# %% ../../nbs/58_models.fields.ipynb #95789bd6
+# %% ../../nbs/58_models.fields.ipynb #18837373
 @patch(cls_method=True)
 def load(
     cls: FieldsModel,

@@ -7,7 +7,7 @@ __all__ = ['perceptual_network', 'emotion_network', 'begin_encoders', 'weights_o
            'official_model', 'cycle_templates', 'open_training', 'run_precision', 'parameter_error', 'emotion_features',
            'warm_up_emotion']
 
-# %% ../../nbs/64_training.starts.ipynb #5749859f
+# %% ../../nbs/64_training.starts.ipynb #7119f348
 import dataclasses
 from pathlib import Path
 import torch
@@ -28,7 +28,7 @@ from .rows import INITIAL_NAME, Method, row_settings
 from .team import Team, choose_precision
 from ..types import Batch, empty_batch
 
-# %% ../../nbs/64_training.starts.ipynb #09921985
+# %% ../../nbs/64_training.starts.ipynb #83111da2
 def perceptual_network(
     standins: Path,  # the run's `standins` folder
 ) -> tuple[nn.Module, str]:  # image -> list of maps, and which one it is
@@ -41,7 +41,7 @@ def perceptual_network(
     net.load_state_dict(state)
     return net.eval(), "perceptual loss: stand-in (VGG16 was not found)"
 
-# %% ../../nbs/64_training.starts.ipynb #397a9c8e
+# %% ../../nbs/64_training.starts.ipynb #e22bc90b
 def emotion_network(
     standins: Path,  # the run's `standins` folder
 ) -> tuple[nn.Module, str]:  # image -> (B,D) features, and which one it is
@@ -54,7 +54,7 @@ def emotion_network(
     net.load_state_dict(state)
     return net.eval(), "emotion features: stand-in (EMOCA's network was not found)"
 
-# %% ../../nbs/64_training.starts.ipynb #c8226735
+# %% ../../nbs/64_training.starts.ipynb #800b5b23
 def begin_encoders(
     model: FieldsModel,  # its encoders are changed
     run: Path,  # run folder
@@ -75,7 +75,7 @@ def begin_encoders(
         raise ValueError(f"{trunk} is missing, so the encoders would begin at random; run the chain's `standins` step")
     return "encoders begin with random weights: no pretrained backbone was found"
 
-# %% ../../nbs/64_training.starts.ipynb #e9bd1377
+# %% ../../nbs/64_training.starts.ipynb #646086fe
 def weights_of(
     run: Path,  # run folder
     name: str,  # method
@@ -111,21 +111,21 @@ def starting_model(
         model.synthesizer.load_state_dict(first.synthesizer.state_dict())
     return model, base
 
-# %% ../../nbs/64_training.starts.ipynb #6b989b16
+# %% ../../nbs/64_training.starts.ipynb #b08e3fc5
 def official_teaser(
     config: Config,
     head: Head,
 ) -> tuple[FieldsModel | None, str]:  # the published model, or None; a sentence, or ""
-    "Return TEASER's published networks if they can be used with this head and these sizes."
+    "Return TEASER's published networks if they are given; raise `ValueError` for a head that they do not fit."
     path = find_asset("teaser")
     if path is None:
         return None, ""
-    if head.version != "FLAME 2020" or config.network.size != "paper":
-        why = f"head {head.name} is {head.version}" if config.network.size == "paper" else "the networks are small"
-        return None, f"initialisation: {path.name} was found and not used, because {why}; it is trained here instead"
-    return import_teaser(path, head), f"initialisation: token encoder and synthesizer of {path.name}"
+    if config.network.size != "paper":
+        return None, f"initialisation: {path.name} is not used, because the networks are small; it is trained here"
+    given = import_teaser(path, head, any_head=config.allow_unknown_weights)
+    return given, f"initialisation: token encoder and synthesizer of {path.name}"
 
-# %% ../../nbs/64_training.starts.ipynb #380d7a08
+# %% ../../nbs/64_training.starts.ipynb #a90410d3
 def official_model(
     method: Method,  # with an `asset`
     config: Config,
@@ -137,11 +137,11 @@ def official_model(
             f"{method.name} reads images of 224 pixels, not {config.network.image_size}; use the profile paper"
         )
     read = {"smirk": import_smirk, "teaser": import_teaser}[method.asset]
-    model = read(require_asset(method.asset), head)
+    model = read(require_asset(method.asset), head, any_head=config.allow_unknown_weights)
     model.method = method.name
     return model
 
-# %% ../../nbs/64_training.starts.ipynb #7f6edc81
+# %% ../../nbs/64_training.starts.ipynb #3107b6e7
 def cycle_templates(
     sources: dict,  # dataset -> Source
     head: Head,
@@ -156,7 +156,7 @@ def cycle_templates(
         return made, f"cycle templates: {len(made)} expressions fitted to BP4D's training scans"
     return made, "cycle templates: none (no training scan is fitted), so their share gets the random edit"
 
-# %% ../../nbs/64_training.starts.ipynb #ce5456f6
+# %% ../../nbs/64_training.starts.ipynb #39c703ae
 def open_training(
     run: Path,  # run folder
     config: Config,
@@ -166,7 +166,7 @@ def open_training(
     labels = ExpressionLabels.load(Path(run) / "scans" / "labels.npz")
     return open_sources(Path(run) / "crops", labels, head_sha256=head.sha256)
 
-# %% ../../nbs/64_training.starts.ipynb #bddaa505
+# %% ../../nbs/64_training.starts.ipynb #8db532f0
 def run_precision(
     run: Path,  # run folder
     config: Config,
@@ -200,7 +200,7 @@ def parameter_error(
         found.append(both.square().mean(1)[batch.has_expression])
     return float(torch.cat(found).mean())
 
-# %% ../../nbs/64_training.starts.ipynb #b0026c5e
+# %% ../../nbs/64_training.starts.ipynb #26fd491a
 def emotion_features(
     model: FieldsModel,  # its encoders read
     data: MixedData,  # opened datasets
