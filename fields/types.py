@@ -229,7 +229,7 @@ class Prediction(Batched):
 
     def pose(self, head):
         "Pose a head with the predicted parameters, lids as the method means them."
-        return head(self.params) if self.lids == "before" else head(self.params, eyelids=self.lids)
+        return head(self.params, eyelids=self.lids)
 
     def check_head(self, sha256):
         "Raise `ValueError` unless the coefficients belong to the head with this sha256."

@@ -161,7 +161,7 @@ class FieldsModel(nn.Module):
 
     def pose(self, head: nn.Module, params: HeadParams) -> HeadOutput:
         "Pose a head with predicted parameters, its lids as this model means them."
-        return head(params) if self.lids == "before" else head(params, eyelids=self.lids)
+        return head(params, eyelids=self.lids)
 
 # %% ../../nbs/58_models.fields.ipynb #4920a756
 @patch(as_prop=True)

@@ -70,7 +70,7 @@ class Painter:
 
     def pose(self, params: HeadParams) -> HeadOutput:
         "Return posed heads, with lids as the method has them."
-        return self.head(params) if self.lids == "before" else self.head(params, eyelids=self.lids)
+        return self.head(params, eyelids=self.lids)
 
     def tokens(self, image: Tensor) -> Tensor | None:
         "Return tokens of images, if the method has any."
