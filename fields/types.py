@@ -200,6 +200,7 @@ class Prediction(Batched):
     arousal: Tensor | None = None  # (B,)
     boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
     misfit: Tensor | None = None  # (B,) the network's landmarks from the detector's, in eyes' distances
+    lids: str = "before"  # how the lids join the head: before skinning, or "posed" as in SMIRK and TEASER
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -207,9 +208,9 @@ class Prediction(Batched):
         for name in OPTIONAL:
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name).detach().cpu().numpy()
-        names = {"head_sha256": self.head_sha256, "method": self.method, "ids": np.array(self.ids, dtype=np.str_)}
+        text = {"head_sha256": self.head_sha256, "method": self.method, "lids": self.lids}
         with open(path, "wb") as file:
-            np.savez(file, **names, **arrays)
+            np.savez(file, ids=np.array(self.ids, dtype=np.str_), **text, **arrays)
 
     @classmethod
     def load(cls, path):
@@ -219,12 +220,18 @@ class Prediction(Batched):
                 params = HeadParams(*(torch.from_numpy(arrays[f.name]) for f in dataclasses.fields(HeadParams)))
                 ids = [str(name) for name in arrays["ids"]]
                 head, method = str(arrays["head_sha256"]), str(arrays["method"])
+                # a file from before lids were told apart has those of the open head
+                lids = str(arrays["lids"]) if "lids" in arrays.files else "before"
                 given = {name: torch.from_numpy(arrays[name]) for name in OPTIONAL if name in arrays.files}
         except (KeyError, ValueError, OSError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a prediction file ({error}); make it again with `fields chain` or `Prediction.save`"
             ) from None
-        return cls(params, ids, head, method, **given)
+        return cls(params, ids, head, method, lids=lids, **given)
+
+    def pose(self, head):
+        "Pose a head with the predicted parameters, lids as the method means them."
+        return head(self.params, eyelids=self.lids)
 
     def check_head(self, sha256):
         "Raise `ValueError` unless the coefficients belong to the head with this sha256."
