@@ -310,7 +310,7 @@ def test_lists_for_looking_up_are_folded(done):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_page(done, tmp_path, width):
     """In headless Chromium, folded parts open: no table, picture or line sticks out; the conclusion is one screen."""
-    from browser import CHROMIUM, measure_page, picture_of
+    from report_browser import CHROMIUM, measure_page, picture_of
 
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed; apt-get install chromium")
