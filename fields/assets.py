@@ -70,6 +70,13 @@ ASSETS = (
     ),
     Asset("masks", ("FLAME_masks.pkl", "FLAME_masks.npz"), "the regions of a licensed head", FLAME, "FLAME licence"),
     Asset(
+        "masks_triangles",
+        ("FLAME_masks_triangles.npy", "FLAME_masks/FLAME_masks_triangles.npy"),
+        "SMIRK's weights of 128 triangles of the lips",
+        "the SMIRK repository",
+        "FLAME licence",
+    ),
+    Asset(
         "eyelids",
         ("l_eyelid.npy",),
         "the left lid of a licensed head (r_eyelid.npy beside it)",

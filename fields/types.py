@@ -192,6 +192,7 @@ class Prediction(Batched):
     misfit: Tensor | None = (
         None  # (B,) distance of the network's landmarks from the detector's, over the eyes' distance
     )
+    lids: str = "before"  # how the lids join the head: before skinning, or "posed" as in SMIRK and TEASER
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -200,9 +201,8 @@ class Prediction(Batched):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name).detach().cpu().numpy()
         with open(path, "wb") as file:
-            np.savez(
-                file, ids=np.array(self.ids, dtype=np.str_), head_sha256=self.head_sha256, method=self.method, **arrays
-            )
+            text = {"head_sha256": self.head_sha256, "method": self.method, "lids": self.lids}
+            np.savez(file, ids=np.array(self.ids, dtype=np.str_), **text, **arrays)
 
     @classmethod
     def load(cls, path):
@@ -220,11 +220,16 @@ class Prediction(Batched):
                     t("valence"),
                     t("arousal"),
                     t("boxes"),
+                    lids=str(z["lids"]) if "lids" in z.files else "before",
                 )
         except (KeyError, ValueError, OSError, TypeError, AttributeError) as e:
             raise ValueError(
                 f"{path} is not a prediction file ({e}); make it again with `fields chain` or `Prediction.save`"
             ) from None
+
+    def pose(self, head):
+        "Pose a head with the predicted parameters, lids as the method means them."
+        return head(self.params, eyelids=self.lids)
 
     def check_head(self, sha256):
         "Raise `ValueError` unless the coefficients belong to the head with this sha256."

@@ -10,8 +10,9 @@ from fields.models.fields import FieldsModel
 from fields.models.perceptual import SmallPerceptual
 from fields.training.alternate import Alternating
 from fields.training.cycle import templates_of
-from fields.training.loop import launch, run_pass
-from fields.training.methods import METHODS
+from fields.training.loop import run_pass
+from fields.training.rows import METHODS
+from fields.training.team import begin_together, launch
 from fields.training.pretrain import iterations
 
 
@@ -34,7 +35,7 @@ def main(out, world):
             m.__class__ = type(
                 "Still", (type(m),), {"training": property(lambda self: False, lambda self, value: None)}
             )
-    notes = team.prepare(model)
+    notes = begin_together(model, team)
     data = MixedData(sources, None, config, 8, 90, rank=team.rank, world=team.world)
     job = Alternating(
         model, head, base, METHODS["F4"], config, SmallPerceptual().double(), templates_of(sources["bp4d"]), team=team
