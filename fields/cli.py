@@ -63,8 +63,18 @@ def main():
 
 # %% ../nbs/95_cli.ipynb #1f016007
 @app.command()
-def doctor():
+def doctor(
+    profile: Annotated[str, typer.Option(help="look for everything that a run of this profile opens")] = "",
+    change: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as for `fields chain`")] = None,
+):
     "Say what is installed and found, and what each missing piece would enable."
+    if profile:
+        from fields.config import load_profile
+        from fields.demands import demand_table, look_ahead
+
+        found = look_ahead(load_profile(profile, change or []), seconds=600)
+        print(demand_table(found))
+        raise typer.Exit(1 if any(d.stops for d in found) else 0)
     from fields.doctor import examine, report
 
     print(report(examine()))

@@ -25,15 +25,19 @@ AUDIT = {
         "test_audit.py::test_01_a_head_without_the_scans_landmarks_is_one_error",
         "test_audit.py::test_01_no_accepted_fit_is_an_error",
         "test_audit.py::test_01_expression_loss_without_labels_is_refused",
+        "test_rehearsal.py::test_labels_survive_the_official_side_files",
     ],
     2: [
         "test_audit.py::test_02_one_rule_finds_head_side_files_and_data",
         "test_audit.py::test_02_a_head_is_found_by_name_and_from_any_folder",
     ],
-    3: [],
+    3: ["test_rehearsal.py::test_two_processes_are_recorded_and_reused"],
     4: [],
     5: [],
-    6: [],
+    6: [
+        "test_audit.py::test_06_the_paper_profile_trains_every_row",
+        "test_rehearsal.py::test_the_whole_experiment",
+    ],
     7: [
         "test_audit.py::test_07_a_row_depends_on_no_other_row",
         "test_audit.py::test_07_plots_and_comments_are_in_no_training_key",
@@ -46,9 +50,12 @@ AUDIT = {
     10: ["test_audit.py::test_10_counting_crops_holds_one_at_a_time"],
     11: [],
     12: [],
-    13: [],
+    13: ["test_rehearsal.py::test_the_first_second_says_what_is_missing"],
     14: ["test_audit.py::test_14_sequence_landmarks_go_by_frame_number"],
-    15: [],
+    15: [
+        "test_audit.py::test_15_packed_crops_are_what_was_written",
+        "test_rehearsal.py::test_crops_are_compressed_shards",
+    ],
     16: [],
     17: [],
     18: [],
@@ -168,6 +175,15 @@ def test_02_a_head_is_found_by_name_and_from_any_folder(tmp_path, clean_places):
         head_file("no/head.pkl")
 
 
+# 6: the paper profile is the paper's experiment
+
+
+def test_06_the_paper_profile_trains_every_row():
+    rows = {"F1", "F2", "F3", "F4", "SMIRK", "TEASER", "EMOCA", "lambda0.5", "lambda1", "lambda10"}
+    config = load_profile("paper")
+    assert set(config.train.methods) == rows and config.loss.emotion == 5.0  # F4 is lambda 5
+
+
 # 7: rows are independent
 
 
@@ -243,6 +259,39 @@ def test_14_sequence_landmarks_go_by_frame_number(tmp_path, offset, scans, rows,
     assert [i.landmarks3d_index for i in items] == expected
     assert [i.read_landmarks3d()[0, 0] - 1 for i in items] == expected
     assert [int(i.scan.stem) for i in items] == scans
+
+
+# 15: compressed shards
+
+
+def test_15_packed_crops_are_what_was_written(tmp_path):
+    """The same rows as the raw array but for JPEG's rounding, in any order, and a tar file that others can read."""
+    import tarfile
+
+    from fields.data.crop import hull_mask
+    from fields.data.packed import PackedImages, encode, write_shard
+
+    rng = np.random.default_rng(0)
+    grid = np.linspace(0, 255, 64).astype(np.uint8)
+    pictures = [
+        np.dstack([grid[:, None] + np.zeros(64, np.uint8), np.full((64, 64), 40 * k), grid[None] + 0 * grid[:, None]])
+        for k in range(6)
+    ]
+    pictures = [p.astype(np.uint8) for p in pictures]
+    points = rng.uniform(-0.6, 0.6, (6, 478, 2))
+    points[3] = np.nan  # no face
+    place = write_shard(
+        tmp_path / "shards/000002.tar", 100, [b"" if k == 3 else encode(p, 95) for k, p in enumerate(pictures)]
+    )
+    np.save(tmp_path / "index.npy", np.c_[np.full((6, 1), 2), place])
+    for threads in (1, 3):
+        packed = PackedImages(tmp_path, points, 64, threads)
+        crops = packed[np.array([5, 0, 3, 0])]
+        assert crops.shape == (4, 64, 64, 4) and not crops[2].any()
+        assert np.abs(crops[0, ..., :3].astype(int) - pictures[5]).mean() < 6
+        assert (crops[0, ..., 3] == hull_mask(points[5], 64)).all() and (crops[1] == crops[3]).all()
+    with tarfile.open(tmp_path / "shards/000002.tar") as tar:
+        assert tar.getnames() == [f"{100 + k:09d}.jpg" for k in range(6) if k != 3]
 
 
 # a run folder belongs to one profile and one set of settings

@@ -482,8 +482,8 @@ def identity_codes(
 ) -> tuple[Callable, str]:  # (store, rows) -> (N,300), and which network it is
     "Return MICA if it is given for this head, else the trained stand-in; raise `ValueError` if that was made for another head."
     path = find_asset("mica")
-    if path and head.version == "FLAME 2020":
-        mica = import_mica(path, head).to(device)
+    if path and (head.version == "FLAME 2020" or config.allow_unknown_weights):
+        mica = import_mica(path, head, any_head=config.allow_unknown_weights).to(device)
 
         def codes(store, rows):
             images = (
