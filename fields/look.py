@@ -9,10 +9,12 @@ __all__ = ['Found', 'look']
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+import numpy as np
 from .inputs import OUR_FAULTS, VIDEOS, frames
 from .data.crop import crop_image
 from .media import read_image
 from .panels import VIEW
+from .people import People, thumbnail
 from .reconstructor import Reconstructor
 
 # %% ../nbs/82_look.ipynb #bbba8413
@@ -27,6 +29,11 @@ class Found:
     frame: int | None = None  # number in a video
     last: bool = False  # no more pictures of this file
     problem: str = ""  # one sentence
+    thumb: np.ndarray | None = None  # (24,32) uint8 small copy of a video's frame, by which cuts are found
+    persons: list = field(default_factory=list)  # of a video: the person's number of each crop
+    shot: int = 0  # of a video: number of the shot
+    cast: People | None = None  # of a video: who is known
+    leader: int | None = None  # of a video: the face that a film shows
 
 # %% ../nbs/82_look.ipynb #80431365
 def look(
@@ -47,7 +54,9 @@ def look(
                     if views
                     else []
                 )
-                yield Found(path, f"{name}_f{k:05d}" if video else name, crops, cut, k if video else None)
+                thumb = thumbnail(image) if video else None
+                label = f"{name}_f{k:05d}" if video else name
+                yield Found(path, label, crops, cut, k if video else None, thumb=thumb)
         except (ValueError, OSError, MemoryError) as e:
             problem = (
                 f"{path}: {e.strerror}"
