@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .assets import ASSETS, asset_folders, find_asset, sha256
 from .config import Config
+from .costs import run_costs
 from .manifests import load_manifest
 from .places import data_folder, head_file
 from .plan import DATASETS
@@ -284,7 +285,8 @@ def look_ahead(
 
     with contextlib.suppress(FileNotFoundError):  # a missing head has a line of its own
         config = settle(config)
-    return demands(config, run, seconds)
+    disk = sum(cost.gigabytes for cost in run_costs(config)) if config.data != "world" else 2.0
+    return demands(config, run, seconds, disk)
 
 
 def needs_looking(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['THUMB', 'ALIKE', 'FLASH', 'FLAT', 'SHAPES', 'SHAPE_SCALE', 'COLOR_SCALE', 'SAME', 'OTHER', 'STRANGE', 'REACH',
-           'PATIENCE', 'MEMORY', 'thumbnail', 'likeness', 'Shots', 'look_of', 'unlike', 'Person', 'People']
+           'PATIENCE', 'MEMORY', 'thumbnail', 'likeness', 'Shots', 'colors_of', 'look_of', 'unlike', 'Person', 'People']
 
-# %% ../nbs/81_people.ipynb #e1b577d9
+# %% ../nbs/81_people.ipynb #6b371214
 from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
 
-# %% ../nbs/81_people.ipynb #5b70210a
+# %% ../nbs/81_people.ipynb #2214c005
 THUMB = (24, 32)  # rows and columns of the small picture
 ALIKE = 0.5  # correlation from which two pictures may be of one shot
 FLASH = 6  # frames after which a picture that comes back was no other shot
@@ -45,7 +45,7 @@ def likeness(
     near = np.r_[0:5, -4:0]
     return float(match[np.ix_(near, near)].max() / size)
 
-# %% ../nbs/81_people.ipynb #b57f2d91
+# %% ../nbs/81_people.ipynb #a7a71ec2
 @dataclass
 class Shots:
     "Cuts of a clip, found as its frames come by; what is kept are a few small pictures."
@@ -56,6 +56,7 @@ class Shots:
     def add(
         self,
         thumbs: list[np.ndarray],  # (24,32) each, of successive frames
+        after: list[np.ndarray] = (),  # of the frames behind them, which are numbered later
     ) -> list[int]:  # the shot of each frame
         "Number the shots of the next frames of a clip."
         found = []
@@ -65,7 +66,7 @@ class Shots:
                 found.append(self.number)
                 continue
             if before is not None and likeness(before, thumb) < ALIKE:
-                later = [t for t in thumbs[k + 1 : k + 1 + FLASH] if t.std() >= FLAT]
+                later = [t for t in [*thumbs, *after][k + 1 : k + 1 + FLASH] if t.std() >= FLAT]
                 if any(likeness(before, t) >= ALIKE for t in later):
                     found.append(self.number)  # it comes back: no other shot
                     continue
@@ -75,22 +76,29 @@ class Shots:
         self.last = [before] if before is not None else []
         return found
 
-# %% ../nbs/81_people.ipynb #9a91009c
+# %% ../nbs/81_people.ipynb #3388ec5d
 SHAPES = 20  # identity components that count
 SHAPE_SCALE, COLOR_SCALE = 2.2, 60.0  # distance of two readings of one person: identity, and gray levels of the patches
 
 
-def look_of(
+def colors_of(
     image: np.ndarray,  # (S,S,3) uint8, the level crop
-    shape: np.ndarray,  # (300,) identity of the network
-) -> np.ndarray:  # (32,) float32
-    "Return what a face looks like: identity components, and the colors of patches at one mean brightness."
-    middle = image[image.shape[0] // 6 : -image.shape[0] // 6, image.shape[1] // 6 : -image.shape[1] // 6]
+) -> np.ndarray:  # (12,) float32
+    "Return the colors of four patches in the middle of a crop, at one mean brightness."
+    edge = image.shape[0] // 6
+    middle = image[edge:-edge, edge:-edge]
     edges = np.linspace(0, len(middle), 3).astype(int)
     patches = [middle[a:b, c:d].mean((0, 1)) for a, b in zip(edges, edges[1:]) for c, d in zip(edges, edges[1:])]
-    colors = np.array(patches).ravel()
-    colors = colors * (128 / max(colors.mean(), 1.0)) / COLOR_SCALE  # a flash or a fade is no other person
-    return np.concatenate([np.asarray(shape[:SHAPES]) / SHAPE_SCALE, colors]).astype(np.float32)
+    colors = np.array(patches, np.float32).ravel()
+    return colors * (128 / max(colors.mean(), 1.0))  # a flash or a fade is no other person
+
+
+def look_of(
+    colors: np.ndarray,  # (12,) of the crop
+    shape: np.ndarray,  # (300,) identity of the network
+) -> np.ndarray:  # (32,) float32
+    "Return what a face looks like: identity components and colors."
+    return np.concatenate([np.asarray(shape[:SHAPES]) / SHAPE_SCALE, colors / COLOR_SCALE]).astype(np.float32)
 
 
 def unlike(
@@ -100,7 +108,7 @@ def unlike(
     "Return how far two looks are apart."
     return float(np.linalg.norm(a - b))
 
-# %% ../nbs/81_people.ipynb #51a0fe2e
+# %% ../nbs/81_people.ipynb #baa8839a
 SAME = 1.2  # looks nearer than this are one person wherever they are seen
 OTHER = 2.0  # looks farther apart than this are two people, even at the same place in successive frames
 STRANGE = 1.5  # the same after frames without a face
@@ -121,7 +129,6 @@ class Person:
     shot: int
     box: np.ndarray  # (3,) center and side, then
     speed: np.ndarray  # (2,) pixels per frame
-    identity: np.ndarray | None = None  # (300,) shape of all results, fixed when the first are written
 
     def learn(self, look, box, frame, shot):
         "Remember a new reading."
@@ -141,10 +148,8 @@ class People:
     "The people of a clip."
 
     persons: list = field(default_factory=list)  # Person, by number
-    shots: Shots = field(default_factory=Shots)
-    leader: int | None = None  # whom a film follows
 
-# %% ../nbs/81_people.ipynb #4e8915d9
+# %% ../nbs/81_people.ipynb #8731d574
 @patch
 def distance(self: People, person: Person, box, look, frame: int, shot: int) -> float:
     "Return how ill a face suits a person; infinite where it cannot be them."
@@ -185,30 +190,3 @@ def add(
             self.persons.append(Person(numbers[k], look, look, 0, frame, shot, box, np.zeros(2)))
         self.persons[numbers[k]].learn(look, box, frame, shot)
     return numbers
-
-# %% ../nbs/81_people.ipynb #e984edff
-@patch
-def identity(
-    self: People,
-    number: int,  # of the person
-    shapes: np.ndarray,  # (N,300) the network's, of the frames that are written now
-) -> np.ndarray:  # (300,)
-    "Return the shape of all of a person's results."
-    person = self.persons[number]
-    if person.identity is None:
-        person.identity = np.median(shapes, 0)
-    return person.identity
-
-
-@patch
-def follow(
-    self: People,
-    numbers: list[int],  # people in a frame, of the largest face first
-    frame: int,
-    shot: int,
-) -> int | None:  # index of the face that a film shows; None: the one it follows is not there
-    "Choose whom a film shows: one person, until a cut or half a second without them."
-    leader = self.persons[self.leader] if self.leader is not None else None
-    if leader is None or leader.shot != shot or frame - leader.frame > PATIENCE:
-        self.leader = numbers[0] if numbers else self.leader
-    return numbers.index(self.leader) if self.leader in numbers else None

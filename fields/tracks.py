@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'HEAVY', 'CAUTION', 'smooth_curves', 'jitter', 'lag', 'in_picture', 'in_crop', 'mean_rotation',
-           'smooth_track', 'stays', 'person_of', 'smooth_clip', 'Film']
+           'smooth_track', 'stays', 'name_people', 'follow_clip', 'smooth_clip']
 
 # %% ../nbs/84_tracks.ipynb #2aeb64b6
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .types import HeadParams, Prediction
 from .head.geometry import matrix_to_axis_angle, rodrigues
-from .people import PATIENCE
+from .people import PATIENCE, People, look_of
 from .reconstructor import in_range
 
 # %% ../nbs/84_tracks.ipynb #efc73717
@@ -132,7 +132,7 @@ def smooth_track(
     smoothed = HeadParams(shape, expression, eyelids, jaw, turned, in_crop(placed, boxes.double()))
     return smoothed.to(params.shape.dtype)
 
-# %% ../nbs/84_tracks.ipynb #379c8fa3
+# %% ../nbs/84_tracks.ipynb #5005b178
 def stays(
     persons: list[int],  # person of each row
     shots: list[int],  # shot of each row
@@ -149,31 +149,50 @@ def stays(
         runs.setdefault((person, shot, start), []).append(row)
     return [np.array(rows) for rows in runs.values()]
 
-# %% ../nbs/84_tracks.ipynb #e82aa5ae
-def person_of(found, k):
-    "The person's number of a face; its place in the picture where nobody gave numbers."
-    return found.persons[k] if found.persons else k
+# %% ../nbs/84_tracks.ipynb #0fdcede4
+def name_people(
+    items: list,  # (Found, number of the face in it) of each row of a clip
+    prediction: Prediction,  # (N,...) with boxes
+) -> list[int]:  # the person's number of each row
+    "Say who is who in a clip."
+    shapes, boxes = prediction.params.shape.cpu().numpy(), prediction.boxes.cpu().numpy()
+    rows = {}
+    for row, (found, _) in enumerate(items):
+        rows.setdefault(found.frame, []).append(row)
+    people, persons = People(), [0] * len(items)
+    for frame, mine in rows.items():
+        found = items[mine[0]][0]
+        looks = [look_of(found.colors[items[row][1]], shapes[row]) for row in mine]
+        for row, number in zip(mine, people.add(boxes[mine], looks, frame, found.shot)):
+            persons[row] = number
+    return persons
+
+
+def follow_clip(
+    clip: Path,  # the video, for messages
+    items: list,  # (Found, number of the face in it) of each row
+    prediction: Prediction,  # (N,...) with boxes
+) -> tuple[Prediction, list[int]]:  # the same prediction, and the person's number of each row
+    "Say who is who, and leave the parameters as they are."
+    return prediction, name_people(items, prediction)
 
 
 def smooth_clip(
     clip: Path,  # the video, for messages
     items: list,  # (Found, number of the face in it) of each row
     prediction: Prediction,  # (N,...) with boxes
-) -> Prediction:  # smoothed, row by row the same faces
-    "Smooth every face of a clip; the emotion is smoothed too, being read off the same frames."
-    frames = [found.frame for found, _ in items]
-    persons = [person_of(found, k) for found, k in items]
-    shots = [found.shot for found, _ in items]
-    new, cast = prediction._map(torch.clone), items[0][0].cast
-    for person in sorted(set(persons)):
-        at = torch.from_numpy(np.flatnonzero(np.array(persons) == person))
-        shapes = prediction.params.shape[at].cpu().numpy()
-        shape = cast.identity(person, shapes) if cast else np.median(shapes, 0)
-        new.params.shape[at] = torch.from_numpy(shape).to(new.params.shape)
+) -> tuple[Prediction, list[int]]:  # smoothed, row by row the same faces; the person's number of each row
+    "Smooth every person of a clip; the emotion is smoothed too, being read off the same frames."
+    persons = name_people(items, prediction)
+    new, every = prediction._map(torch.clone), np.array(persons)
+    for person in np.unique(every):
+        at = torch.from_numpy(np.flatnonzero(every == person))
+        new.params.shape[at] = new.params.shape[at].median(0).values
+    frames, shots = ([getattr(found, name) for found, _ in items] for name in ("frame", "shot"))
     for rows in stays(persons, shots, frames):
         if len(rows) >= 4:
             _smooth_rows(new, torch.from_numpy(rows), np.array(frames)[rows])
-    return in_range(new)
+    return in_range(new), persons
 
 
 def _smooth_rows(prediction, at, frames):
@@ -181,58 +200,10 @@ def _smooth_rows(prediction, at, frames):
     even = smooth_track(prediction.params[at].to("cpu"), prediction.boxes[at], frames)
     for f in dataclasses.fields(HeadParams):
         if f.name != "shape":
-            getattr(prediction.params, f.name)[at] = getattr(even, f.name).to(prediction.params.shape.device)
+            value = getattr(prediction.params, f.name)
+            value[at] = getattr(even, f.name).to(value)
     for name in ("logits", "valence", "arousal"):
         value = getattr(prediction, name)
         if value is not None:
             table = value[at].cpu().numpy().reshape(len(at), -1)
             value[at] = torch.from_numpy(smooth_curves(table)).to(value).reshape(value[at].shape)
-
-# %% ../nbs/84_tracks.ipynb #b9aec111
-class Film:
-    "Write pictures to an .mp4 with the frame rate of a video; complete when closed."
-
-    def __init__(
-        self,
-        path: Path,  # the .mp4
-        clip: Path | None = None,  # where the frame rate is taken from; None: 25 a second
-    ):
-        import cv2
-
-        self.path, self.part, self.writer, self.rate = (
-            Path(path),
-            Path(path).with_name(f".{Path(path).stem}.part.mp4"),
-            None,
-            25.0,
-        )
-        if clip:
-            video = cv2.VideoCapture(str(clip))
-            rate = video.get(cv2.CAP_PROP_FPS)
-            video.release()
-            if np.isfinite(rate) and 1 <= rate <= 240:
-                self.rate = rate
-
-    def add(self, picture):
-        "Append a picture (H,W,3) uint8; raise `ValueError` if the file cannot be written."
-        import cv2
-
-        h, w = (n - n % 2 for n in picture.shape[:2])
-        if self.writer is None:
-            self.size, self.writer = (
-                (w, h),
-                cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (w, h)),
-            )
-            if not self.writer.isOpened():
-                raise ValueError(
-                    f"{self.path} cannot be written; check the folder and its free space, or leave the film out with --no-panel"
-                )
-        picture = picture[:h, :w] if (w, h) == self.size else cv2.resize(picture, self.size)
-        self.writer.write(np.ascontiguousarray(picture[..., ::-1]))
-
-    def close(self):
-        "Finish the file."
-        if self.writer is None:
-            return
-        self.writer.release()
-        self.writer = None
-        self.part.replace(self.path)

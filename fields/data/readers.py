@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from ..manifests import load_manifest, read_twin
 from ..media import check_clip
-from .scanfiles import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
+from .marks import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
 from .records import Dataset, DatasetItem, Problem, Reading, suffix_pattern
 
 # %% ../../nbs/33_data.readers.ipynb #da7210be

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.scanfiles import SCAN_READERS, UNITS, read_landmarks, read_scan
+from ..data.marks import UNITS, read_landmarks
+from ..data.scanfiles import SCAN_READERS, read_scan
 from ..types import HeadParams, Prediction
 
 # %% ../../nbs/73_evaluation.meshes.ipynb #811cf1c4

@@ -137,7 +137,7 @@ def crop_item(
     config: ScanConfig,  # margin and depth
 ) -> CroppedScan:  # with a reason in `rejected` if it cannot be used
     "Read and crop one scan; a scan that cannot be used is returned empty, with the reason."
-    from fields.data.scanfiles import convention_of, detect_axes, detect_unit
+    from fields.data.marks import convention_of, detect_axes, detect_unit
 
     try:
         if getattr(item, "scan", None) is None:
