@@ -97,10 +97,12 @@ def test_nothing_is_smoothed_across_a_cut(head):
     first, second = clip(1, True), clip(2, True)
     params, boxes = concatenate([first[1], second[1]]), torch.cat([first[2], second[2]])
     prediction = Prediction(params, [str(k) for k in range(200)], "", boxes=boxes)
-    frames = [Found(Path("a.mp4"), frame=k, persons=[k // 100], shot=k // 100) for k in range(200)]
-    both = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames], prediction)
+    colors = [np.full(12, 128.0) + 90 * (k // 100) * np.tile([1, 0, -1], 4) for k in range(200)]
+    frames = [Found(Path("a.mp4"), frame=k, colors=[colors[k]], shot=k // 100) for k in range(200)]
+    both, persons = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames], prediction)
+    assert persons == [0] * 100 + [1] * 100
     for half in (slice(0, 100), slice(100, 200)):
-        alone = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames[half]], prediction[half])
+        alone, _ = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames[half]], prediction[half])
         assert torch.equal(both.params[half].rotation, alone.params.rotation)
         assert torch.equal(both.params[half].shape, alone.params.shape)
     assert len(both.params.shape.unique(dim=0)) == 2
