@@ -83,18 +83,38 @@ def prose(text, folder):
     """Turn a markdown cell's equation anchors and links into what the site's builder resolves."""
     text = re.sub(r'<a id="(eq-\d+)"></a>', r"(\1)=", text)
     text = re.sub(r"\]\((?:\.\./)?[\w.]+\.ipynb#(eq-\d+)\)", r"](#\1)", text)
-    # pages that lie outside of nbs/ in the repository have their own place in the site
+    # the site's own first page is called index
+    text = re.sub(r"\]\(((?:\.\./)?)index\.ipynb\)", r"](\1contents.ipynb)", text)
     deeper = "../" if folder else ""
     text = re.sub(r"\]\((?:\.\./)+README\.md\)", f"]({deeper}intro.md)", text)
     text = re.sub(r"\]\((?:\.\./)+CONTRIBUTING\.md\)", f"]({deeper}contributing.md)", text)
     return text
 
 
+def shown_markdown(output):
+    """Rewrite the links of an output that is markdown: to the site's pages, and to nothing where there is none."""
+    text = "".join(output["data"]["text/markdown"])
+    text = text.replace("](index.ipynb)", "](contents.ipynb)")
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|[^)]*\.ipynb)[^)]*\)", r"\1", text)
+    return text
+
+
+def as_prose(cell):
+    """A code cell whose output is markdown as a markdown cell; None for any other."""
+    outputs = [output for output in cell["outputs"] if "text/markdown" in output.get("data", {})]
+    if not outputs:
+        return None
+    text = "\n\n".join(shown_markdown(output) for output in outputs)
+    return {"cell_type": "markdown", "id": cell["id"] + "-shown", "metadata": {}, "source": text}
+
+
 def write_notebook(path, target):
     """Copy a notebook for the site: directives hidden, anchors and links translated, outputs as committed."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     folder = path.parent.name if path.parent.name != "nbs" else ""
+    cells = []
     for cell in notebook["cells"]:
+        cells.append(cell)
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             cell["source"] = prose(text, folder)
@@ -106,7 +126,15 @@ def write_notebook(path, target):
         elif is_imports(text):
             cell["metadata"]["tags"] = ["hide-input"]
         cell["source"] = re.sub(r"\A(#\|.*\n)+", "", text)
+        written = as_prose(cell)
         cell["outputs"] = [output for output in cell["outputs"] if is_shown(output)]
+        if written:
+            cells.append(written)
+            cell["outputs"] = [o for o in cell["outputs"] if "text/markdown" not in o.get("data", {})]
+        if path.name == "index.ipynb":
+            # the code that lists the notebooks is of no interest; the list is
+            cell["metadata"]["tags"] = ["remove-cell"]
+    notebook["cells"] = cells
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(notebook), encoding="utf-8")
 
@@ -122,8 +150,9 @@ def write_page(path, target, replace):
     text = path.read_text(encoding="utf-8")
     for old, new in replace.items():
         text = text.replace(f"]({old})", f"]({new})")
+    pages_there = "|".join(map(re.escape, replace.values()))
     # a folder or file of the repository that has no page stays a name
-    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|[\w/.]+\.(?:md|ipynb))[^)]*\)", r"\1", text)
+    text = re.sub(rf"(?<!!)\[([^\]]+)\]\((?!https?:|#|(?:{pages_there})[)#])[^)]*\)", r"\1", text)
     target.write_text(text, encoding="utf-8")
 
 
@@ -144,7 +173,7 @@ def contents(notebooks):
         {
             "caption": "Reference",
             "chapters": [
-                {"file": "index"},
+                {"file": "contents"},
                 {"file": "api/index", "sections": [{"file": f"api/{name}"} for name in pages.module_names(ROOT)]},
                 {"file": "contributing"},
                 {"file": "components"},
@@ -193,12 +222,13 @@ def write_sources():
     (SOURCE / "_static" / "house.css").write_text(STYLE, encoding="utf-8")
     fetch_mathjax()
     notebooks = find_notebooks()
-    for path in [*notebooks["components"], *notebooks["guides"], *notebooks["pipeline"], ROOT / "nbs" / "index.ipynb"]:
+    for path in [*notebooks["components"], *notebooks["guides"], *notebooks["pipeline"]]:
         write_notebook(path, SOURCE / path.relative_to(ROOT / "nbs"))
+    write_notebook(ROOT / "nbs" / "index.ipynb", SOURCE / "contents.ipynb")
     shutil.copytree(ROOT / "evidence", SOURCE / "evidence")
     shutil.copytree(SOURCE / "evidence", SOURCE / "_static" / "evidence")
     places = {
-        "nbs/index.ipynb": "index.ipynb",
+        "nbs/index.ipynb": "contents.ipynb",
         "CONTRIBUTING.md": "contributing.md",
         "CHANGELOG.md": "changelog.md",
         "docs/components.md": "components.md",
@@ -224,7 +254,14 @@ def main():
     write_sources()
     if "--sources" in sys.argv:
         return 0
-    command = [sys.executable, "-m", "jupyter_book", "build", "-q", "--path-output", str(OUT / "book"), str(SOURCE)]
+    command = [
+        str(Path(sys.executable).parent / "jupyter-book"),
+        "build",
+        "-q",
+        "--path-output",
+        str(OUT / "book"),
+        str(SOURCE),
+    ]
     done = subprocess.run(command)
     if done.returncode:
         return done.returncode

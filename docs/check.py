@@ -46,7 +46,9 @@ def target_of(path, link, folder):
 def broken_links(folder):
     """Lines about each internal link without a file or without its anchor."""
     folder = Path(folder).resolve()
-    pages = {path: read(path) for path in sorted(folder.rglob("*.html"))}
+    # the theme leaves templates among its static files
+    paths = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.relative_to(folder).parts]
+    pages = {path: read(path) for path in paths}
     broken = []
     for path, page in pages.items():
         for link in page.links:

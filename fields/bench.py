@@ -19,7 +19,8 @@ from .bench_training import bench_memory, bench_training, split_of_iteration
 from .head.flame import Head
 from .head.geometry import rodrigues
 from .evaluation.landmarks import projected
-from .refine import LandmarkHead, RefineConfig, refine
+from .refine import RefineConfig, refine
+from .render.marks import LandmarkHead
 from .render.camera import normaliser, project
 from .render.rasterize import rasterize
 from .render.shade import geometry_image

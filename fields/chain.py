@@ -11,8 +11,9 @@ import fcntl, os, queue, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from .config import Config, find_root, load_profile, to_dict
-from .files import read_json
+from .files import read_json, write_json
 from .plan import Step, jobs, plan
+from .demands import check_demands, look_ahead, needs_looking
 from .stage import RunDir, claim
 
 # %% ../nbs/81_chain.ipynb #543bfe53
@@ -283,6 +284,16 @@ def _execute_step(step, notebook, run, profile, overrides, ended):
         problem = error
     ended.put((step.name, problem))
 
+# %% ../nbs/81_chain.ipynb #441dffb2
+def _look_before(config, run):
+    "Raise `ValueError` with one table if a later step will miss anything."
+    if not needs_looking(config):
+        return
+    found = look_ahead(config, run)
+    lines = [{"group": d.group, "name": d.name, "state": d.state, "how": d.how, "steps": d.steps} for d in found]
+    write_json(run / "demands.json", lines)
+    check_demands(found)
+
 # %% ../nbs/81_chain.ipynb #10c27cc2
 def run_chain(
     run: str | Path,  # folder of the run, made if needed
@@ -306,6 +317,7 @@ def run_chain(
     folder = root / "nbs" / "pipeline"
     with lock(run):
         claim(run, config, folder, force)
+        _look_before(config, run)
         if first:
             (run / "steps" / f"{first}.json").unlink(missing_ok=True)
         return _execute_steps(folder, run, config, profile, list(overrides), steps, quiet)

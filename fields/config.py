@@ -42,6 +42,7 @@ class ScanConfig:
 
     margin: float = 1.0  # factor on both radii of the ellipse; 1 is Eq. 13 exactly
     depth: float = 0.0  # keep points within this distance of the landmark plane, metres; 0: no limit
+    store_step: float = 0.0  # cropped points are stored in steps of this many metres; 0: as they are
     scan_weight: float = 2.0  # enters the energy squared, as do the next four
     landmark_weight: float = 0.1  # 51 or 83 landmarks
     shape_weight: float = 1e-4  # identity coefficients
@@ -64,6 +65,8 @@ class PrepareConfig:
     cache_scale: float = 2.0  # a cached crop is this many times the face box; training cuts U(1.2, 1.8) out of it
     evaluation_scale: float = 1.4  # crop scale in evaluation and for users
     minimum_confidence: float = 0.1  # detection confidence of MediaPipe, as SMIRK uses it
+    store: str = "raw"  # raw: one array | jpeg: compressed shards, a twentieth of the space
+    quality: int = 90  # of the compressed crops, 1 to 100
 
 # %% ../nbs/00_config.ipynb #cb950697
 @dataclass
@@ -182,6 +185,7 @@ class EvaluationConfig:
     folds: int = 5
     protocols: list[str] = field(default_factory=lambda: ["heldout", "paper"])
     units: str = "mm"  # mm | paper
+    shape_components: str = "real"  # of the shape error: real (at least .05 mm) | all
     bootstrap: int = 1000  # resamples of a confidence interval
     figure_points: int = 700  # points of the t-SNE and UMAP figures
 
@@ -199,6 +203,10 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     head: str = "open"  # "open", a name as flame2020, or the path of a FLAME file
     assets: str = ""  # folder of licensed files, searched before those of FIELDS_ASSETS
+    allow_unknown_weights: bool = False  # use files of other groups whose checksum is not known
+    allow_standins: list[str] = field(default_factory=list)  # files of other groups that ours may stand in for
+    devices: int = 0  # GPUs, or CPU processes, of one training; 0: all GPUs of this machine
+    nodes: int = 1  # machines of one training
     data: str = "world"  # "world", or the root folder of the licensed datasets
     world: WorldConfig = field(default_factory=WorldConfig)
     scans: ScanConfig = field(default_factory=ScanConfig)

@@ -9,8 +9,9 @@ __all__ = ['PACKAGES', 'USES', 'NOTES', 'Finding', 'machine', 'packages', 'shipp
 import ctypes.util, importlib.metadata, importlib.util, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
-from .assets import ASSETS, asset_folder, find_asset, package_file
+from .assets import ASSETS, asset_folders, find_asset, package_file
 from .config import find_root
+from .places import data_folder
 
 # %% ../nbs/82_doctor.ipynb #57e8becd
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def shipped() -> list[Finding]:  # findings about files of the package
 
 def assets() -> list[Finding]:  # findings about licensed files
     "Look for every file that only the user can provide: where, what it enables, from whom, under which licence."
-    folder, findings = asset_folder(), []
+    findings = []
+    folders = ", ".join(map(str, asset_folders())) or "any folder (set FIELDS_ASSETS to one)"
     for a in ASSETS:
         path = find_asset(a.name)
         how = f"enables {a.enables}; licence: {a.licence}"
@@ -157,9 +159,7 @@ def assets() -> list[Finding]:  # findings about licensed files
                 "assets",
                 a.name,
                 path is not None,
-                f"{path}; {how}"
-                if path
-                else f"{' or '.join(a.files)} is not in {folder or 'any folder (set FIELDS_ASSETS to one)'}; {how}; source: {a.source}",
+                f"{path}; {how}" if path else f"{' or '.join(a.files)} is not in {folders}; {how}; source: {a.source}",
             )
         )
     return findings
@@ -183,7 +183,7 @@ def datasets(
     "Look for the six datasets and say how to ask for each."
     from fields.manifests import load_manifest, manifest_names
 
-    root = Path(root or os.environ.get("FIELDS_DATA", (find_root() or Path.cwd()) / "data"))
+    root = Path(root) if root else data_folder()
     findings = []
     for m in (load_manifest(n) for n in manifest_names() if n != "identity"):  # the seventh is a stand-in of ours
         place, how = root / m.layout.folder, f"enables {USES.get(m.name, 'training')}; licence: {m.licence}"
@@ -204,13 +204,13 @@ def examine() -> list[Finding]:  # all findings
     for look in (machine, packages, shipped, assets, datasets):
         try:
             findings += look()
-        except Exception as e:
-            findings.append(Finding(look.__name__, look.__name__, False, f"could not be examined: {e}"))
+        except Exception as error:
+            findings.append(Finding(look.__name__, look.__name__, False, f"could not be examined: {error}"))
     return findings
 
 
 NOTES = {
-    "assets": " (files only you can provide; FIELDS_ASSETS names their folder)",
+    "assets": " (files only you can provide; --set assets=, FIELDS_ASSETS or the head's folder)",
     "datasets": " (FIELDS_DATA names their folder; without them the demo world stands in)",
     "packages": " (optional ones come with an extra)",
 }

@@ -13,6 +13,7 @@ from .types import Prediction
 from .viz import to_uint8
 from .render.shade import geometry_image, smooth_geometry_image
 from .data.crop import FaceCrop
+from .data.level import turn_heads
 from .models.masking import masked_background
 from .reconstructor import Reconstructor
 
@@ -30,7 +31,9 @@ def panel(
 ) -> np.ndarray:  # (B,S,4*S,3) uint8: input | overlay | mesh | synthesis
     "Draw each face beside its reconstruction."
     head, device, model = reconstructor.head, reconstructor.device, reconstructor.model
-    image, params = reconstructor.stack(crops), prediction.params.to(device)
+    image = reconstructor.stack(crops)
+    # the crops are level, so the heads are drawn level too
+    params = turn_heads(head, prediction.params.to(device), [-c.roll for c in crops])
     view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float() / 255
     vertices = head(params).vertices
     (mesh, mesh_share), (face, face_share) = (

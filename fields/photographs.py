@@ -15,12 +15,13 @@ from .types import HeadParams
 from .head.flame import Head
 from .head.geometry import rodrigues
 from .render.camera import normaliser
-from .data.detect import read_image
+from .media import read_image
 from .evaluation.landmarks import fit_pose, mean_head, projected
 from .inputs import IMAGES, VIDEOS, frames
 from .panels import panel
 from .reconstructor import Reconstructor
-from .refine import LandmarkHead, RefineConfig, Refiner, refine
+from .refine import RefineConfig, Refiner, refine
+from .render.marks import LandmarkHead
 
 # %% ../nbs/86_photographs.ipynb #e38a6506
 def held_out(
@@ -105,7 +106,7 @@ def evaluate_photographs(
     params = reconstructor.predict(crops).params.to("cpu")
     reconstructor.improve = stage
     indices = torch.as_tensor(head.embeddings["mediapipe105"].indices).long()
-    points = torch.from_numpy(np.stack([c.points for c in crops]))[:, indices, :2]
+    points = torch.from_numpy(np.stack([c.picture_points for c in crops]))[:, indices, :2]
     scores, turned = answers(head, params, points)
     use, filmed, result = (
         turned.abs() <= most_yaw,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'HEAVY', 'CAUTION', 'smooth_curves', 'jitter', 'lag', 'in_picture', 'in_crop', 'mean_rotation',
-           'smooth_track', 'link', 'smooth_clip', 'Film']
+           'smooth_track', 'link', 'smooth_clip']
 
 # %% ../nbs/84_tracks.ipynb #2aeb64b6
 import dataclasses
@@ -196,52 +196,3 @@ def smooth_clip(
             table = value[at].cpu().numpy().reshape(len(rows), -1)
             getattr(new, name)[at] = torch.from_numpy(smooth_curves(table)).to(value).reshape(value[at].shape)
     return new
-
-# %% ../nbs/84_tracks.ipynb #b9aec111
-class Film:
-    "Write pictures to an .mp4 with the frame rate of a video; complete when closed."
-
-    def __init__(
-        self,
-        path: Path,  # the .mp4
-        clip: Path | None = None,  # where the frame rate is taken from; None: 25 a second
-    ):
-        import cv2
-
-        self.path, self.part, self.writer, self.rate = (
-            Path(path),
-            Path(path).with_name(f".{Path(path).stem}.part.mp4"),
-            None,
-            25.0,
-        )
-        if clip:
-            video = cv2.VideoCapture(str(clip))
-            rate = video.get(cv2.CAP_PROP_FPS)
-            video.release()
-            if np.isfinite(rate) and 1 <= rate <= 240:
-                self.rate = rate
-
-    def add(self, picture):
-        "Append a picture (H,W,3) uint8; raise `ValueError` if the file cannot be written."
-        import cv2
-
-        h, w = (n - n % 2 for n in picture.shape[:2])
-        if self.writer is None:
-            self.size, self.writer = (
-                (w, h),
-                cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (w, h)),
-            )
-            if not self.writer.isOpened():
-                raise ValueError(
-                    f"{self.path} cannot be written; check the folder and its free space, or leave the film out with --no-panel"
-                )
-        picture = picture[:h, :w] if (w, h) == self.size else cv2.resize(picture, self.size)
-        self.writer.write(np.ascontiguousarray(picture[..., ::-1]))
-
-    def close(self):
-        "Finish the file."
-        if self.writer is None:
-            return
-        self.writer.release()
-        self.writer = None
-        self.part.replace(self.path)

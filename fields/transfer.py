@@ -15,7 +15,8 @@ from .viz import grid, labelled, to_uint8
 from .models.masking import masked_background
 from .render.shade import geometry_image, smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
-from .data.detect import read_image
+from .data.level import turn_heads
+from .media import read_image
 from .outputs import Saver
 from .panels import VIEW, save_picture
 from .reconstructor import Reconstructor
@@ -61,17 +62,20 @@ def swap(
     prediction = reconstructor.predict(crops, ["first", "second"])
     other, model = torch.tensor([1, 0]), reconstructor.model
     moved = with_expression(prediction.params, prediction.params[other], share)
+    # pictures show the faces level, as the network saw them
+    rolls = [-c.roll for c in crops]
+    plain, changed = (turn_heads(reconstructor.head, params, rolls) for params in (prediction.params, moved))
     image = reconstructor.stack(crops)
     tokens = model.tokens(image)
     paint = lambda params, t: _paint(reconstructor, crops, image, params, t)
-    views = np.stack([crop_image(i, c.box, VIEW) for i, c in zip(images, crops)])
+    views = np.stack([crop_image(i, c.box, VIEW, roll=c.roll) for i, c in zip(images, crops)])
     tiles = [
         to_uint8(views),
-        _head(reconstructor, prediction.params),
-        _head(reconstructor, moved),
-        paint(prediction.params, tokens),
-        paint(moved, tokens),
-        paint(prediction.params, None if tokens is None else tokens[:, other]),
+        _head(reconstructor, plain),
+        _head(reconstructor, changed),
+        paint(plain, tokens),
+        paint(changed, tokens),
+        paint(plain, None if tokens is None else tokens[:, other]),
     ]
     rows = [np.concatenate([labelled(tile[k], title) for tile, title in zip(tiles, COLUMNS)], 1) for k in (0, 1)]
     return Swap(prediction, moved, crops, np.concatenate(rows))

@@ -189,6 +189,9 @@ class Prediction(Batched):
     valence: Tensor | None = None  # (B,)
     arousal: Tensor | None = None  # (B,)
     boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
+    misfit: Tensor | None = (
+        None  # (B,) distance of the network's landmarks from the detector's, over the eyes' distance
+    )
 
     def save(self, path):
         "Write a plain `.npz`."

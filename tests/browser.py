@@ -90,7 +90,9 @@ class Browser:
         """The value of an expression in the page, awaited where it is a promise."""
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
-            raise RuntimeError(f"{answer['exceptionDetails']['text']} in {script[:80]}")
+            details = answer["exceptionDetails"]
+            said = details.get("exception", {}).get("description", details["text"])
+            raise RuntimeError(f"{said[:300]} in {script[:80]}")
         return answer["result"].get("value")
 
     def wait(self, script, seconds=60):
@@ -135,7 +137,7 @@ class Browser:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def jupyter(folder, settings, log):
+def jupyter(folder, settings, log, extra=None):
     """Start JupyterLab on a folder with a folder of settings; return (process, address with its token)."""
     import secrets
     import socket
@@ -145,9 +147,9 @@ def jupyter(folder, settings, log):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(settings), "IDENTITY_PROVIDER_TOKEN": token}
+    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(settings)} | (extra or {})
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", f"--notebook-dir={folder}"]
-    command += [f"--IdentityProvider.token={token}", "--allow-root"]
+    command += [f"--IdentityProvider.token={token}", "--allow-root", "--expose-app-in-browser"]
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):

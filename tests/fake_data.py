@@ -3,7 +3,7 @@
 import numpy as np, pandas as pd, torch
 from types import SimpleNamespace
 from fields.config import load_profile
-from fields.data.detect import MEDIAPIPE_105
+from fields.data.mesh import MEDIAPIPE_105
 from fields.data.mixing import Derived, Source
 from fields.head.flame import Head
 from fields.render.shade import geometry_image

@@ -25,15 +25,19 @@ AUDIT = {
         "test_audit.py::test_01_a_head_without_the_scans_landmarks_is_one_error",
         "test_audit.py::test_01_no_accepted_fit_is_an_error",
         "test_audit.py::test_01_expression_loss_without_labels_is_refused",
+        "test_rehearsal.py::test_labels_survive_the_official_side_files",
     ],
     2: [
         "test_audit.py::test_02_one_rule_finds_head_side_files_and_data",
         "test_audit.py::test_02_a_head_is_found_by_name_and_from_any_folder",
     ],
-    3: [],
+    3: ["test_rehearsal.py::test_two_processes_are_recorded_and_reused"],
     4: [],
     5: [],
-    6: [],
+    6: [
+        "test_audit.py::test_06_the_paper_profile_trains_every_row",
+        "test_rehearsal.py::test_the_whole_experiment",
+    ],
     7: [
         "test_audit.py::test_07_a_row_depends_on_no_other_row",
         "test_audit.py::test_07_plots_and_comments_are_in_no_training_key",
@@ -46,9 +50,12 @@ AUDIT = {
     10: ["test_audit.py::test_10_counting_crops_holds_one_at_a_time"],
     11: [],
     12: [],
-    13: [],
+    13: ["test_rehearsal.py::test_the_first_second_says_what_is_missing"],
     14: ["test_audit.py::test_14_sequence_landmarks_go_by_frame_number"],
-    15: [],
+    15: [
+        "test_audit.py::test_15_packed_crops_are_what_was_written",
+        "test_rehearsal.py::test_crops_are_compressed_shards",
+    ],
     16: [],
     17: [],
     18: [],
@@ -168,6 +175,15 @@ def test_02_a_head_is_found_by_name_and_from_any_folder(tmp_path, clean_places):
         head_file("no/head.pkl")
 
 
+# 6: the paper profile is the paper's experiment
+
+
+def test_06_the_paper_profile_trains_every_row():
+    rows = {"F1", "F2", "F3", "F4", "SMIRK", "TEASER", "EMOCA", "lambda0.5", "lambda1", "lambda10"}
+    config = load_profile("paper")
+    assert set(config.train.methods) == rows and config.loss.emotion == 5.0  # F4 is lambda 5
+
+
 # 7: rows are independent
 
 
@@ -243,6 +259,39 @@ def test_14_sequence_landmarks_go_by_frame_number(tmp_path, offset, scans, rows,
     assert [i.landmarks3d_index for i in items] == expected
     assert [i.read_landmarks3d()[0, 0] - 1 for i in items] == expected
     assert [int(i.scan.stem) for i in items] == scans
+
+
+# 15: compressed shards
+
+
+def test_15_packed_crops_are_what_was_written(tmp_path):
+    """The same rows as the raw array but for JPEG's rounding, in any order, and a tar file that others can read."""
+    import tarfile
+
+    from fields.data.crop import hull_mask
+    from fields.data.packed import PackedImages, encode, write_shard
+
+    rng = np.random.default_rng(0)
+    grid = np.linspace(0, 255, 64).astype(np.uint8)
+    pictures = [
+        np.dstack([grid[:, None] + np.zeros(64, np.uint8), np.full((64, 64), 40 * k), grid[None] + 0 * grid[:, None]])
+        for k in range(6)
+    ]
+    pictures = [p.astype(np.uint8) for p in pictures]
+    points = rng.uniform(-0.6, 0.6, (6, 478, 2))
+    points[3] = np.nan  # no face
+    place = write_shard(
+        tmp_path / "shards/000002.tar", 100, [b"" if k == 3 else encode(p, 95) for k, p in enumerate(pictures)]
+    )
+    np.save(tmp_path / "index.npy", np.c_[np.full((6, 1), 2), place])
+    for threads in (1, 3):
+        packed = PackedImages(tmp_path, points, 64, threads)
+        crops = packed[np.array([5, 0, 3, 0])]
+        assert crops.shape == (4, 64, 64, 4) and not crops[2].any()
+        assert np.abs(crops[0, ..., :3].astype(int) - pictures[5]).mean() < 6
+        assert (crops[0, ..., 3] == hull_mask(points[5], 64)).all() and (crops[1] == crops[3]).all()
+    with tarfile.open(tmp_path / "shards/000002.tar") as tar:
+        assert tar.getnames() == [f"{100 + k:09d}.jpg" for k in range(6) if k != 3]
 
 
 # a run folder belongs to one profile and one set of settings
@@ -323,3 +372,130 @@ def test_9_the_study_file_is_what_its_seeds_say(tmp_path):
     kept = json.loads((ROOT / "evidence" / "study.json").read_text())
     fresh = json.loads((tmp_path / "study.json").read_text())
     assert {k: kept[k] for k in fresh} == fresh
+
+
+# 11: whole sets of pictures and faces were held at once.
+
+
+def test_11_pictures_are_let_go_while_points_are_read():
+    """At most two batches of pictures are alive, however large the set."""
+    import gc
+    import weakref
+    from types import SimpleNamespace
+
+    import torch
+
+    from fields.evaluation.landmarks import detected_points
+
+    alive, most = [], []
+
+    class Data:
+        def evaluation(self, dataset, split, batch):
+            for k in range(12):
+                batch = SimpleNamespace(
+                    ids=[f"{k}/{i}" for i in range(4)],
+                    image=torch.zeros(4, 3, 8, 8),
+                    mediapipe=torch.full((8, 105, 2), float(k))[:4],  # a view, as of a larger table
+                )
+                alive.append(weakref.ref(batch.image))
+                gc.collect()
+                most.append(sum(r() is not None for r in alive))
+                yield batch
+
+    ids, points = detected_points(Data(), "affectnet_val")
+    assert len(ids) == 48 and points.shape == (48, 105, 2) and points[-1, 0, 0] == 11
+    assert max(most) <= 2
+
+
+def test_11_faces_are_posed_in_blocks(monkeypatch):
+    """No call poses more than a block of frames."""
+    from fields.evaluation import geometry, landmarks
+    from fields.head.flame import Head
+    from fields.types import HeadParams
+
+    head, seen = Head.load("open"), []
+
+    class Watched:
+        def __init__(self, head):
+            self.head = head
+
+        def __call__(self, params):
+            seen.append(len(params))
+            return self.head(params)
+
+        def __getattr__(self, name):
+            return getattr(self.head, name)
+
+    params = HeadParams.neutral(5)
+    geometry.face_errors(Watched(head), params, params, block=2)
+    points = landmarks.projected(head, params)
+    landmarks.set_errors(Watched(head), params, points, block=2)
+    assert len(seen) > 9 and max(seen) == 2
+
+
+# 12: the probe ignored the run's device, and scans were measured in one process.
+
+
+def test_12_the_probe_runs_where_the_run_does(monkeypatch):
+    from fake_run import smoke_config
+
+    import torch
+
+    from fields.evaluation import emotion
+    from fields.types import HeadParams, Prediction
+
+    class Seen(Exception):
+        pass
+
+    def watched(x, *arguments):
+        raise Seen(str(x.device))
+
+    monkeypatch.setattr(emotion, "probe", watched)
+    ids = [str(k) for k in range(70)]
+    labels = emotion.Labels(ids, np.arange(70) % 7, np.zeros(70), np.zeros(70))
+    said = {"F0": Prediction(HeadParams.neutral(70), ids, "", "F0")}
+    with pytest.raises(Seen, match="meta"):
+        emotion.run_protocol(said, labels, smoke_config().evaluation, device=torch.device("meta"))
+
+
+def test_12_workers_do_not_change_the_distances(tmp_path, monkeypatch):
+    """Scan-to-mesh distances over two processes are those of one, and both processes measure."""
+    from fake_run import fake_run
+
+    from fields.comparison import read_predictions, select
+    from fields.evaluation import surfaces
+    from fields.evaluation.parameters import read_fits
+    from fields.scans import workers
+
+    run, head = fake_run(tmp_path / "run", heldout=3, train=70, frames=3, methods=("F1",))
+    fits, _ = read_fits(run, head)
+    found = read_predictions(run, ["F1"], "bp4d_test", head)
+    ids = [i for i in fits.ids if i in set(found["F1"].ids)]
+    here, params = fits.take(ids), {"F1": select(found["F1"], ids).params}
+    monkeypatch.setattr(workers, "ALONE", 0.0)  # begin the helper at once
+    one = surfaces.measure_scans(run, head, here, params, 1)
+    two = surfaces.measure_scans(run, head, here, params, 2)
+    assert len(one) == len(ids) == 18 and one == two
+
+
+# 17: the shape error had no switch, and two figures said FAN whatever was used.
+
+
+def test_17_shape_error_over_all_components():
+    from fields.evaluation.parameters import counted_components
+    from fields.head.flame import Head
+
+    head = Head.load("open")
+    assert counted_components(head, "all").sum() == 300 > counted_components(head, "real").sum()
+    with pytest.raises(ValueError, match="shape_components"):
+        counted_components(head, "none")
+
+
+def test_17_figures_name_what_was_used():
+    from fields.evaluation.diagrams import Pieces, figure8, figure9
+
+    for draw in (figure8, figure9):
+        words = " ".join(t.get_text() for t in draw(Pieces()).axes[0].texts)
+        assert "FAN" not in words and "MICA" not in words and "17 contour points" in words
+        named = Pieces(contour="FAN contour", identity="identity network (MICA)")
+        assert "FAN" in " ".join(t.get_text() for t in draw(named).axes[0].texts)

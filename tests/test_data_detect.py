@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fields.data.detect import MEDIAPIPE_105, Face, FaceDetector, TaskMesh, Window, check, cut, detect, overlap, windows
+from fields.data.detect import FaceDetector, check, detect, windows
+from fields.data.mesh import MEDIAPIPE_105, Face, TaskMesh
+from fields.data.window import Window, cut, overlap
 from fields.media import check_clip, check_image, read_frames, read_image
 
 DATA = os.environ.get("FIELDS_TEST_DATA")

@@ -11,7 +11,9 @@ import torch
 
 from fields.config import load_profile
 from fields.data.crop import Box, from_crop
-from fields.data.detect import MEDIAPIPE_105, FaceDetector, Window
+from fields.data.detect import FaceDetector
+from fields.data.mesh import MEDIAPIPE_105
+from fields.data.window import Window
 from fields.data.prepare import CropStore, prepare, worker_pool
 from fields.media import read_image
 from fields.viz import figure, save_figure

@@ -16,7 +16,7 @@ from PIL import Image
 import fields.data.prepare as module
 from fields.config import PrepareConfig
 from fields.data.crop import Box, crop_image, face_box, from_crop
-from fields.data.detect import Face
+from fields.data.mesh import Face
 from fields.data.prepare import CropStore, prepare, shards
 from fields.data.readers import open_dataset
 from fields.media import read_image

@@ -7,21 +7,17 @@ from sklearn.metrics import mean_squared_error, r2_score
 from fake_run import fake_run, smoke_config
 from fields.comparison import resample
 from fields.evaluation.geometry import (
-    align,
     auc,
     canonical,
     check_metres,
     describe_errors,
     distances,
-    evaluate_geometry,
     face_errors,
     move,
-    paper_tables,
-    placed_reference,
+    procrustes,
     reference_params,
-    scan_errors,
-    table6_checks,
 )
+from fields.evaluation.paper import paper_tables, table6_checks
 from fields.evaluation.parameters import (
     component_size,
     constant_prediction,
@@ -32,6 +28,7 @@ from fields.evaluation.parameters import (
     norms,
     read_fits,
 )
+from fields.evaluation.surfaces import evaluate_geometry, placed_reference, scan_errors
 from fields.head.flame import Head
 from fields.head.geometry import rodrigues
 from fields.scans.closest import Surface
@@ -78,12 +75,12 @@ def test_auc_is_the_area_under_the_curve():
 def test_alignment_agrees_with_scipy():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
-    rotation, translation, _ = align(torch.tensor(a)[None], torch.tensor(b)[None])
+    rotation, translation, _ = procrustes(torch.tensor(a)[None], torch.tensor(b)[None])
     theirs, _ = Rotation.align_vectors(b - b.mean(0), a - a.mean(0))
     assert np.allclose(rotation[0].numpy(), theirs.as_matrix(), atol=1e-8)
     moved = move(torch.tensor(a)[None], (rotation, translation, torch.ones(1)))[0].numpy()
     assert np.allclose(moved.mean(0), b.mean(0))
-    scaled = align(torch.tensor(a)[None], torch.tensor(1.3 * a @ theirs.as_matrix().T + 2)[None], scale=True)
+    scaled = procrustes(torch.tensor(a)[None], torch.tensor(1.3 * a @ theirs.as_matrix().T + 2)[None], scale=True)
     assert float(scaled[2][0]) == pytest.approx(1.3)
 
 
@@ -112,7 +109,7 @@ def test_a_rigid_offset_is_gone_after_alignment(head):
         np.ones(5), abs=1e-6
     )
     assert distances(turned, vertices.double()).min() > 0.5
-    assert distances(move(turned, align(turned, vertices.double())), vertices.double()).max() < 1e-6
+    assert distances(move(turned, procrustes(turned, vertices.double())), vertices.double()).max() < 1e-6
 
 
 def test_expression_only_ignores_identity(head):
@@ -320,7 +317,7 @@ def test_geometry_file(small):
 
 
 def test_the_placed_reference_lies_on_its_scan(small):
-    from fields.evaluation.geometry import read_cropped
+    from fields.evaluation.surfaces import read_cropped
 
     run, head, _, _ = small
     fits, _ = read_fits(run, head)

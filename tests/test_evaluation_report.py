@@ -11,7 +11,8 @@ from fields.evaluation.counts import count_data
 from fields.evaluation.seeds import merge_seeds, seed_record
 from fields.evaluation.emotion import evaluate_emotion
 from fields.evaluation.figures import FIGURES, make_figures
-from fields.evaluation.geometry import evaluate_geometry, paper_tables
+from fields.evaluation.paper import paper_tables
+from fields.evaluation.surfaces import evaluate_geometry
 from fields.evaluation.limits import evaluate_limits
 from fields.evaluation.parameters import evaluate_parameters
 from fields.evaluation.report import SECTIONS, TABLES, banners, make_report

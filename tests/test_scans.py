@@ -9,9 +9,9 @@ from fields.config import ScanConfig
 from fields.head.flame import Head
 from fields.scans.closest import Surface, SurfaceTorch, closest_points
 from fields.scans.crop import ScanError, crop_faces, ellipse_crop
-from fields.scans.batched import fit_batch
 from fields.scans.energy import align, evaluate, match_order, normal_equations, prepare_target, robust
-from fields.scans.fit import Fit, fit_file, fit_scan, fit_sequence, fit_shape, residual_picture, spread, state_of
+from fields.scans.file import fit_file
+from fields.scans.fit import Fit, fit_scan, fit_sequence, fit_shape, residual_picture, spread, state_of
 from fields.scans.labels import ExpressionLabels, crop_dataset, crop_item, fit_dataset, place
 from fields.scans.surface import State, at_shape, head_model, jacobian, pose, rotation_matrix
 from fields.types import HeadParams
@@ -80,7 +80,8 @@ def sample(model, state, count=8000, noise=0.0, seed=0, which="static51"):
 
 
 def real_scan():
-    from fields.data.scanfiles import read_landmarks, read_scan
+    from fields.data.marks import read_landmarks
+    from fields.data.scanfiles import read_scan
 
     folder = test_data() / "scan"
     return read_scan(folder / "scan.obj").vertices, read_landmarks(folder / "scan_lmks.npy")
@@ -682,44 +683,6 @@ def test_lids_are_found(head, tmp_path):
     assert np.abs(fit.eyelids - [0.8, 0.5]).max() < 0.15
     plain = fit_scan(head_model(head, 60, 24), points, landmarks)
     assert (plain.eyelids == 0).all() and plain.energy > fit.energy
-
-
-def test_batch_equals_single_fits(small):
-    scans = [sample(small, random_state(small, 40 + k), 800 + 50 * k, 3e-4) for k in range(3)]
-    config = ScanConfig(max_points=300)
-    shapes = np.stack([np.pad(random_state(small, 40 + k).coefficients[:60], (0, 240)) for k in range(3)])
-    known = with_correctives(small)
-    for model, given in ((known, shapes),):
-        batch = fit_batch(model, scans, config=config, shapes=given)
-        single = [
-            fit_scan(model, *s, config=config, shape=None if given is None else given[k]) for k, s in enumerate(scans)
-        ]
-        for b, c in zip(batch, single):
-            assert abs(b.energy / c.energy - 1) < 5e-3 and abs(b.residual_median / c.residual_median - 1) < 0.02
-            assert (
-                np.abs(b.translation - c.translation).max() < 1e-3
-                and b.points == c.points
-                and len(b.residuals) == c.points
-            )
-
-
-@pytest.mark.cuda
-def test_batch_on_a_gpu(small):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    scans = [sample(small, random_state(small, 40 + k), 3000, 3e-4) for k in range(64)]
-    shapes = np.stack([np.pad(random_state(small, 40 + k).coefficients[:60], (0, 240)) for k in range(64)])
-    config = ScanConfig(max_points=2000)
-    fit_batch(small, scans, config=config, shapes=shapes, device="cuda")
-    begin = time.perf_counter()
-    fits = fit_batch(small, scans, config=config, shapes=shapes, device="cuda")
-    rate = len(fits) / (time.perf_counter() - begin)
-    single = [fit_scan(small, *s, config=config, shape=shape) for s, shape in zip(scans[:4], shapes)]
-    for b, c in zip(fits, single):
-        assert abs(b.energy / c.energy - 1) < 1e-2
-    write_evidence(
-        "scan_fit_gpu", {"device": torch.cuda.get_device_name(), "frames_a_second": rate, "batch": 64, "points": 2000}
-    )
 
 
 def mark(folder, name):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..config import Config, MixingConfig
 from .augment import AUGMENTATION, SAMPLING, augment, draw_plan, fixed_plan, stream
-from .detect import MEDIAPIPE_105
+from .mesh import MEDIAPIPE_105
 from .prepare import CropStore
 from ..types import Batch, DATASETS
 

@@ -9,7 +9,8 @@ __all__ = ['JAW', 'fan_weights', 'fan_window', 'heat_map_points', 'FanPoints', '
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .detect import MEDIAPIPE_105, Window
+from .mesh import MEDIAPIPE_105
+from .window import Window
 
 # %% ../../nbs/32_data.points2d.ipynb #b3ac932b
 def fan_weights() -> Path | None:  # path of FAN's weights, or None

@@ -16,6 +16,7 @@ from ..config import PrepareConfig, fingerprint
 from ..workers import begin_worker, work_together
 from .crop import Box, crop_face
 from .detect import cached_detector
+from .packed import PackedImages, encode, write_shard
 from .readers import open_dataset
 from .records import Dataset
 from ..media import read_frames, read_image
@@ -40,7 +41,7 @@ class Shard:
     number: int
     first: int  # first row
     samples: tuple  # (path, frame or None) of each
-    images: str  # the array on disk that receives the crops
+    images: str  # what receives the crops: the array on disk, or a folder of shards
     done: str  # the small file that is written at the end
     config: PrepareConfig
     task: str | None = None  # face_landmarker.task
@@ -54,8 +55,8 @@ def _pictures(samples):
         if frame is None:
             try:
                 yield read_image(path)
-            except (ValueError, OSError) as e:
-                yield e
+            except (ValueError, OSError) as error:
+                yield error
             k += 1
             continue
         last = k
@@ -68,9 +69,22 @@ def _pictures(samples):
             for f in frames:
                 try:
                     yield read_frames(path, [f])[0]
-                except (ValueError, OSError) as e:
-                    yield e
+                except (ValueError, OSError) as error:
+                    yield error
         k = last + 1
+
+
+def _write_crops(shard, crops, found):
+    "Write the crops of a shard and return (N,3) shard, offset and length of each; zeros for the raw array."
+    n = len(crops)
+    if shard.config.store == "jpeg":
+        path = Path(shard.images) / f"{shard.number:06d}.tar"
+        pictures = [encode(c[..., :3], shard.config.quality) if ok else b"" for c, ok in zip(crops, found)]
+        return np.c_[np.full((n, 1), shard.number), write_shard(path, shard.first, pictures)]
+    array = np.lib.format.open_memmap(shard.images, mode="r+")
+    array[shard.first : shard.first + n] = crops
+    array.flush()
+    return np.zeros((n, 3), np.int64)
 
 
 def do_shard(
@@ -92,12 +106,11 @@ def do_shard(
         face = crop_face(image, faces[0].points478, size, config.cache_scale)
         crops[k, ..., :3], crops[k, ..., 3] = face.image, face.hull
         points[k], boxes[k], scores[k] = face.points, face.box.row(), faces[0].score
-    array = np.lib.format.open_memmap(shard.images, mode="r+")
-    array[shard.first : shard.first + n] = crops
-    array.flush()
+    place = _write_crops(shard, crops, np.isfinite(boxes[:, 0]))
     done = Path(shard.done)
     with open(done.with_suffix(".tmp"), "wb") as file:
-        np.savez(file, points=points, boxes=boxes, scores=scores, notes=np.array(notes, np.str_))
+        texts = np.array(notes, np.str_)
+        np.savez(file, points=points, boxes=boxes, scores=scores, notes=texts, place=place)
     os.replace(done.with_suffix(".tmp"), done)
     return shard.number, n, int(np.isfinite(boxes[:, 0]).sum())
 
@@ -110,14 +123,19 @@ class CropStore:
         path: Path | str,  # folder of one dataset's crops
     ):
         self.path = Path(path)
-        missing = [n for n in ("images.npy", "points.npy", "rows.csv", "report.json") if not (self.path / n).is_file()]
+        packed = (self.path / "index.npy").is_file()
+        needed = ("index.npy" if packed else "images.npy", "points.npy", "rows.csv", "report.json")
+        missing = [name for name in needed if not (self.path / name).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{self.path} holds no prepared crops ({missing[0]} is missing); run `fields prepare` for this dataset"
             )
-        self.images = np.load(self.path / "images.npy", mmap_mode="r")
         self.points = np.load(self.path / "points.npy", mmap_mode="r")
         self.report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+        if packed:
+            self.images = PackedImages(self.path, self.points, self.report["config"]["cache_size"])
+        else:
+            self.images = np.load(self.path / "images.npy", mmap_mode="r")
         if len(self.images) != len(self.points) or len(self.points) != self.report["items"]:
             raise ValueError(
                 f"{self.path} holds arrays of different lengths; delete the folder and run `fields prepare` again"
@@ -231,6 +249,7 @@ def prepare(
     pool=None,  # what `worker_pool` returned, to use it for several datasets
     task: str | None = None,  # face_landmarker.task; None: MediaPipe's bundled models
     shard_size: int = 64,  # samples a shard
+    told=None,  # called with (samples done, samples, name)
 ) -> dict:  # the report; its numbers add up
     "Detect and crop every sample of a dataset, going on where an earlier run stopped; raise `ValueError` for a folder that does not match."
     config, data = config or PrepareConfig(), dataset or open_dataset(name, root, strict=strict)
@@ -241,12 +260,16 @@ def prepare(
         if report.get("identity") == identity:
             return CropStore(folder).report
     start, size, n = time.perf_counter(), config.cache_size, len(data)
-    unfinished, images = folder / "unfinished", folder / "unfinished" / "images.npy"
+    if config.store not in ("raw", "jpeg"):
+        raise ValueError(f"prepare.store={config.store!r} is unknown; use raw or jpeg")
+    unfinished = folder / "unfinished"
+    images = unfinished / ("shards" if config.store == "jpeg" else "images.npy")
     note = unfinished / "identity.txt"
     if not note.is_file() or note.read_text() != identity:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(n, size, size, 4)).flush()
+        if config.store == "raw":
+            np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(n, size, size, 4)).flush()
         note.write_text(identity)
     jobs = [
         Shard(
@@ -261,10 +284,13 @@ def prepare(
         for k, (a, b) in enumerate(shards([i.path for i in data.items], shard_size))
     ]
     left = [j for j in jobs if not Path(j.done).is_file()]
-    for _ in _progress(
+    done = n - sum(len(j.samples) for j in left)
+    for result in _progress(
         _run_shards(left, pool, workers or os.cpu_count() or 1), sum(len(j.samples) for j in left), name, progress
     ):
-        pass
+        done += result[1]
+        if told:
+            told(done, n, name)
     report = _finish(folder, data, config, identity, jobs)
     return {**report, "seconds": time.perf_counter() - start}
 
@@ -307,7 +333,11 @@ def _finish(folder, data, config, identity, jobs):
         "config": asdict(config),
         "identity": identity,
     }
-    os.replace(folder / "unfinished" / "images.npy", folder / "images.npy")
+    if config.store == "jpeg":
+        np.save(folder / "index.npy", np.concatenate([p["place"] for p in parts]))
+        os.replace(folder / "unfinished" / "shards", folder / "shards")
+    else:
+        os.replace(folder / "unfinished" / "images.npy", folder / "images.npy")
     (folder / "report.tmp").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(folder / "report.tmp", folder / "report.json")
     for p in parts:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AFFECTNET_COLUMNS', 'READERS', 'read_affectnet', 'read_celeba', 'read_ffhq', 'read_identity', 'read_lrw', 'read_mead',
-           'sequence_rows', 'sequence_row', 'read_bp4d', 'open_dataset', 'inspect']
+           'sequence_rows', 'sequence_row', 'read_bp4d', 'suggested_offset', 'open_dataset', 'inspect']
 
 # %% ../../nbs/33_data.readers.ipynb #10e33c36
 import csv, json, re, zlib
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from ..manifests import load_manifest, read_twin
 from ..media import check_clip
-from .scanfiles import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
+from .marks import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
 from .records import Dataset, DatasetItem, Problem, Reading, suffix_pattern
 
 # %% ../../nbs/33_data.readers.ipynb #da7210be
@@ -489,6 +489,16 @@ READERS = {
 }
 
 
+def suggested_offset(
+    r: Reading,  # what was read with `r.scan_offset`
+) -> int:  # the offset that explains most sequences
+    "Return the scan offset that more than half of the sequences ask for, else the one that was used."
+    sequences = {item.id.rsplit("/", 1)[0] for item in r.items}
+    asked = Counter(p.message.rsplit("scan_offset=", 1)[1] for p in r.problems if "scan_offset=" in p.message)
+    value, votes = asked.most_common(1)[0] if asked else (r.scan_offset, 0)
+    return int(value) if votes > len(sequences) / 2 else r.scan_offset
+
+
 def open_dataset(
     name: str,  # lrw | celeba | ffhq | mead | affectnet | bp4d | identity
     root: Path | str,  # folder that holds the datasets' folders
@@ -510,6 +520,11 @@ def open_dataset(
     keep = keep_frames if keep_frames is not None else 0 if twin else manifest.layout.keep_frames
     r = Reading(manifest, folder, twin, check, offset, keep)
     READERS[name](r)
+    right = offset if scan_offset is not None or twin else suggested_offset(r)
+    if right != offset:
+        r = Reading(manifest, folder, twin, check, right, keep)
+        READERS[name](r)
+        r.fault("count", "", f"the numbers of scans and pictures differ by {right}; scan_offset={right} was taken", 0)
     if not r.items:
         raise ValueError(
             f"{folder} holds no sample that can be used: rule layout.tree asks for {manifest.layout.tree[0]}"

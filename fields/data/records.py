@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..manifests import Manifest, Twin, load_manifest
 from ..media import check_image, read_frames, read_image
-from .scanfiles import read_landmarks, read_scan
+from .marks import read_landmarks
+from .scanfiles import read_scan
 
 # %% ../../nbs/32_data.records.ipynb #238c16da
 @dataclass(frozen=True)

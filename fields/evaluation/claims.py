@@ -36,7 +36,7 @@ def read_claims() -> tuple[Claim, ...]:  # in the order of the report
     text = (package_files("fields.evaluation") / "claims.yaml").read_text(encoding="utf-8")
     return tuple(Claim(**entry) for entry in yaml.safe_load(text))
 
-# %% ../../nbs/74_evaluation.claims.ipynb #d01eaa02
+# %% ../../nbs/74_evaluation.claims.ipynb #1d14b297
 def claim_verdict(
     record: dict | None,  # difference with `mean` and `resolved`, or None
     better: str,  # higher | lower
@@ -48,7 +48,7 @@ def claim_verdict(
         return "not resolved"
     return "confirmed" if (record["mean"] > 0) == (better == "higher") else "contradicted"
 
-# %% ../../nbs/74_evaluation.claims.ipynb #252d085e
+# %% ../../nbs/74_evaluation.claims.ipynb #3d20a1d4
 def check_claims(
     files: dict,  # name -> contents of metrics/NAME.json
 ) -> list[dict]:  # one row for each claim
@@ -83,7 +83,7 @@ def below(
         return "confirmed"
     return "contradicted" if record["ci_low"] > bar else "not resolved"
 
-# %% ../../nbs/74_evaluation.claims.ipynb #3fb211c9
+# %% ../../nbs/74_evaluation.claims.ipynb #6457d9dc
 def beside(
     files: dict,  # name -> contents of metrics/NAME.json
     entries: list[tuple],  # (label, "FILE.json:TRAIL")
@@ -99,7 +99,7 @@ def beside(
             rows.append({"label": label, "trail": trail, "record": record, "scale": scale, "places": places})
     return rows
 
-# %% ../../nbs/74_evaluation.claims.ipynb #5d7e3170
+# %% ../../nbs/74_evaluation.claims.ipynb #b3ea2237
 def loss_checks(
     files: dict,  # name -> contents of metrics/NAME.json
 ) -> list[dict]:  # one row for each training and objective
@@ -124,7 +124,7 @@ def loss_checks(
             )
     return rows
 
-# %% ../../nbs/74_evaluation.claims.ipynb #eef1fa1b
+# %% ../../nbs/74_evaluation.claims.ipynb #e917ab8b
 BAR = 0.75  # share of the mean head's error in the network's pose
 UNSEEN = {"affectnet_val": "held-out AffectNet images", "bp4d_test": "BP4D test subjects"}
 
@@ -160,7 +160,7 @@ def point_checks(
         )
     return rows
 
-# %% ../../nbs/74_evaluation.claims.ipynb #4b40bd33
+# %% ../../nbs/74_evaluation.claims.ipynb #e13b207c
 def reach_check(
     files: dict,  # name -> contents of metrics/NAME.json
 ) -> dict:  # one row
@@ -212,7 +212,7 @@ def oracle_checks(
         )
     return rows
 
-# %% ../../nbs/74_evaluation.claims.ipynb #6f912000
+# %% ../../nbs/74_evaluation.claims.ipynb #aee29005
 def chance_checks(
     held: dict,  # protocols/heldout of metrics/emotion.json
 ) -> list[dict]:  # three rows for each control
@@ -246,7 +246,7 @@ def sanity(
     held = find(emotion, "protocols/heldout") or {}
     return oracle_checks(held) + chance_checks(held)
 
-# %% ../../nbs/74_evaluation.claims.ipynb #4aadd600
+# %% ../../nbs/74_evaluation.claims.ipynb #54bf176f
 AGAINST = (
     ("emotion", "protocols/heldout/differences", "higher", ("accuracy", "precision", "f1", "V-CCC", "A-CCC")),
     ("emotion", "protocols/heldout/differences", "lower", ("V-RMSE", "A-RMSE")),
@@ -281,7 +281,7 @@ def paper_difference(
             return values[0] - values[1]
     return None
 
-# %% ../../nbs/74_evaluation.claims.ipynb #b13b1102
+# %% ../../nbs/74_evaluation.claims.ipynb #22aa0765
 def against(
     files: dict,  # name -> contents of metrics/NAME.json
     paper: dict | None = None,  # the paper's tables, to say where it shows the same
@@ -313,7 +313,7 @@ def ablation(
     run: Path,  # run folder
 ) -> dict:  # what was written
     "Write `metrics/ablation.json` with every claim and check, and `metrics/data.json` and `metrics/training.json`."
-    from fields.evaluation.geometry import paper_tables
+    from fields.evaluation.paper import paper_tables
 
     run = Path(run)
     count_data(run)

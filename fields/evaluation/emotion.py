@@ -397,12 +397,13 @@ def run_protocol(
     config: EvaluationConfig,  # probe, folds and bootstrap
     seed: int = 0,  # of folds, probe and bootstrap
     progress=None,  # called with (done, total) after each probe
+    device="cpu",  # where the probe is trained
 ) -> dict:  # methods, controls, differences, chance, counts
     "Probe every method on the same images and folds, with controls and paired differences."
     ids = common_ids(predictions, labels.ids)
     labels = labels.take(ids)
     roles = make_folds(labels.classes, config.folds, np.random.default_rng([seed, 1]))
-    inputs = {m: select(p, ids).params.features for m, p in predictions.items()}
+    inputs = {m: select(p, ids).params.features.to(device) for m, p in predictions.items()}
     control = "oracle" if "oracle" in inputs else list(inputs)[-1]
     tasks = [(m, x, False) for m, x in inputs.items()] + [("shuffled", inputs[control], True)]
     scores = {}
@@ -464,6 +465,7 @@ def evaluate_emotion(
     methods: list[str],  # methods to compare; the oracle joins where it has a file
     head=None,  # the run's head, to refuse predictions of another
     progress=None,  # called with (done, total)
+    device="cpu",  # where the probe is trained
 ) -> dict:  # what was written
     "Write `metrics/emotion.json`; raise `ValueError` if held-out images were used for training or no method has predictions."
     labels, splits = read_labels(run)
@@ -483,7 +485,7 @@ def evaluate_emotion(
                 raise ValueError(
                     f"{len(seen)} held-out images, the first {seen[0]}, are in the training split; make the predictions again"
                 )
-        metrics["protocols"][protocol] = run_protocol(found, labels, config.evaluation, config.seed, progress)
+        metrics["protocols"][protocol] = run_protocol(found, labels, config.evaluation, config.seed, progress, device)
     if not metrics["protocols"]:
         raise ValueError(
             f"{run}/predictions has nothing of {', '.join(names)} on AffectNet; run the step `predict` first"

@@ -309,7 +309,7 @@ def read_raw(
 ) -> tuple | None:  # raw points and landmarks in metres; None without raw scans
     "Read one raw scan through the dataset's reader."
     from fields.data.readers import open_dataset
-    from fields.data.scanfiles import convention_of, detect_unit
+    from fields.data.marks import convention_of, detect_unit
 
     try:
         items = open_dataset("bp4d", Path(run) / "world" if config.data == "world" else Path(config.data)).items

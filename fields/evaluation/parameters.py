@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOTION', 'Fits', 'component_size', 'frame_errors', 'line', 'norms', 'explained', 'read_fits', 'constant_prediction',
-           'describe', 'class_ratios', 'motion', 'variance_shares', 'evaluate_recovery', 'evaluate_parameters']
+           'describe', 'class_ratios', 'motion', 'variance_shares', 'evaluate_recovery', 'counted_components',
+           'evaluate_parameters']
 
 # %% ../../nbs/72_evaluation.parameters.ipynb #88370d26
 from dataclasses import dataclass
@@ -271,6 +272,21 @@ def evaluate_recovery(
         result[method] = {k: number(v[0], v[1:], None, n) for k, v in shares.items()}
     return result
 
+# %% ../../nbs/72_evaluation.parameters.ipynb #05de7a7a
+def counted_components(
+    head,  # the run's head
+    which: str,  # real | all
+) -> np.ndarray:  # (300,) bool
+    "Choose the identity components of the shape error; raise `ValueError` for an unknown choice."
+    if which not in ("real", "all"):
+        raise ValueError(f"evaluation.shape_components={which!r} is unknown; write real or all")
+    size = component_size(head.shapedirs)
+    if which == "all":
+        return np.ones(len(size), bool)
+    real = size >= 0.05
+    real[head.real_components[0] :] = False
+    return real
+
 # %% ../../nbs/72_evaluation.parameters.ipynb #ac651230
 def evaluate_parameters(
     run: Path,  # run folder
@@ -288,8 +304,7 @@ def evaluate_parameters(
         )
     ids = common_ids(found, fits.ids)
     here = fits.take(ids)
-    real, size = component_size(head.shapedirs) >= 0.05, component_size(head.exprdirs[..., :50])
-    real[head.real_components[0] :] = False
+    real, size = counted_components(head, config.evaluation.shape_components), component_size(head.exprdirs[..., :50])
     weights = resample(
         len(ids), config.evaluation.bootstrap, np.random.default_rng([config.seed, 4]), groups=here.subjects
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..comparison import find, read_metrics
 from ..files import atomic
 from ..types import EMOTIONS
-from .geometry import paper_tables
+from .paper import paper_tables
 
 # %% ../../nbs/74_evaluation.tables.ipynb #8dce170d
 @dataclass

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['Fit', 'state_of', 'as_model', 'start_state', 'fit_scan', 'checked', 'fit_shape', 'without_expression', 'spread',
-           'fit_sequence', 'residual_picture', 'fit_file']
+           'fit_sequence', 'residual_picture']
 
 # %% ../../nbs/44_scans.fit.ipynb #f30f129d
-import dataclasses, time
+import dataclasses
+import time
 from dataclasses import dataclass
-from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 from ..config import ScanConfig
-from .crop import ScanError, ellipse_crop
+from .crop import ScanError
 from .energy import Target, align, check_config, prepare_target, solve
 from .surface import HeadModel, State, at_shape, head_model, pose, rest_state
 from ..files import atomic, write_json
-from ..viz import figure, save_figure
+from ..viz import figure
 
 # %% ../../nbs/44_scans.fit.ipynb #dab564d8
-@dataclass
+@dataclass(repr=False)
 class Fit:
     "Parameters that explain a scan, and how well they do."
 
@@ -42,6 +42,17 @@ class Fit:
     head_sha256: str  # the head these coefficients belong to
     landmark_set: str
     residuals: np.ndarray | None = None  # (N,) distance of every point, metres; not saved
+    scale: float = 1.0  # size of the scan against the fitted head, where its size was unknown or an infant's
+    metres: float = 1.0  # of one unit of the scan's file, divided by `scale`
+    notes: tuple = ()  # what was assumed about the scan; sentences, not saved
+
+    def __repr__(self):
+        mm = [f"{1000 * x:.3f}" for x in (self.residual_median, self.residual_mean, self.residual_p95)]
+        end = "converged" if self.converged else "not converged"
+        return (
+            f"Fit: scan to surface {mm[0]} mm (median), {mm[1]} mm (mean), {mm[2]} mm (95%) over {self.points} points; "
+            f"{self.landmark_set} landmarks {1000 * self.landmark_error:.2f} mm (mean); {self.steps} steps, {end}"
+        )
 
     def summary(self) -> dict:
         "Return the measures of `fit.json`."
@@ -59,6 +70,9 @@ class Fit:
             "converged": self.converged,
             "seconds": round(self.seconds, 3),
             "head_sha256": self.head_sha256,
+            "scale": self.scale,
+            "metres_per_unit": self.metres,
+            "notes": list(self.notes),
         }
 
     def to_json(self, path):
@@ -67,7 +81,8 @@ class Fit:
 
     def save(self, path):
         "Write everything but the residuals of single points to a plain `.npz`."
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "residuals"}
+        left_out = ("residuals", "notes")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         with atomic(path) as part, open(part, "wb") as file:
             np.savez(file, **values)
 
@@ -80,11 +95,12 @@ class Fit:
                     **{
                         f.name: z[f.name] if z[f.name].ndim else z[f.name].item()
                         for f in dataclasses.fields(cls)
-                        if f.name != "residuals"
+                        if f.name not in ("residuals", "notes")
+                        and (f.name in z or f.name not in ("scale", "metres"))  # files of earlier versions lack these
                     }
                 )
-        except (KeyError, OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{path} is not a fit ({e}); make it again with `fields fit-scan`") from None
+        except (KeyError, OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is not a fit ({error}); make it again with `fields fit-scan`") from None
 
 # %% ../../nbs/44_scans.fit.ipynb #b30fc1a8
 def state_of(
@@ -295,41 +311,3 @@ def residual_picture(
         fontsize=9,
     )
     return fig
-
-# %% ../../nbs/44_scans.fit.ipynb #33c23c5e
-def fit_file(
-    scan,  # obj, ply or wrl file
-    landmarks,  # npy, mat, bnd or txt file with 51 or 83 landmarks
-    head="open",  # "open", the path of a FLAME file, or a `Head`
-    unit: str = "auto",  # mm | cm | m | auto
-    out=None,  # folder for fit.json, fit.npz, fit.obj and residual.png; None: write nothing
-    which: str | None = None,  # landmark set; None: by their number
-    config: ScanConfig = ScanConfig(),  # settings of crop and fit
-) -> Fit:  # parameters and residuals
-    "Crop a scan file, fit a head and write the result; raise `ScanError` if the scan cannot be fitted well."
-    from fields.data.scanfiles import convention_of, detect_axes, detect_unit, read_landmarks, read_scan
-    from fields.head.flame import Head
-    from fields.head.geometry import write_mesh
-
-    raw, marks = read_scan(scan).vertices, read_landmarks(landmarks)
-    try:
-        which = which or convention_of(marks)
-        factor = detect_unit(marks, which, unit)
-        detect_axes(marks, which)
-        crop = ellipse_crop(raw * factor, marks * factor, config.margin, config.depth)
-        head = head if hasattr(head, "template") else Head.load(head)
-        model = head_model(head, config.shape_components, config.expression_components)
-        fit = fit_scan(model, raw[crop.mask] * factor, marks * factor, which, config, check=False)
-    except ValueError as problem:
-        raise ScanError(f"{scan} with {landmarks}: {problem}") from None
-    if out is not None:
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        fit.to_json(out / "fit.json")
-        fit.save(out / "fit.npz")
-        write_mesh(out / "fit.obj", pose(model, state_of(model, fit)).vertices, model.faces)
-        save_figure(residual_picture(model, fit, raw[crop.mask] * factor), out / "residual.png")
-    try:
-        return checked(fit, config)
-    except ScanError as problem:
-        raise ScanError(f"{scan} with {landmarks}: {problem}") from None

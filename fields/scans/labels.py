@@ -108,24 +108,36 @@ class CroppedScan:
     total: int = 0  # points of the raw scan
     rejected: str = ""  # reason why it cannot be used
 
-    def save(self, path):
-        "Write a plain `.npz`."
+    def save(self, path, step: float = 0.0):
+        "Write a plain `.npz`; with a `step` in metres the points are rounded to it and take half the space."
+        values = dict(vars(self))
+        if step and len(self.points):
+            centre = self.points.mean(0, dtype=np.float64)
+            whole = np.round((self.points - centre) / step)
+            if np.abs(whole).max() > 32767:
+                raise ValueError(
+                    f"{path}: a crop wider than {65534 * step:.2f} m cannot be stored in steps of {step} m"
+                )
+            values |= {"points": whole.astype(np.int16), "centre": centre, "step": step}
         with atomic(path) as part, open(part, "wb") as file:
-            np.savez(file, **vars(self))
+            np.savez(file, **values)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
         with np.load(path, allow_pickle=False) as z:
-            return cls(z["points"], z["landmarks"], str(z["which"]), int(z["total"]), str(z["rejected"]))
+            points = z["points"]
+            if "step" in z.files:
+                points = (points * float(z["step"]) + z["centre"]).astype(np.float32)
+            return cls(points, z["landmarks"], str(z["which"]), int(z["total"]), str(z["rejected"]))
 
-
+# %% ../../nbs/47_scans.labels.ipynb #80f5cb53
 def crop_item(
     item,  # sample with `read_scan` and `read_landmarks3d`
     config: ScanConfig,  # margin and depth
 ) -> CroppedScan:  # with a reason in `rejected` if it cannot be used
     "Read and crop one scan; a scan that cannot be used is returned empty, with the reason."
-    from fields.data.scanfiles import convention_of, detect_axes, detect_unit
+    from fields.data.marks import convention_of, detect_axes, detect_unit
 
     try:
         if getattr(item, "scan", None) is None:
@@ -382,7 +394,7 @@ def crop_task(job, items):
     for item in items:
         path = place(job.cropped, item.id)
         if _read(path) is None:
-            crop_item(item, job.config).save(path)
+            crop_item(item, job.config).save(path, job.config.store_step)
         count.add(CroppedScan.load(path))
     return count
 
@@ -396,7 +408,8 @@ def crop_dataset(
     progress=None,  # called with (done, total, label)
 ) -> dict:  # counts: scans, usable, reasons, points
     "Crop all scans that are not cropped yet; raise `ValueError` if the folder holds crops with other settings."
-    _claim(out, {"margin": config.margin, "depth": config.depth}, "choose another folder or delete it")
+    made_with = {"margin": config.margin, "depth": config.depth, "store_step": config.store_step}
+    _claim(out, made_with, "choose another folder or delete it")
     items = sorted(items, key=lambda i: i.id)
     pieces = [(crop_task, (items[k : k + 16],)) for k in range(0, len(items), 16)]
     total = CropCount()

@@ -141,11 +141,11 @@ def official_teaser(
     config: Config,
     head: Head,
 ) -> FieldsModel | None:  # the published model, or None where it does not fit or is not there
-    "Return TEASER's published networks if they can be used with this head and these sizes."
+    "Return TEASER's published networks if they are given; raise `ValueError` for a head that they do not fit."
     path = find_asset("teaser")
-    return (
-        import_teaser(path, head) if path and head.version == "FLAME 2020" and config.network.size == "paper" else None
-    )
+    if path is None or config.network.size != "paper":
+        return None
+    return import_teaser(path, head, any_head=config.allow_unknown_weights)
 
 
 def cycle_templates(

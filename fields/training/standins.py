@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..assets import find_asset, require_asset
 from ..config import Config
 from ..data.augment import SAMPLING, augment, draw_plan, fixed_plan, stream
-from ..data.detect import MEDIAPIPE_105, FaceDetector
+from ..data.detect import FaceDetector
+from ..data.mesh import MEDIAPIPE_105
 from ..data.imaging import photograph, sample_scene
 from ..data.mixing import Derived, read_columns
 from ..data.prepare import CropStore
@@ -481,8 +482,8 @@ def identity_codes(
 ) -> tuple[Callable, str]:  # (store, rows) -> (N,300), and which network it is
     "Return MICA if it is given for this head, else the trained stand-in; raise `ValueError` if that was made for another head."
     path = find_asset("mica")
-    if path and head.version == "FLAME 2020":
-        mica = import_mica(path, head).to(device)
+    if path and (head.version == "FLAME 2020" or config.allow_unknown_weights):
+        mica = import_mica(path, head, any_head=config.allow_unknown_weights).to(device)
 
         def codes(store, rows):
             images = (

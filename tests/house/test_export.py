@@ -26,10 +26,8 @@ def nbdev(folder, command):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
+def copy_of_the_repository(folder):
     """A repository of its own with every file that is, or would be, committed here."""
-    folder = tmp_path_factory.mktemp("copy")
     for name in git(ROOT, "ls-files", "-co", "--exclude-standard"):
         source = ROOT / name
         if source.is_file() and not name.startswith(("evidence/", "tests/")):
@@ -39,6 +37,11 @@ def copy(tmp_path_factory):
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "copy")
     return folder
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return copy_of_the_repository(tmp_path_factory.mktemp("copy"))
 
 
 def test_clean_and_export_change_nothing(copy):
