@@ -62,6 +62,21 @@ def anchor_points(
     return 0.5 * (points + points[MIRROR68] * [-1, 1, 1])
 
 # %% ../../nbs/17_head.marks.ipynb #f0c646a7
+def _segments(line):
+    "Return the edges (n,2) of a closed line."
+    return np.stack([line, np.roll(line, -1)], 1)
+
+
+def _on_segments(point, vertices, segments, along_x=False):
+    "Return the edge nearest to a point, by x alone if asked, and how far along it the point lies."
+    start, way = vertices[segments[:, 0]], vertices[segments[:, 1]] - vertices[segments[:, 0]]
+    counts = np.array([1.0, 0.02, 0.02]) if along_x else np.ones(3)
+    share = np.clip(((point - start) * way * counts).sum(1) / ((way**2 * counts).sum(1) + 1e-9), 0, 1)
+    off = (start + share[:, None] * way - point) ** 2 * counts
+    best = int(off.sum(1).argmin())
+    return segments[best], share[best]
+
+# %% ../../nbs/17_head.marks.ipynb #893a2c32
 def place_points(
     points: np.ndarray,  # (K,3) mm
     vertices: np.ndarray,  # (V,3) mm
@@ -73,17 +88,16 @@ def place_points(
     outer, faces = outer_faces(parts), parts.faces
     near, weights = nearest_on_faces(points, vertices, faces[outer])
     face = outer[near]
-    edges = np.concatenate([parts.lines["left_lid"], parts.lines["right_lid"]])
-    pools = {"u": np.asarray(lips[0]), "l": np.asarray(lips[1]), "e": edges}
+    left, right = (_segments(parts.lines[f"{side}_lid"]) for side in ("left", "right"))
+    mouth = _segments(parts.lines["lips"])
+    upper = np.isin(mouth, lips[0]).any(1)  # a corner's segments belong to both
+    pools = {"u": mouth[upper], "l": mouth[~upper | ~np.isin(mouth, lips[0]).all(1)]}
+    pools["e"] = np.concatenate([left, right])
     for k, kind in enumerate(kinds):
-        if kind not in pools:
-            continue
-        pool = pools[kind]
-        off = vertices[pool] - points[k]
-        away = np.linalg.norm(off, axis=1) if kind == "e" else np.abs(off[:, 0])
-        vertex = pool[away.argmin()]
-        face[k] = outer[np.flatnonzero((faces[outer] == vertex).any(1))[0]]
-        weights[k] = faces[face[k]] == vertex
+        if kind in pools:
+            edge, share = _on_segments(points[k], vertices, pools[kind], along_x=kind != "e")
+            face[k] = outer[np.flatnonzero(np.isin(faces[outer], edge).sum(1) == 2)[0]]
+            weights[k] = (faces[face[k]] == edge[0]) * (1 - share) + (faces[face[k]] == edge[1]) * share
     return face, weights
 
 # %% ../../nbs/17_head.marks.ipynb #95c412c2
