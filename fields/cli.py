@@ -169,7 +169,7 @@ def reconstruct(
         out,
         panel_pictures=panel,
         max_faces=faces,
-        finish=_smoother() if smooth else None,
+        finish=_finisher(smooth),
         film=Film,
     )
     print(summary)
@@ -188,10 +188,10 @@ def _reconstructor(checkpoint, head, device, refine):
     return reconstructor
 
 
-def _smoother():
-    from fields.tracks import smooth_clip
+def _finisher(smooth):
+    from fields.tracks import follow_clip, smooth_clip
 
-    return smooth_clip
+    return smooth_clip if smooth else follow_clip
 
 # %% ../nbs/95_cli.ipynb #34420cf5
 @app.command()

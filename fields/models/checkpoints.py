@@ -154,7 +154,7 @@ def _import(path, head, kind, named, any_head):
         model = FieldsModel(config, head, kind, emotion=False, method=kind.upper())
     model = model.to_empty(device="cpu")
     load_strict(model, content, path, f"a complete {named}", lambda name: _official(name, kind))
-    model.eyelids_mode = "posed"
+    model.lids = "posed"
     return model.eval()
 
 
@@ -184,7 +184,7 @@ def _may_be_flame2020(head):
 
 def load_any(
     path: str | Path,  # a file of ours, SMIRK_em1.pt or TEASER.pt
-    head,  # the `Head` it will be used with; its `eyelids_mode` becomes the model's
+    head,  # the `Head` it will be used with; its `eyelids_mode` becomes the lids of the model
 ) -> FieldsModel:  # in evaluation mode, on the CPU
     "Load a model of any known kind; raise `ValueError` for another file, or for a head it does not belong to."
     path = Path(path)
@@ -207,7 +207,7 @@ def load_any(
                 Notice,
                 stacklevel=2,
             )
-    head.eyelids_mode = getattr(model, "eyelids_mode", "before")
+    head.eyelids_mode = model.lids
     return model
 
 # %% ../../nbs/59_models.checkpoints.ipynb #bd14fa93
