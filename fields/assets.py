@@ -128,7 +128,7 @@ ASSETS = (
     ),
     Asset(
         "fan",
-        ("2DFAN4.zip", "2DFAN4-cd938726ad.zip"),
+        ("2DFAN4-11f355bf06.pth.tar", "2DFAN4.zip", "2DFAN4-cd938726ad.zip"),
         "FAN's contour landmarks",
         "face-alignment downloads it on first use",
         "BSD-3-Clause",

@@ -44,8 +44,8 @@ STANDINS = {
     "teaser": ("train.teaser_steps iterations of TEASER's training, from the pre-trained encoders", "Fig. 3"),
     "smirk": ("", "only for a row of SMIRK's published weights"),
     "emotion_features": ("a small network trained on AffectNet's training split", "EMOCA's loss, row EMOCA"),
-    "fan": ("a regression from MediaPipe's points, fitted on renders of the head in use", "contour of Eq. 9"),
-    "points203": ("a regression from MediaPipe's points, fitted on renders of the head in use", "Eq. 9, pose loss"),
+    "fan": ("a regression from MediaPipe's points, fitted on renders of the open head", "contour of Eq. 9"),
+    "points203": ("a regression from MediaPipe's points, fitted on renders of the open head", "Eq. 9, pose loss"),
     "templates": ("expressions fitted to BP4D's training scans", "cycle of Eq. 11; the paper names no source"),
 }
 
