@@ -351,11 +351,7 @@ def test_two_processes_agree_with_one(tmp_path):
             "gradients_relative": gradients,
             "parameters_relative_after_3_steps": parameters,
             "tensors": len(saved[1]["grads"]),
-<<<<<<< HEAD:tests/training/test_training.py
-            "how": "pytest -m slow tests/training/test_training.py: float64, gloo, global batch 8, F4, BatchNorm in eval",
-=======
-            "how": "pytest -m slow tests/test_training.py: float64, gloo, global batch 8, F4, Adam and clipping as in a run, BatchNorm synchronised",
->>>>>>> main:tests/test_training.py
+            "how": "pytest -m slow tests/training/test_training.py: float64, gloo, global batch 8, F4, Adam and clipping as in a run, BatchNorm synchronised",
         },
     )
     assert set(saved[1]["grads"]) == set(saved[2]["grads"]) and gradients < 1e-9 and parameters < 1e-5
