@@ -163,7 +163,7 @@ def test_files_are_plain_ascii_yaml():
 def test_sources_that_are_no_datasets_say_where_they_come_from():
     import yaml
 
-    folder = Path(__file__).parents[1] / "data_manifests" / "sources"
+    folder = Path(__file__).parents[2] / "data_manifests" / "sources"
     found = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
     assert set(found) == {"anny", "portraits", "photographs"}
     for name, source in found.items():
