@@ -12,7 +12,7 @@ from rehearsal import make_rehearsal
 
 from fields.scans.labels import ExpressionLabels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("FIELDS_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="needs a FLAME-format head: set FIELDS_TEST_DATA")
 
@@ -108,6 +108,7 @@ def test_crops_are_compressed_shards(short_run):
         assert store.found.any() and store.images[np.flatnonzero(store.found)].any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_the_first_second_says_what_is_missing(laboratory, tmp_path):
     """Fault 13: without MICA and AffectNet nothing starts, and one table says so."""
     (tmp_path / "weights").mkdir()
