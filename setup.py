@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["fields", "fields.*"]), "fields.data_manifests"],
     package_dir={"fields.data_manifests": "data_manifests"},
     include_package_data=True,
-    package_data={"": ["*.npz", "*.yaml", "*.json"], "fields": ["checkpoints/*", "profiles/*"]},
+    package_data={"": ["*.npz", "*.yaml", "*.json", "*.css"], "fields": ["checkpoints/*", "profiles/*"]},
     python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

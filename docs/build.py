@@ -17,7 +17,8 @@ import pages
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "_docs"
-SOURCE = OUT / "source"
+SOURCE = OUT / "written"
+KEPT = OUT / "source"
 HTML = OUT / "html"
 MATHJAX = "mathjax@3.2.2"
 MATHJAX_FILES = ("tex-mml-chtml.js", "output/chtml/fonts")
@@ -64,6 +65,8 @@ STYLE = """\
 .bd-article table { display: block; overflow-x: auto; }
 .bd-article .cell_output pre, .bd-article pre { overflow-x: auto; }
 .bd-article img { max-width: 100%; }
+.bd-article { overflow-wrap: anywhere; }
+.bd-article mjx-container[display="true"] { overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 """
 
 
@@ -94,7 +97,7 @@ def prose(text, folder):
 def shown_markdown(output):
     """Rewrite the links of an output that is markdown: to the site's pages, and to nothing where there is none."""
     text = "".join(output["data"]["text/markdown"])
-    text = text.replace("](index.ipynb)", "](contents.ipynb)")
+    text = prose(text, "")
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|[^)]*\.ipynb)[^)]*\)", r"\1", text)
     return text
 
@@ -128,6 +131,11 @@ def write_notebook(path, target):
         cell["source"] = re.sub(r"\A(#\|.*\n)+", "", text)
         written = as_prose(cell)
         cell["outputs"] = [output for output in cell["outputs"] if is_shown(output)]
+        for output in cell["outputs"]:
+            if "text/html" in output.get("data", {}):
+                # a report's links to its own files lead nowhere from here
+                html = "".join(output["data"]["text/html"])
+                output["data"]["text/html"] = re.sub(r' href="(?!https?:|#)[^"]*"', "", html)
         if written:
             cells.append(written)
             cell["outputs"] = [o for o in cell["outputs"] if "text/markdown" not in o.get("data", {})]
@@ -247,11 +255,28 @@ def write_sources():
     (SOURCE / "_config.yml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
 
 
+def bring_over(new, kept):
+    """Make a folder the same as another, equal files untouched, so that only changed pages are read again."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in sorted(kept.rglob("*"), reverse=True):
+        twin = new / path.relative_to(kept)
+        if not twin.exists():
+            path.rmdir() if path.is_dir() else path.unlink()
+    for path in new.rglob("*"):
+        twin = kept / path.relative_to(new)
+        if path.is_dir():
+            twin.mkdir(parents=True, exist_ok=True)
+        elif not twin.exists() or twin.read_bytes() != path.read_bytes():
+            shutil.copy2(path, twin)
+    shutil.rmtree(new)
+
+
 def main():
     if "--readme" in sys.argv:
         (ROOT / "README.md").write_text(pages.readme_with_results(ROOT), encoding="utf-8")
         return 0
     write_sources()
+    bring_over(SOURCE, KEPT)
     if "--sources" in sys.argv:
         return 0
     command = [
@@ -260,8 +285,10 @@ def main():
         "-q",
         "--path-output",
         str(OUT / "book"),
-        str(SOURCE),
+        str(KEPT),
     ]
+    # what an earlier build wrote would stay
+    shutil.rmtree(OUT / "book" / "_build" / "html", ignore_errors=True)
     done = subprocess.run(command)
     if done.returncode:
         return done.returncode

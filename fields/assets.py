@@ -70,6 +70,13 @@ ASSETS = (
     ),
     Asset("masks", ("FLAME_masks.pkl", "FLAME_masks.npz"), "the regions of a licensed head", FLAME, "FLAME licence"),
     Asset(
+        "masks_triangles",
+        ("FLAME_masks_triangles.npy", "FLAME_masks/FLAME_masks_triangles.npy"),
+        "SMIRK's weights of 128 triangles of the lips",
+        "the SMIRK repository",
+        "FLAME licence",
+    ),
+    Asset(
         "eyelids",
         ("l_eyelid.npy",),
         "the left lid of a licensed head (r_eyelid.npy beside it)",
@@ -121,7 +128,7 @@ ASSETS = (
     ),
     Asset(
         "fan",
-        ("2DFAN4.zip", "2DFAN4-cd938726ad.zip"),
+        ("2DFAN4-11f355bf06.pth.tar", "2DFAN4.zip", "2DFAN4-cd938726ad.zip"),
         "FAN's contour landmarks",
         "face-alignment downloads it on first use",
         "BSD-3-Clause",

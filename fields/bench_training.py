@@ -14,9 +14,10 @@ from .head.flame import Head
 from .models.fields import FieldsModel
 from .models.perceptual import SmallPerceptual, Vgg16
 from .training.alternate import Alternating
-from .training.loop import Moment, Team, run_pass
-from .training.methods import METHODS
+from .training.loop import Moment, run_pass
+from .training.rows import METHODS
 from .training.pretrain import projected
+from .training.team import Team
 from .timing import compare, measure
 from .types import DATASETS, Batch, HeadParams
 

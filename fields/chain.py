@@ -10,7 +10,7 @@ __all__ = ['ChainError', 'lock', 'private_sockets', 'execute', 'told_progress', 
 import fcntl, os, queue, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
-from .config import Config, find_root, load_profile, to_dict
+from .config import Config, find_root, load_profile
 from .files import read_json, write_json
 from .plan import Step, jobs, plan
 from .demands import check_demands, look_ahead, needs_looking
@@ -28,7 +28,7 @@ def lock(
     "Lock a run folder; raise `ChainError` if another chain holds it or it cannot be written."
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "w")
+        file = open(run / ".lock", "w")  # noqa: SIM115 - it stays open as long as the lock is held
     except OSError as error:
         raise ChainError(
             f"the run folder {run} cannot be written ({error.strerror}); choose another with --run"
@@ -45,7 +45,7 @@ def lock(
 # %% ../nbs/81_chain.ipynb #ab10c590
 @contextmanager
 def private_sockets():  # configuration of the kernel, for papermill
-    "Let a kernel talk through sockets in a temporary folder, where the system can; the folder goes when the block ends."
+    "Let a kernel talk through sockets in a temporary folder, where the system can; it goes when the block ends."
     import tempfile
     from traitlets.config import Config as Traits
 

@@ -78,6 +78,16 @@ def main():
         sys.exit(1)
 
 # %% ../nbs/95_cli.ipynb #1f016007
+def _costs_here(config):
+    import torch
+    from fields.assets import find_asset
+    from fields.costs import cost_table, run_costs
+
+    gpus, cores = max(1, torch.cuda.device_count()), os.cpu_count() or 1
+    table = cost_table(run_costs(config, cores, gpus, teaser_given=find_asset("teaser") is not None))
+    return f"\nhours, disk and memory with {cores} cores and {gpus} GPU (at least one is reckoned with):\n{table}"
+
+
 @app.command()
 def doctor(
     profile: Annotated[str, typer.Option(help="look for everything that a run of this profile opens")] = "",
@@ -88,8 +98,11 @@ def doctor(
         from fields.config import load_profile
         from fields.demands import demand_table, look_ahead
 
-        found = look_ahead(load_profile(profile, change or []), seconds=600)
+        config = load_profile(profile, change or [])
+        found = look_ahead(config, seconds=600)
         print(demand_table(found))
+        if config.data != "world":
+            print(_costs_here(config))
         raise typer.Exit(1 if any(d.stops for d in found) else 0)
     from fields.doctor import examine, report
 
@@ -156,7 +169,7 @@ def reconstruct(
         out,
         panel_pictures=panel,
         max_faces=faces,
-        finish=_smoother() if smooth else None,
+        finish=_finisher(smooth),
         film=Film,
     )
     print(summary)
@@ -175,10 +188,10 @@ def _reconstructor(checkpoint, head, device, refine):
     return reconstructor
 
 
-def _smoother():
-    from fields.tracks import smooth_clip
+def _finisher(smooth):
+    from fields.tracks import follow_clip, smooth_clip
 
-    return smooth_clip
+    return smooth_clip if smooth else follow_clip
 
 # %% ../nbs/95_cli.ipynb #34420cf5
 @app.command()

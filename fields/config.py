@@ -142,8 +142,10 @@ class LossConfig:
     emotion_class: float = 1.0  # lambda_c
     shape_reg: float = 100.0  # lambda_shape-reg
     expression_reg: float = 1e-2  # lambda_expr-reg
+    jaw_reg: float = 0.0  # of the jaw's distance from zero; SMIRK and TEASER have 1e-2, the paper has no such term
     cycle: float = 1.0  # lambda_exp
     token_cycle: float = 1.0  # lambda_tok
+    cycle_token: float = 0.0  # of the deepest token within L_cyc; TEASER has 1, the paper has no such term
     feature: float = 1.0  # emotion-feature consistency, only in the EMOCA row
 
 # %% ../nbs/00_config.ipynb #a058a009
@@ -159,14 +161,23 @@ class TrainConfig:
     learning_rate: float = 1e-3
     encoder_lr_scale: float = 1.0  # SMIRK uses 0.25
     backbone_lr_scale: float = 1.0  # of the geometry encoders' backbones, besides
-    schedule: str = "constant"  # constant | cosine
-    train_parts: str = "fig3"  # fig3: all but pose; sec33: the expression encoder only
+    schedule: str = "constant"  # constant | cosine | restarts: a cosine over every 50,000 samples, as SMIRK
+    rows: str = "published"  # SMIRK and TEASER rows: published (their own parts, passes and terms) | shared (F1's)
+    initial: str = "shared"  # the same for the TEASER initialisation
+    budget: str = "shared"  # batch, iterations and rates of these rows: shared | published
+    rows_feature: bool = False  # EMOCA's term in these rows: on in TEASER's yaml and in SMIRK's readme, off in its yaml
+    train_parts: str = "fig3"  # fig3: all but pose; sec33: the expression encoder only; teaser: that and the tokens
     passes: str = "paper"  # paper: Eqs. 10 and 11; smirk: joint step plus alternating cycle
-    pdl: str = "teaser"  # teaser | visible
+    pdl: str = "teaser"  # group of points by yaw | axis: by the rotation vector's y, as TEASER's code | visible
     region: str = "box"  # box | hull
+    region_norm: str = "l2"  # l2, as printed | l1, as TEASER's code
+    token_target: str = "still"  # still: tokens of the image take no gradient | moving: they do, as in TEASER's code
+    lids: str = "before"  # lids move before skinning | posed: after it, as in SMIRK and TEASER
+    frozen_norm: str = "still"  # BatchNorm of frozen encoders: still | moving, as in SMIRK's and TEASER's code
     supervise_jaw: bool = False  # the jaw joins L_3D-GT
     select: str = "last"  # last | best
-    gradient_clip: float = 0.1  # on the synthesizer in the cycle, as SMIRK
+    average: float = 0.0  # decay of a running mean of the weights, kept in their place; 0: none, as the paper
+    gradient_clip: float = 0.1  # on the synthesizer: in SMIRK's cycle step; with passes=paper, in its whole pass
     accumulate: int = 1  # batches a step
     checkpoint_every: int = 100  # iterations
     precision: str = "auto"  # auto | 32 | bf16

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .assets import ASSETS, asset_folders, find_asset, sha256
 from .config import Config
+from .costs import run_costs
 from .manifests import load_manifest
 from .places import data_folder, head_file
 from .plan import DATASETS
@@ -43,8 +44,8 @@ STANDINS = {
     "teaser": ("train.teaser_steps iterations of TEASER's training, from the pre-trained encoders", "Fig. 3"),
     "smirk": ("", "only for a row of SMIRK's published weights"),
     "emotion_features": ("a small network trained on AffectNet's training split", "EMOCA's loss, row EMOCA"),
-    "fan": ("a regression from MediaPipe's points, fitted on renders of the head in use", "contour of Eq. 9"),
-    "points203": ("a regression from MediaPipe's points, fitted on renders of the head in use", "Eq. 9, pose loss"),
+    "fan": ("a regression from MediaPipe's points, fitted on renders of the open head", "contour of Eq. 9"),
+    "points203": ("a regression from MediaPipe's points, fitted on renders of the open head", "Eq. 9, pose loss"),
     "templates": ("expressions fitted to BP4D's training scans", "cycle of Eq. 11; the paper names no source"),
 }
 
@@ -284,7 +285,8 @@ def look_ahead(
 
     with contextlib.suppress(FileNotFoundError):  # a missing head has a line of its own
         config = settle(config)
-    return demands(config, run, seconds)
+    disk = sum(cost.gigabytes for cost in run_costs(config)) if config.data != "world" else 2.0
+    return demands(config, run, seconds, disk)
 
 
 def needs_looking(

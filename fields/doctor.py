@@ -65,7 +65,8 @@ def machine() -> list[Finding]:  # findings about the machine
                 gpu,
                 torch.cuda.get_device_name()
                 if gpu
-                else "none found by torch; everything runs on the CPU; a GPU and a CUDA build of torch enable the paper profile",
+                else "none found by torch; everything runs on the CPU; "
+                "a GPU and a CUDA build of torch enable the paper profile",
             )
         )
     return findings

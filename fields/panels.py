@@ -11,10 +11,9 @@ import numpy as np, torch
 from .files import atomic
 from .types import Prediction
 from .viz import to_uint8
-from .render.shade import geometry_image, smooth_geometry_image
+from .render.shade import smooth_geometry_image
 from .data.crop import FaceCrop
 from .data.level import turn_heads
-from .models.masking import masked_background
 from .reconstructor import Reconstructor
 
 # %% ../nbs/81_panels.ipynb #7040cb72
@@ -35,17 +34,14 @@ def panel(
     # the crops are level, so the heads are drawn level too
     params = turn_heads(head, prediction.params.to(device), [-c.roll for c in crops])
     view = image if views is None else torch.from_numpy(views).permute(0, 3, 1, 2).to(device).float() / 255
-    vertices = head(params).vertices
+    vertices = model.pose(head, params).vertices
     (mesh, mesh_share), (face, face_share) = (
         smooth_geometry_image(vertices, part, params.camera, view.shape[-1])
         for part in (head.faces, head.mask_faces("face"))
     )
     overlay = view * (1 - 0.65 * face_share) + 0.65 * face
-    small, small_mask = geometry_image(vertices, head.mask_faces("face"), params.camera, reconstructor.size)
     hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(device).float() / 255
-    synthesis = model.synthesize(
-        small, masked_background(image, hull, small_mask), model.tokens(image) if tokens is None else tokens
-    )
+    synthesis = model.paint(head, image, hull, params, tokens)
     if synthesis.shape != view.shape:
         synthesis = torch.nn.functional.interpolate(synthesis, view.shape[-1], mode="bicubic", antialias=True)
     return to_uint8(torch.cat([view, overlay, mesh + 1 - mesh_share, synthesis.clamp(0, 1)], 3))

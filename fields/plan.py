@@ -177,7 +177,7 @@ def _read_module(path, name, changed):
 
 
 # plots, and the bookkeeping of a run: they decide what is seen and when it is computed, never what comes out
-NEUTRAL = ("fields.viz", "fields.plan", "fields.stage", "fields.places")
+NEUTRAL = ("fields.viz", "fields.plan", "fields.stage", "fields.places", "fields.training.progress")
 
 
 def imported_modules(

@@ -19,6 +19,7 @@ from .render.marks import LandmarkHead, misfit
 from .data.crop import FaceCrop, crop_face
 from .data.faces import find_faces
 from .data.level import turn_heads
+from .models.checkpoints import load_any
 from .models.fields import FieldsModel
 
 # %% ../nbs/80_reconstructor.ipynb #be6db59e
@@ -29,7 +30,7 @@ def find_checkpoint(
     if path:
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"there is no checkpoint {path}; give a .safetensors file that `fields chain` wrote"
+                f"there is no checkpoint {path}; give a .safetensors file of FIELDS, SMIRK_em1.pt or TEASER.pt"
             )
         return Path(path)
     try:
@@ -97,7 +98,7 @@ class Reconstructor:
         "Load a model and its head; raise `ValueError` where the two do not belong together."
         device = pick_device(device)
         head = Head.load(head)
-        return cls(FieldsModel.load(find_checkpoint(checkpoint), head).to(device), head.to(device))
+        return cls(load_any(find_checkpoint(checkpoint), head).to(device), head.to(device))
 
     def crop(
         self,

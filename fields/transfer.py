@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from .types import HeadParams, Prediction, concatenate
 from .viz import grid, labelled, to_uint8
-from .models.masking import masked_background
-from .render.shade import geometry_image, smooth_geometry_image
+from .render.shade import smooth_geometry_image
 from .data.crop import FaceCrop, crop_image
 from .data.level import turn_heads
 from .media import read_image
@@ -88,10 +87,8 @@ def _head(reconstructor, params):
 
 
 def _paint(reconstructor, crops, image, params, tokens):
-    head, size = reconstructor.head, reconstructor.size
-    face, mask = geometry_image(head(params).vertices, head.mask_faces("face"), params.camera, size)
     hull = torch.from_numpy(np.stack([c.hull for c in crops]))[:, None].to(image.device).float() / 255
-    painted = reconstructor.model.synthesize(face, masked_background(image, hull, mask), tokens).clamp(0, 1)
+    painted = reconstructor.model.paint(reconstructor.head, image, hull, params, tokens).clamp(0, 1)
     return to_uint8(torch.nn.functional.interpolate(painted, VIEW, mode="bicubic", antialias=True))
 
 # %% ../nbs/85_transfer.ipynb #52ff3752

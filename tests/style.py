@@ -109,6 +109,10 @@ def is_named_lambda(node):
     """Whether a lambda, alone or among others, is given a name by an assignment."""
     if not isinstance(node, (ast.Assign, ast.AnnAssign)):
         return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    # a lambda that is put into a table has no name of its own
+    if all(isinstance(target, (ast.Subscript, ast.Attribute)) for target in targets):
+        return False
     values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
     return any(isinstance(value, ast.Lambda) for value in values)
 

@@ -158,3 +158,14 @@ def test_files_are_plain_ascii_yaml():
     for name, text in TEXT.items():
         assert text.isascii() and isinstance(yaml.safe_load(text), dict), name
         assert Path(load_manifest(name).path).name == f"{name}.yaml"
+
+
+def test_sources_that_are_no_datasets_say_where_they_come_from():
+    import yaml
+
+    folder = Path(__file__).parents[1] / "data_manifests" / "sources"
+    found = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}
+    assert set(found) == {"anny", "portraits", "photographs"}
+    for name, source in found.items():
+        assert source["name"] == name and all(source[k] for k in ("title", "source", "licence", "ask", "used_for"))
+        assert all(len(digest) == 64 for digest in source["files"].values())

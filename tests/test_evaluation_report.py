@@ -15,7 +15,9 @@ from fields.evaluation.paper import paper_tables
 from fields.evaluation.surfaces import evaluate_geometry
 from fields.evaluation.limits import evaluate_limits
 from fields.evaluation.parameters import evaluate_parameters
-from fields.evaluation.report import SECTIONS, TABLES, banners, make_report
+from fields.evaluation.conclusion import conclusion_html
+from fields.evaluation.formats import source_id
+from fields.evaluation.report import SECTIONS, TABLES, claims_html, make_report
 from fields.evaluation.tables import all_tables, make_tables
 from fields.viz import save_figure
 
@@ -32,7 +34,7 @@ def quick_map(features, kind, seed=0):
 def done(tmp_path_factory):
     "A whole evaluation of an invented run."
     patch = pytest.MonkeyPatch()
-    patch.setattr("fields.evaluation.plots.embed", quick_map)
+    patch.setattr("fields.evaluation.maps.embed", quick_map)
     patch.setattr("fields.evaluation.figures.save_figure", lambda fig, path, dpi: save_figure(fig, path, 50))
     run, head = fake_run(
         tmp_path_factory.mktemp("report") / "run",
@@ -136,7 +138,7 @@ def test_every_number_is_that_of_its_file(done):
     for a, shown in page.numbers:
         name, trail = a["data-from"].split(":", 1)
         folder = "timing" if a["class"] == "time" else "metrics"
-        assert a["href"] == f"{folder}/{name}"
+        assert a["href"] == (f"timing/{name}" if folder == "timing" else f"#{source_id(a['data-from'])}")
         value = find(read(run / folder / name), trail)
         if isinstance(value, dict):
             value = value["mean"]
@@ -155,7 +157,9 @@ def test_every_number_is_that_of_its_file(done):
 
 def test_cells_hold_only_linked_numbers(done):
     "A number of this run outside a link would have no origin."
-    for cell in re.findall(r'<td class="(?:run|side)">(.*?)</td>', done[2]):
+    cells = re.findall(r'<td class="(?:run|side)"[^>]*>(.*?)</td>', done[2])
+    assert len(cells) > 400
+    for cell in cells:
         rest = re.sub(r"<i>.*?</i>|<small>.*?</small>|<a .*?</a>|±\s*[\d.]+", "", cell)
         assert not re.search(r"\d", html.unescape(re.sub(r"<.*?>", "", rest))), cell
 
@@ -235,21 +239,89 @@ def test_sanity_of_the_run(done):
     )  # the others exaggerate, which a probe of three epochs likes
 
 
+def screen(**ablation):
+    "The first screen of a report with these claims and results."
+    return conclusion_html({"ablation": ablation}, {"profile": "demo"})
+
+
+def card_of(text, kind):
+    "One box of the first screen."
+    return re.search(rf'<div class="card {kind}">(.*?)</div>', text, re.S)[1]
+
+
 def test_what_does_not_hold_is_said_loudly(done):
     claims = read_metrics(done[0] / "metrics" / "ablation.json")["claims"]
     row = next(r for r in claims if r["key"] == "F2<F1")
-    assert row["verdict"] == "confirmed" and "The opposite was measured" not in banners({"claims": [row]})
-    turned = row | {
-        "record": {
-            **row["record"],
-            "mean": -row["record"]["mean"],
-            "ci_low": -row["record"]["ci_high"],
-            "ci_high": -row["record"]["ci_low"],
-        }
-    }
+    assert row["verdict"] == "confirmed"
+    said = screen(claims=[row])
+    assert row["sentence"].split("(")[0] in card_of(said, "good") and "<li>" not in card_of(said, "bad")
+    record = row["record"]
+    ends = {"mean": -record["mean"], "ci_low": -record["ci_high"], "ci_high": -record["ci_low"]}
+    turned = row | {"record": record | ends}
     turned["verdict"] = claim_verdict(turned["record"], "lower")
-    assert turned["verdict"] == "contradicted" and "The opposite was measured" in banners({"claims": [turned]})
-    assert "Not resolved" in banners({"claims": [row | {"verdict": "not resolved"}]})
+    assert turned["verdict"] == "contradicted" and "<li>" in card_of(screen(claims=[turned]), "bad")
+    assert "<li>" in card_of(screen(claims=[row | {"verdict": "not resolved"}]), "open")
+
+
+def test_every_result_against_the_method_is_on_the_first_screen(done):
+    """Each resolved difference that is worse for a part of the method stands in the red box with its number."""
+    run, _, text = done
+    box = card_of(text, "bad")
+    named = 0
+    for file, root in (("emotion", "protocols/heldout/differences"), ("parameters", "differences")):
+        better = {"accuracy": 1, "f1": 1, "V-CCC": 1, "A-CCC": 1, "expression_jaw": -1, "shape": -1}
+        for pair, records in find(read_metrics(run / "metrics" / f"{file}.json"), root).items():
+            if not pair.startswith(("F2", "F3", "F4", "lambda")):
+                continue
+            for measure, sign in better.items():
+                record = records.get(measure)
+                if record and record["resolved"] and record["mean"] * sign < 0:
+                    assert f'data-from="{file}.json:{root}/{pair}/{measure}"' in box, (pair, measure)
+                    named += 1
+    assert named, "the invented run has results against the method"
+
+
+def test_the_conclusion_comes_first(done):
+    text = done[2]
+    places = [text.index(word) for word in ('id="verdict"', "<nav>", 'id="claims"', "the loss falls", 'id="sources"')]
+    assert places == sorted(places)
+    assert text.index("claims of the paper</th>") < text.index("training is training</th>")
+
+
+def test_links_open_the_place(done):
+    """Every linked number has a line of its own in the page that says file, keys and value."""
+    run, _, text = done
+    page = Page(text)
+    for a, _ in page.numbers:
+        if a["class"] == "num":
+            assert a["href"][1:] in page.ids, a["data-from"]
+    trails = {a["data-from"] for a, _ in page.numbers if a["class"] == "num"}
+    assert len({source_id(trail) for trail in trails}) == len(trails)
+    assert "None" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
+
+
+def test_lists_for_looking_up_are_folded(done):
+    for heading in ("standins: 1 values", "metrics: ", "other times"):
+        at = done[2].index(heading)
+        assert done[2][:at].rstrip().rsplit("<", 1)[1].startswith("summary"), heading
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_page(done, tmp_path, width):
+    """In headless Chromium, folded parts open: no table, picture or line sticks out; the conclusion is one screen."""
+    from report_browser import CHROMIUM, measure_page, picture_of
+
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed; apt-get install chromium")
+    found = measure_page(done[0] / "report.html", tmp_path, width)
+    assert found["view"] == width and found["page"] <= width and found["wide"] == []
+    if width == 1280:
+        assert found["verdict"] < 900
+    artefacts = ROOT / "runs" / "screenshots"
+    artefacts.mkdir(parents=True, exist_ok=True)
+    picture = picture_of(done[0] / "report.html", tmp_path, width)
+    (artefacts / f"report_{width}.png").write_bytes(picture.read_bytes())
 
 
 def test_training_is_checked_and_said(done):
@@ -278,12 +350,8 @@ def test_training_is_checked_and_said(done):
     )
     assert rows["points bp4d_test"]["verdict"] == "not measured"  # the invented run has no such file
     missed = points | {"verdict": below({"mean": 0.9, "ci_low": 0.8, "ci_high": 0.95}, BAR)}
-    said = banners({"training": [missed]})
-    assert (
-        "It does not hold" in said
-        and "mean head, pose refitted" in said
-        and "It does not hold" not in banners({"training": [points]})
-    )
+    said = claims_html({"training": [missed]})
+    assert ">NO<" in said and "mean head, pose refitted" in said and ">NO<" not in claims_html({"training": [points]})
     assert f"{points['beside'][2]['record']['mean'] * 100:.2f}" in said
 
 
@@ -341,8 +409,9 @@ def test_seeds_are_merged_from_files(done, tmp_path):
 
 
 def test_figures_say_what_their_axes_are(done):
-    from fields.evaluation.plots import figure2, figure5, figure_curves, figure_naturalness
-    from fields.evaluation.tables import read_all
+    from fields.evaluation.curves import figure_curves
+    from fields.evaluation.known import read_all
+    from fields.evaluation.plots import figure2, figure5, figure_naturalness
 
     run = done[0]
     for fig in (figure2(run), figure5(read_all(run)), figure_curves(run), figure_naturalness(read_all(run))):
@@ -357,7 +426,7 @@ def test_figures_say_what_their_axes_are(done):
 
 def test_class_colours_differ_for_the_colour_blind():
     "Simulated deuteranopia and protanopia keep the seven classes apart, in colour or in marker."
-    from fields.evaluation.plots import CLASS_STYLE
+    from fields.evaluation.colors import CLASS_STYLE
 
     rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c, _ in CLASS_STYLE.values()]) ** 2.2
     for matrix in (

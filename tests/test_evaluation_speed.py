@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from fake_run import emotional, params_of
 from fields.config import EvaluationConfig
 from fields.evaluation.emotion import probe
-from fields.evaluation.plots import embed
+from fields.evaluation.maps import embed
 
 EVIDENCE = Path(__file__).parents[1] / "evidence" / "evaluation_speed.json"
 

@@ -274,7 +274,7 @@ def test_yaw_of_combined_rotations():
     matrices = torch.from_numpy(
         Rotation.from_euler("ZYX", angles, degrees=True).as_matrix()
     )  # roll, yaw, pitch about fixed axes
-    assert np.allclose(np.rad2deg(L.yaw(matrices).numpy()), angles[:, 1])
+    assert np.allclose(np.rad2deg(L.head_yaw(matrices).numpy()), angles[:, 1])
     turned = L.group_weights(torch.tensor([-0.06, -0.04, 0.04, 0.06]))
     names = ["left", "front", "front", "right"]
     assert [set(w.nonzero()[:, 0].tolist()) for w in turned] == [set(L.POINT_GROUPS[n]) for n in names]
@@ -300,11 +300,11 @@ def test_region_masks_against_loops():
         assert np.array_equal(got[i, 0].numpy(), expected)
 
 
-def test_hull_mask_contains_its_points_and_lies_in_the_box():
+def test_hull_region_contains_its_points_and_lies_in_the_box():
     from scipy.spatial import ConvexHull, Delaunay
 
     points = random_batch(3).mediapipe[:, L.EYES] * 0.7
-    hull, box = L.hull_mask(points, 64, 0), L.box_mask(points, 64, 0)
+    hull, box = L.hull_region(points, 64, 0), L.box_mask(points, 64, 0)
     assert (hull <= box).all()
     c = (np.arange(64) + 0.5) / 32 - 1
     grid = np.stack(np.meshgrid(c, c), -1).reshape(-1, 2)

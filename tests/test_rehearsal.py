@@ -76,17 +76,19 @@ def laboratory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short_run(laboratory, tmp_path_factory):
-    """From the readers to one step of F4."""
+    """From the readers to one step of F4: about four minutes of one core, so what looks at it is slow."""
     run = tmp_path_factory.mktemp("rehearsal") / "run"
     fields("chain", "--profile", "paper", "--run", run, "--to", "train_F4", *sets([*laboratory, *SHORT]))
     return run
 
 
+@pytest.mark.slow
 def test_from_the_readers_to_a_step_of_f4(short_run):
     summary = json.loads((short_run / "checkpoints/F4/summary.json").read_text())
     assert summary["steps"] == 1 and "VGG16" in " ".join(summary["notes"])
 
 
+@pytest.mark.slow
 def test_labels_survive_the_official_side_files(short_run):
     """Fault 1: no file that FLAME, SMIRK, TEASER or MICA distribute holds the 83 landmarks; scans count from 1."""
     labels = ExpressionLabels.load(short_run / "scans/labels.npz")
@@ -95,6 +97,7 @@ def test_labels_survive_the_official_side_files(short_run):
     assert np.median(labels.residual[labels.accepted]) < 1e-3
 
 
+@pytest.mark.slow
 def test_crops_are_compressed_shards(short_run):
     """Fault 15: every dataset's crops are tar files of JPEG pictures with an index."""
     from fields.data.prepare import CropStore

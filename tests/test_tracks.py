@@ -1,6 +1,7 @@
 """Clips: a still face with noise trembles at most a third as much after smoothing, and a talking one is less than a frame late."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from fields import Head, HeadParams
 from fields.evaluation.landmarks import projected
-from fields.tracks import in_crop, in_picture, jitter, lag, link, smooth_track
+from fields.look import Found
+from fields.tracks import in_crop, in_picture, jitter, lag, smooth_clip, smooth_track
+from fields.types import Prediction, concatenate
 
 NOISE = {"expression": 0.15, "eyelids": 0.05, "jaw": 0.015, "rotation": 0.015}
 
@@ -89,20 +92,26 @@ def test_gaps_and_large_turns(head):
     )
 
 
-def test_two_people_cross_a_picture():
-    frames, boxes = [], []
-    for k in range(20):
-        frames += [k, k] if k % 3 else [k]
-        boxes += [[100 + 4 * k, 80, 60], [400 - 4 * k, 90, 62]] if k % 3 else [[100 + 4 * k, 80, 60]]
-    tracks = link(frames, np.array(boxes, float))
-    assert len(set(tracks)) == 2 and tracks[0] == tracks[1]
+def test_nothing_is_smoothed_across_a_cut(head):
+    """Two people at one place in two shots: each is smoothed as if the other were not there."""
+    first, second = clip(1, True), clip(2, True)
+    params, boxes = concatenate([first[1], second[1]]), torch.cat([first[2], second[2]])
+    prediction = Prediction(params, [str(k) for k in range(200)], "", boxes=boxes)
+    colors = [np.full(12, 128.0) + 90 * (k // 100) * np.tile([1, 0, -1], 4) for k in range(200)]
+    frames = [Found(Path("a.mp4"), frame=k, colors=[colors[k]], shot=k // 100) for k in range(200)]
+    both, persons = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames], prediction)
+    assert persons == [0] * 100 + [1] * 100
+    for half in (slice(0, 100), slice(100, 200)):
+        alone, _ = smooth_clip(Path("a.mp4"), [(f, 0) for f in frames[half]], prediction[half])
+        assert torch.equal(both.params[half].rotation, alone.params.rotation)
+        assert torch.equal(both.params[half].shape, alone.params.shape)
+    assert len(both.params.shape.unique(dim=0)) == 2
 
 
 @pytest.mark.slow
 def test_figures_for_the_notes(head):
     """Write evidence/tracks.json: medians over twenty still and twenty talking clips."""
     import json
-    from pathlib import Path
 
     unit, rows = 0.062 * 7, {"still": [], "talking": []}
     for seed in range(20):

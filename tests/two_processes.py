@@ -1,4 +1,4 @@
-"Run by test_training in one or two processes: three steps of alternating training in float64, BatchNorm in eval."
+"Run by test_training in one or two processes: three steps of alternating training in float64, BatchNorm synchronised."
 
 import sys
 import torch
@@ -10,8 +10,9 @@ from fields.models.fields import FieldsModel
 from fields.models.perceptual import SmallPerceptual
 from fields.training.alternate import Alternating
 from fields.training.cycle import templates_of
-from fields.training.loop import launch, run_pass
-from fields.training.methods import METHODS
+from fields.training.loop import run_pass
+from fields.training.rows import METHODS
+from fields.training.team import begin_together, launch
 from fields.training.pretrain import iterations
 
 
@@ -29,27 +30,18 @@ def main(out, world):
     head = Head.load("open", dtype=torch.float64)
     model = FieldsModel(config.network, head, seed=1).double()
     base = FieldsModel(config.network, head, seed=2).double().encoders
-    for m in model.modules():
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):  # in eval for good
-            m.__class__ = type(
-                "Still", (type(m),), {"training": property(lambda self: False, lambda self, value: None)}
-            )
-    notes = team.prepare(model)
+    notes = begin_together(model, team)
     data = MixedData(sources, None, config, 8, 90, rank=team.rank, world=team.world)
     job = Alternating(
         model, head, base, METHODS["F4"], config, SmallPerceptual().double(), templates_of(sources["bp4d"]), team=team
     )
     passes = job.passes()
-    for one in passes:
-        one.optimizers = [
-            torch.optim.SGD([{"params": g["params"]} for o in one.optimizers for g in o.param_groups], lr=1e-4)
-        ]
-        one.clip_norm = 0
     feed, grads = iterations(data, 1, team, lambda b, step: job.prepare(b.to(torch.float64), step)), {}
     for step in range(3):
         moment, samples = feed(step)
         for one in passes:
             if step == 0:
+                # gradients as they are when the optimiser steps: averaged and clipped
                 inner = one.optimizers[0].step
 
                 def keep(*a, inner=inner, one=one, **k):
@@ -71,7 +63,7 @@ def main(out, world):
         torch.save(
             {
                 "grads": grads,
-                "params": {k: v for k, v in model.state_dict().items()},
+                "params": dict(model.state_dict()),
                 "ids": [],
                 "notes": "; ".join(notes),
             },

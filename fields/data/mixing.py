@@ -25,7 +25,7 @@ def shares(
     config: MixingConfig,  # printed shares
     stage: int,  # 1 or 2
 ) -> dict[str, Fraction]:  # dataset -> exact share, all adding up to 1
-    "Return the exact shares of a stage: BP4D's as printed, the others in their ratio; raise `ValueError` if they cannot be."
+    "Return the exact shares of a stage: BP4D's as printed, the others in their ratio; raise `ValueError` for others."
     printed = {n: Fraction(str(getattr(config, n))) for n in DATASETS if n != "bp4d"}
     bp4d, total = Fraction(str(config.bp4d_first if stage == 1 else config.bp4d_second)), sum(printed.values())
     if stage not in (1, 2):
@@ -81,7 +81,8 @@ class MixedSampler:
         for n in DATASETS:
             if any(p[n] for p in self._parts.values()) and len(self.rows.get(n, ())) == 0:
                 raise ValueError(
-                    f"{n} has a share of the batch but no usable training frame; prepare it, or set its share under `mixing` to 0"
+                    f"{n} has a share of the batch but no usable training frame; "
+                    "prepare it, or set its share under `mixing` to 0"
                 )
         self._made, self._next, self._period = (
             {1: [], 2: []},
@@ -163,13 +164,13 @@ def read_columns(
 ) -> dict:  # column of rows.csv -> array of strings, or of numbers with NaN where unknown
     "Return the rows of a store; from the file itself where there is one, which needs no pandas."
     names = ("id", "split", "subject", "emotion", "valence", "arousal")
-    number = lambda n: n in names[3:]
+    numbers = names[3:]
     if not hasattr(store, "path"):
-        return {n: store.rows[n].to_numpy(np.float64 if number(n) else str) for n in names}
+        return {n: store.rows[n].to_numpy(np.float64 if n in numbers else str) for n in names}
     with open(Path(store.path) / "rows.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
-        n: np.array([float(r[n] or "nan") if number(n) else r[n] for r in rows], np.float64 if number(n) else str)
+        n: np.array([float(r[n] or "nan") if n in numbers else r[n] for r in rows], np.float64 if n in numbers else str)
         for n in names
     }
 
@@ -190,7 +191,8 @@ class Source:
         self.name, self.store, self.ids = name, store, rows["id"].tolist()
         if self.ids != [str(i) for i in derived.ids]:
             raise ValueError(
-                f"the derived targets of {name} belong to other frames than its crops; run the chain's `standins` step again"
+                f"the derived targets of {name} belong to other frames than its crops; "
+                "run the chain's `standins` step again"
             )
         self.derived, self.split, self.found = derived, rows["split"], np.asarray(store.found, bool)
         self.expression, self.jaw, self.eyelids = (np.zeros((n, k), np.float32) for k in (50, 3, 2))
@@ -212,7 +214,10 @@ class Source:
             & np.isfinite(arousal)
             & (emotion < classes)
         )
-        clean = lambda x: np.where(self.has_emotion, np.nan_to_num(x), 0)
+
+        def clean(x):
+            return np.where(self.has_emotion, np.nan_to_num(x), 0)
+
         self.emotion, self.valence, self.arousal = (
             clean(emotion).astype(np.int64),
             clean(valence).astype(np.float32),
@@ -336,7 +341,7 @@ class MixedData:
         return self._make(picks, draw_plan(seeds))
 
     def evaluation(self, dataset: str, split: str, batch: int = 64, limit: int = 0) -> Iterator[Batch]:
-        "Yield a split in order, frames with a face only, cropped at the evaluation scale; `limit` spreads that many over it."
+        "Yield a split in order, faces only, cropped at the evaluation scale; `limit` spreads that many over it."
         rows = self.sources[dataset].usable(split)
         if limit and len(rows) > limit:
             rows = rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
@@ -393,11 +398,14 @@ def open_sources(
             raise ValueError(f"{folder} is missing; run the chain's `prepare` step for {name}")
         sources[name] = Source(name, CropStore(folder), Derived.load(folder / "derived.npz"), labels)
         if head_sha256 and sources[name].derived.head_sha256 != head_sha256:
+            made = sources[name].derived.head_sha256[:12]
             raise ValueError(
-                f"{folder / 'derived.npz'} was made with head {sources[name].derived.head_sha256[:12]}, not {head_sha256[:12]}; run the `standins` step again"
+                f"{folder / 'derived.npz'} was made with head {made}, not {head_sha256[:12]}; "
+                "run the `standins` step again"
             )
     if labels is not None and head_sha256 and labels.head_sha256 != head_sha256:
         raise ValueError(
-            f"the scan labels belong to head {labels.head_sha256[:12]}, not {head_sha256[:12]}; run the `fit_scans` step again"
+            f"the scan labels belong to head {labels.head_sha256[:12]}, not {head_sha256[:12]}; "
+            "run the `fit_scans` step again"
         )
     return sources

@@ -8,7 +8,7 @@ __all__ = ['ROWS', 'ALONE', 'shards', 'Shard', 'do_shard', 'CropStore', 'worker_
 # %% ../../nbs/37_data.prepare.ipynb #264b2b4c
 import csv, json, os, shutil, time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -149,7 +149,7 @@ class CropStore:
         "The rows as a pandas table; unknown values are not-a-number or empty."
         import pandas
 
-        text = {c: str for c in ("id", "split", "subject", "note")}
+        text = dict.fromkeys(("id", "split", "subject", "note"), str)
         rows = pandas.read_csv(
             self.path / "rows.csv",
             dtype={**text, "found": bool},
@@ -158,7 +158,8 @@ class CropStore:
         )
         if len(rows) != len(self):
             raise ValueError(
-                f"{self.path}/rows.csv has {len(rows)} rows for {len(self)} crops; delete the folder and run `fields prepare` again"
+                f"{self.path}/rows.csv has {len(rows)} rows for {len(self)} crops; "
+                "delete the folder and run `fields prepare` again"
             )
         return rows
 
@@ -251,7 +252,7 @@ def prepare(
     shard_size: int = 64,  # samples a shard
     told=None,  # called with (samples done, samples, name)
 ) -> dict:  # the report; its numbers add up
-    "Detect and crop every sample of a dataset, going on where an earlier run stopped; raise `ValueError` for a folder that does not match."
+    "Detect and crop every sample of a dataset, going on where a run stopped; raise `ValueError` for a bad folder."
     config, data = config or PrepareConfig(), dataset or open_dataset(name, root, strict=strict)
     folder = Path(out) / name
     identity = _identity(data, config, task)
@@ -295,13 +296,19 @@ def prepare(
     return {**report, "seconds": time.perf_counter() - start}
 
 # %% ../../nbs/37_data.prepare.ipynb #0766dc94
+def _cell(value):
+    "Write a value for rows.csv; what is unknown stays empty."
+    if value is None or value != value:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _finish(folder, data, config, identity, jobs):
     "Join the shards and write points, rows and report."
     parts = [np.load(j.done, allow_pickle=False) for j in jobs]
     points, boxes, scores = (np.concatenate([p[k] for p in parts]) for k in ("points", "boxes", "scores"))
     notes = [str(t) for p in parts for t in p["notes"]]
     np.save(folder / "points.npy", points)
-    text = lambda v: "" if v is None or v != v else f"{v:.6g}" if isinstance(v, float) else str(v)
     found = np.isfinite(boxes[:, 0])
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -314,19 +321,19 @@ def _finish(folder, data, config, identity, jobs):
                     i.split,
                     i.subject,
                     bool(found[k]),
-                    text(i.emotion),
-                    text(i.valence),
-                    text(i.arousal),
-                    *(text(float(b)) if found[k] else "" for b in boxes[k]),
-                    text(float(scores[k])),
+                    _cell(i.emotion),
+                    _cell(i.valence),
+                    _cell(i.arousal),
+                    *(_cell(float(b)) if found[k] else "" for b in boxes[k]),
+                    _cell(float(scores[k])),
                     notes[k].replace(str(data.folder), data.name),
                 ]
             )
-    by_split = lambda rows: {s: sum(data.items[k].split == s for k in rows) for s in ("train", "val", "test")}
+    faces_of = Counter(data.items[k].split for k in np.flatnonzero(found))
     report = {
         **data.report(),
         "faces": int(found.sum()),
-        "faces_of": by_split(np.flatnonzero(found)),
+        "faces_of": {split: faces_of[split] for split in ("train", "val", "test")},
         "without_face": int(len(found) - found.sum() - sum(map(bool, notes))),
         "unreadable": sum(map(bool, notes)),
         "ids_without_face": [data.items[k].id for k in np.flatnonzero(~found)][:200],
@@ -357,8 +364,10 @@ def summary(
         if n or r["expected"].get(s)
     )
     lines = [
-        f"{r['dataset']}{' (twin)' if r['twin'] else ''}: {r['items']:,} items of {r['found']:,} found: {counts}; expected numbers count {r['expected_of']}",
-        f"  faces found {r['faces']:,} ({100 * r['faces'] / max(1, r['items']):.1f}%), without a face {r['without_face']:,}, unreadable {r['unreadable']:,}",
+        f"{r['dataset']}{' (twin)' if r['twin'] else ''}: {r['items']:,} items of {r['found']:,} found: {counts}; "
+        f"expected numbers count {r['expected_of']}",
+        f"  faces found {r['faces']:,} ({100 * r['faces'] / max(1, r['items']):.1f}%), "
+        f"without a face {r['without_face']:,}, unreadable {r['unreadable']:,}",
     ]
     if r["dropped"]:
         lines.append("  dropped by rule: " + ", ".join(f"{n:,} {reason}" for reason, n in r["dropped"].items()))

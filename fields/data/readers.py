@@ -14,7 +14,7 @@ import numpy as np
 from ..manifests import load_manifest, read_twin
 from ..media import check_clip
 from .marks import _by_frame, _read_mat, detect_axes, detect_unit, eye_corner_distance
-from .records import Dataset, DatasetItem, Problem, Reading, suffix_pattern
+from .records import Dataset, Reading, suffix_pattern
 
 # %% ../../nbs/33_data.readers.ipynb #da7210be
 def _label(r, where, emotion, valence, arousal):
@@ -40,9 +40,9 @@ def _affectnet_folders(r, folder, split):
     images, notes = folder / "images", folder / "annotations"
     for p in (images, notes):
         if not p.is_dir():
-            raise ValueError(
-                f"{p} is missing: rule layout.tree of {r.manifest.name} asks for {r.manifest.layout.tree[0]} and {r.manifest.layout.tree[1]}"
-            )
+            tree = r.manifest.layout.tree
+            rule = f"rule layout.tree of {r.manifest.name} asks for {tree[0]} and {tree[1]}"
+            raise ValueError(f"{p} is missing: {rule}")
     labelled = {p.name.split("_")[0] for p in notes.iterdir() if p.suffix == ".npy"}
     seen = set()
     for path in sorted(
@@ -92,7 +92,7 @@ def _affectnet_csv(r, path, images, split):
         header = AFFECTNET_COLUMNS if bare else first
         if not {"subDirectory_filePath", "expression", "valence", "arousal"} <= set(header):
             raise ValueError(
-                f"{path} has no column subDirectory_filePath, expression, valence or arousal; it is not AffectNet's list"
+                f"{path} has no column subDirectory_filePath, expression, valence or arousal; it is no AffectNet list"
             )
         if bare:
             _affectnet_row(r, path, 1, first, header, images, split, seen, suffix)
@@ -218,11 +218,11 @@ def _labels_csv(path):
     if path is None:
         return {}
     with open(path, newline="", encoding="utf-8") as file:
-        number = lambda text, kind: kind(text) if text else None
-        return {
-            row["image"]: (number(row["emotion"], int), number(row["valence"], float), number(row["arousal"], float))
-            for row in csv.DictReader(file)
-        }
+        labels = {}
+        for row in csv.DictReader(file):
+            kinds = {"emotion": int, "valence": float, "arousal": float}
+            labels[row["image"]] = tuple(kind(row[name]) if row[name] else None for name, kind in kinds.items())
+        return labels
 
 
 def read_identity(r):
@@ -508,7 +508,7 @@ def open_dataset(
     keep_frames: int
     | None = None,  # frames of each clip, 0: all; None: all of a twin, the manifest's number of official data
 ) -> Dataset:  # items, problems and counts
-    "Open a dataset; raise `ValueError` if its folder does not match the layout, or, with `strict`, if anything is wrong."
+    "Open a dataset; raise `ValueError` for a folder of another layout, or, with `strict`, if anything is wrong."
     manifest = load_manifest(name)
     if check not in ("quick", "full", "none"):
         raise ValueError(f"check={check!r} is unknown; choose quick, full or none")
@@ -569,20 +569,24 @@ def inspect(
     ]
     formats = Counter(i.scan.suffix for i in data.items if i.scan)
     if formats:
-        lines.append(
-            f"scans {dict(formats)}; without scan {sum(i.scan is None for i in data.items)}; landmarks {dict(Counter(i.landmarks3d.suffix for i in data.items if i.landmarks3d))}"
-        )
+        marks = Counter(i.landmarks3d.suffix for i in data.items if i.landmarks3d)
+        lacking = sum(i.scan is None for i in data.items)
+        lines.append(f"scans {dict(formats)}; without scan {lacking}; landmarks {dict(marks)}")
     sample = next((i for i in data.items if i.scan and i.landmarks3d), None)
     if sample:
         try:
             scan, points = sample.read_scan(), sample.read_landmarks3d()
             size = np.ptp(scan.vertices, axis=0)
+            triangles = 0 if scan.faces is None else len(scan.faces)
             lines.append(
-                f"first scan {sample.scan.name}: {len(scan.vertices)} vertices, {0 if scan.faces is None else len(scan.faces)} triangles, extent {size.round(3).tolist()}, {len(points)} landmarks"
+                f"first scan {sample.scan.name}: {len(scan.vertices)} vertices, {triangles} triangles, "
+                f"extent {size.round(3).tolist()}, {len(points)} landmarks"
             )
             factor, axes = detect_unit(points), detect_axes(points)
+            unit = {1e-3: "mm", 1e-2: "cm", 1.0: "m"}[factor]
+            apart = eye_corner_distance(points) * factor * 1e3
             lines.append(
-                f"unit {dict([(1e-3, 'mm'), (1e-2, 'cm'), (1.0, 'm')])[factor]}; eye corners {eye_corner_distance(points) * factor * 1e3:.1f} mm apart; left {axes.left}, up {axes.up}, forward {axes.forward}"
+                f"unit {unit}; eye corners {apart:.1f} mm apart; left {axes.left}, up {axes.up}, forward {axes.forward}"
             )
         except (ValueError, OSError) as error:
             lines.append(f"first scan: {error}")

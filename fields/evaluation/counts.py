@@ -12,7 +12,7 @@ import numpy as np
 
 from ..comparison import number, write_metrics
 from ..manifests import load_manifest
-from ..training.loop import read_log
+from ..training.log import read_log
 
 # %% ../../nbs/73_evaluation.counts.ipynb #1363b168
 STRATA = tuple(f"{group}_{sex}" for group in ("Asian", "White", "Black") for sex in ("M", "F"))

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from ..comparison import common_ids, read_predictions, select
 from ..config import Config
-from ..models.fields import load_model
-from ..models.masking import masked_background
-from ..render.shade import geometry_image
+from ..models.fields import FieldsModel
 from ..types import HeadParams
 from ..viz import draw_points, figure, to_uint8
 from .emotion import read_labels
@@ -189,14 +187,11 @@ def synthesise(
     path = Path(run) / "checkpoints" / method / "model.safetensors"
     if not path.is_file():
         return None
-    model, size = load_model(path, head), config.network.image_size
+    model, size = FieldsModel.load(path, head), config.network.image_size
     seen = torch.nn.functional.interpolate(
         torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float() / 255, (size, size), mode="area"
     )
-    face, mask = geometry_image(head(params).vertices, head.mask_faces("face"), params.camera, size)
-    painted = model.synthesize(
-        face, masked_background(seen[:, :3], (seen[:, 3:] > 0.5).float(), mask), model.tokens(seen[:, :3])
-    )
+    painted = model.paint(head, seen[:, :3], (seen[:, 3:] > 0.5).float(), params)
     return to_uint8(painted.clamp(0, 1))[0]
 
 

@@ -20,7 +20,7 @@ from ..scans.labels import CroppedScan, place
 from .emotion import read_labels
 from .geometry import reference_params
 from .parameters import Fits, norms, read_fits
-from .tables import is_swept, sweep
+from .known import is_swept, sweep
 
 # %% ../../nbs/76_evaluation.panels.ipynb #5d58d31c
 @torch.no_grad()

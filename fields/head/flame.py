@@ -45,7 +45,8 @@ def _completed(data):
     except HeadFileError as error:
         warnings.warn(str(error), Notice, stacklevel=3)
         return data
-    if full.carried:
+    # nobody gives out BP4D's 83 points for FLAME, so their being carried over is no news
+    if set(full.carried) - {"bp4d83"}:
         warnings.warn(
             f"{Path(data.path).name} comes without {', '.join(full.carried)}: carried over from the open head by "
             "surface alignment; official files beside it or in FIELDS_ASSETS take precedence",
@@ -101,7 +102,8 @@ class Head(nn.Module):
 
     def extra_repr(self):
         size = f"{len(self.template)} vertices, {len(self.faces)} triangles"
-        return f"{self.name}, {self.version}, {size}, sha256 {self.sha256[:12]}"
+        carried = f", carried over: {', '.join(self.carried)}" if self.carried else ""
+        return f"{self.name}, {self.version}, {size}, sha256 {self.sha256[:12]}{carried}"
 
 # %% ../../nbs/13_head.flame.ipynb #5d02b1c9
 @patch(cls_method=True)

@@ -51,7 +51,10 @@ class ExpressionLabels:
         "Return counts, reasons and residuals, for a report."
         ok = self.accepted
         kinds = Counter(r.split(":")[0] for r in self.rejected[~ok])
-        mm = lambda x: round(float(1000 * x), 4) if ok.any() else None
+
+        def mm(x):
+            return round(float(1000 * x), 4) if ok.any() else None
+
         return {
             "frames": len(self),
             "accepted": int(ok.sum()),
@@ -77,7 +80,8 @@ class ExpressionLabels:
         "Raise `ValueError` unless the labels belong to the head with this sha256."
         if self.head_sha256 != sha256:
             raise ValueError(
-                f"the scan labels belong to head {self.head_sha256[:12]}, not {sha256[:12]}; run the `fit_scans` step again with this head"
+                f"the scan labels belong to head {self.head_sha256[:12]}, not {sha256[:12]}; "
+                "run the `fit_scans` step again with this head"
             )
 
     def save(self, path):
@@ -461,7 +465,10 @@ def collect(
         if subject not in shapes:
             shapes[subject] = _read(place(Path(out) / "shapes", subject))["shape"]
         rows.append({**row, "shape": shapes[subject] * (str(row["rejected"]) == "")})
-    stack = lambda name, dtype, width: np.array([r[name] for r in rows], dtype).reshape(len(rows), *width)
+
+    def stack(name, dtype, width):
+        return np.array([r[name] for r in rows], dtype).reshape(len(rows), *width)
+
     return ExpressionLabels(
         np.array([i.id for i in items], np.str_),
         np.array([i.subject for i in items], np.str_),
@@ -511,7 +518,7 @@ def fit_dataset(
     lids: bool | None = None,  # solve the lids too; None: if the head has any
     timing=None,  # file for the seconds this took; None: not written
 ) -> ExpressionLabels:  # one row a sample, rejected ones included
-    "Fit all scans that are not fitted yet; raise `ValueError` if the folder holds fits of another head or other settings."
+    "Fit all scans that are not fitted yet; raise `ValueError` for fits made with other settings, or if none fits."
     from fields.scans.energy import check_config
     from fields.scans.fit import as_model, without_expression
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..config import Config, from_dict, set_up, to_dict
 from ..files import atomic, read_json, write_json
 from ..stage import Stage
-from .loop import launch
+from .team import launch
 from .methods import run_method
 from ..workers import die_with_parent
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POINT_GROUPS', 'EYES', 'LIPS', 'Counts', 'masked_mean', 'expression_3d', 'emotion', 'photometric', 'perceptual',
-           'landmark', 'yaw', 'group_weights', 'pose_landmark', 'pixel_grid', 'box_mask', 'hull_mask', 'region_masks',
-           'region', 'shape_reg', 'expression_reg', 'cycle', 'token_cycle', 'feature_consistency', 'Terms', 'weighted',
-           'two_d', 'encoder_objective', 'synthesizer_objective', 'pretrain_objective', 'identity']
+           'landmark', 'head_yaw', 'group_weights', 'pose_landmark', 'pixel_grid', 'box_mask', 'hull_region',
+           'region_masks', 'region', 'shape_reg', 'expression_reg', 'jaw_reg', 'cycle', 'token_cycle',
+           'feature_consistency', 'Terms', 'weighted', 'two_d', 'encoder_objective', 'synthesizer_objective',
+           'pretrain_objective', 'identity']
 
 # %% ../../nbs/60_training.losses.ipynb #2aeb64b6
 import dataclasses
@@ -31,24 +32,24 @@ class Counts:
     @classmethod
     def of(cls, batches, reduce=lambda t: t):
         "Count the flags of one or more batches; `reduce` averages over processes."
-        flags = torch.stack(
-            [torch.stack([getattr(b, f"has_{f.name}").sum() for f in dataclasses.fields(cls)]) for b in batches]
-        )
-        return cls(*reduce(flags.double().mean(0)).tolist())
+        names = [f"has_{f.name}" for f in dataclasses.fields(cls)]
+        flags = [torch.stack([getattr(b, name).sum() for name in names]) for b in batches]
+        return cls(*reduce(torch.stack(flags).double().mean(0)).tolist())
 
-
+# %% ../../nbs/60_training.losses.ipynb #f2b16b05
 def masked_mean(
     values: Tensor,  # (B,) one value a sample
     mask: Tensor,  # (B,) bool
     count: float | None = None,  # divisor; the number of true flags by default
 ) -> Tensor:  # scalar, 0 where no flag is set
     "Average over the flagged samples; what is behind a false flag, even NaN, has no influence."
+    # selecting, not multiplying: 0 * NaN would be NaN
     kept = torch.where(mask, values, values.new_zeros(()))
     return kept.sum() / max(float(mask.sum()) if count is None else count, 1e-9)
 
 # %% ../../nbs/60_training.losses.ipynb #e8294328
 def _squares(prediction, target, mask):
-    "(B,) mean squared difference of every sample, with the targets of unflagged samples replaced by the prediction's own value."
+    "(B,) mean squared difference of every sample; the target of an unflagged sample is its own prediction."
     shape = (-1,) + (1,) * (prediction.dim() - 1)
     target = torch.where(mask.view(shape), target, prediction.detach())
     return (prediction - target).square().flatten(1).mean(1)
@@ -92,16 +93,15 @@ def photometric(
     "Mean absolute difference over the image."
     return (image - synthesis).abs().mean()
 
-
+# %% ../../nbs/60_training.losses.ipynb #e282143a
 def perceptual(
     features: list,  # feature maps of the target
     synthesis: list,  # feature maps of the synthesis, same shapes
 ) -> Tensor:  # scalar
     "Sum of the mean absolute differences of feature maps."
-    return sum(
-        (a.detach() - b).abs().mean(dtype=torch.promote_types(b.dtype, torch.float32))
-        for a, b in zip(features, synthesis, strict=True)
-    )
+    pairs = zip(features, synthesis, strict=True)
+    # the sum of a large map overflows bfloat16's eight bits, so it is taken in float32 at least
+    return sum((a.detach() - b).abs().mean(dtype=torch.promote_types(b.dtype, torch.float32)) for a, b in pairs)
 
 # %% ../../nbs/60_training.losses.ipynb #93ac1a00
 def landmark(
@@ -111,13 +111,13 @@ def landmark(
     count: float | None = None,  # divisor of the contour part
 ) -> Tensor:  # scalar
     "Compare projected with detected points: MediaPipe's, and the contour where it was found."
-    return (mediapipe - batch.mediapipe).square().mean() + masked_mean(
-        _squares(contour, batch.contour, batch.has_contour), batch.has_contour, count
-    )
+    edge = masked_mean(_squares(contour, batch.contour, batch.has_contour), batch.has_contour, count)
+    return (mediapipe - batch.mediapipe).square().mean() + edge
 
 # %% ../../nbs/60_training.losses.ipynb #3da2e3a3
 def _ranges(*pairs):
-    return [i for a, b in pairs for i in range(a, b + 1)]
+    "List the numbers of inclusive ranges."
+    return [i for first, last in pairs for i in range(first, last + 1)]
 
 
 _ALWAYS = ((0, 47), (84, 107), (199, 202))  # both eyes, inner lips, nose ridge
@@ -127,14 +127,14 @@ POINT_GROUPS = {
     "right": _ranges(*_ALWAYS, (112, 124), (185, 192)),  # and the subject's right contour and nose side
 }
 
-
-def yaw(
+# %% ../../nbs/60_training.losses.ipynb #69080642
+def head_yaw(
     rotation: Tensor,  # (B,3,3)
 ) -> Tensor:  # (B,) radians, positive: nose toward the subject's left
     "Return the yaw of rotation matrices."
     return torch.atan2(-rotation[:, 2, 0], (rotation[:, 0, 0].square() + rotation[:, 1, 0].square()).sqrt())
 
-
+# %% ../../nbs/60_training.losses.ipynb #2618eaba
 def group_weights(
     angle: Tensor,  # (B,) yaw
     threshold: float = 0.05,  # radians
@@ -153,10 +153,10 @@ def pose_landmark(
     count: float | None = None,  # divisor
 ) -> Tensor:  # scalar
     "Compare the points that the camera sees; weights take no gradient."
-    mask, w = batch.has_points203, weights.detach()
+    mask, seen = batch.has_points203, weights.detach()
     target = torch.where(mask[:, None, None], batch.points203, points.detach())
     square = (points - target).square().mean(2)
-    return masked_mean((square * w).sum(1) / w.sum(1).clamp_min(1e-6), mask, count)
+    return masked_mean((square * seen).sum(1) / seen.sum(1).clamp_min(1e-6), mask, count)
 
 # %% ../../nbs/60_training.losses.ipynb #97ca96be
 EYES, LIPS = slice(20, 52), slice(65, 105)  # places of the eye and lip points among MediaPipe's 105
@@ -170,7 +170,7 @@ def pixel_grid(
     c = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) * 2 / size - 1
     return c[None, :].expand(size, size), c[:, None].expand(size, size)
 
-
+# %% ../../nbs/60_training.losses.ipynb #c430e2f4
 def box_mask(
     points: Tensor,  # (B,L,2) NDC
     size: int,  # side of the mask, pixels
@@ -184,7 +184,7 @@ def box_mask(
     return ((x >= low[:, 0]) & (x <= high[:, 0]) & (y >= low[:, 1]) & (y <= high[:, 1]))[:, None].to(points.dtype)
 
 # %% ../../nbs/60_training.losses.ipynb #f5711476
-def hull_mask(
+def hull_region(
     points: Tensor,  # (B,L,2) NDC
     size: int,  # side of the mask, pixels
     padding: float,  # part of the extent added on each side
@@ -192,11 +192,11 @@ def hull_mask(
 ) -> Tensor:  # (B,1,size,size) 1 inside
     "Mask the padded convex hulls of points."
     angle = torch.arange(directions, dtype=points.dtype, device=points.device) * 2 * torch.pi / directions
-    d = torch.stack([angle.cos(), angle.sin()])
-    along = points @ d
+    normals = torch.stack([angle.cos(), angle.sin()])
+    along = points @ normals
     limit = along.amax(1) + padding * (along.amax(1) - along.amin(1))
     x, y = pixel_grid(size, points)
-    seen = torch.stack([x, y], -1) @ d
+    seen = torch.stack([x, y], -1) @ normals
     return (seen[None] <= limit[:, None, None]).all(-1)[:, None].to(points.dtype)
 
 # %% ../../nbs/60_training.losses.ipynb #b0f7991f
@@ -208,17 +208,21 @@ def region_masks(
     "Return the sum of mouth and eye masks; raise `ValueError` for another kind."
     if kind not in ("box", "hull"):
         raise ValueError(f"train.region={kind!r} is unknown; use box or hull")
-    mask = box_mask if kind == "box" else hull_mask
+    mask = box_mask if kind == "box" else hull_region
     return mask(mediapipe[:, LIPS], size, 0.5) + mask(mediapipe[:, EYES], size, 0.2)
 
-
+# %% ../../nbs/60_training.losses.ipynb #9d329dd7
 def region(
     image: Tensor,  # (B,3,H,W) target
     synthesis: Tensor,  # (B,3,H,W)
     masks: Tensor,  # (B,1,H,W) from `region_masks`
+    norm: str = "l2",  # l2: squared differences; l1: absolute ones
 ) -> Tensor:  # scalar
-    "Mean squared difference over the image, masked to mouth and eyes."
-    return (masks * (image - synthesis)).square().mean()
+    "Mean difference over the image, masked to mouth and eyes; raise `ValueError` for another norm."
+    if norm not in ("l1", "l2"):
+        raise ValueError(f"train.region_norm={norm!r} is unknown; use l2 or l1")
+    difference = masks * (image - synthesis)
+    return difference.abs().mean() if norm == "l1" else difference.square().mean()
 
 # %% ../../nbs/60_training.losses.ipynb #098cd10c
 def shape_reg(
@@ -228,13 +232,20 @@ def shape_reg(
     "Distance of the shape from the base model's (Eq. 9)."
     return (params.shape - base.shape.detach()).square().mean()
 
-
+# %% ../../nbs/60_training.losses.ipynb #dfb45421
 def expression_reg(
     params: HeadParams,  # predicted
     base: HeadParams | None = None,  # the base model's prediction; None pulls toward zero
 ) -> Tensor:  # scalar
     "Distance of the expression from the base model's, or from zero (Eq. 9)."
     return (params.expression - (0 if base is None else base.expression.detach())).square().mean()
+
+# %% ../../nbs/60_training.losses.ipynb #33932f75
+def jaw_reg(
+    params: HeadParams,  # predicted
+) -> Tensor:  # scalar
+    "Distance of the jaw from zero, radians squared: SMIRK's and TEASER's term."
+    return params.jaw.square().mean()
 
 # %% ../../nbs/60_training.losses.ipynb #5d2432d4
 def cycle(
@@ -243,19 +254,24 @@ def cycle(
     shape: bool = True,  # compare the shape too
 ) -> Tensor:  # scalar
     "Compare edited parameters with those read back from their synthesis."
-    square = lambda name: (getattr(again, name) - getattr(edited, name).detach()).square().mean()
+
+    def square(name):
+        return (getattr(again, name) - getattr(edited, name).detach()).square().mean()
+
     loss = square("expression") + 10 * square("jaw") + 10 * square("eyelids")
     return loss + square("shape") if shape else loss
 
-
+# %% ../../nbs/60_training.losses.ipynb #8b107af6
 def token_cycle(
     again: Tensor,  # (K,B,D) tokens of the synthesis
     tokens: Tensor,  # (K,B,D) tokens of the image
+    moving: bool = False,  # the tokens of the image take a gradient too
 ) -> Tensor:  # scalar
     "Sum over the scales of the mean squared difference of tokens."
-    return (again - tokens.detach()).square().mean((1, 2)).sum()
+    target = tokens if moving else tokens.detach()
+    return (again - target).square().mean((1, 2)).sum()
 
-
+# %% ../../nbs/60_training.losses.ipynb #9af16290
 def feature_consistency(
     features: Tensor,  # (B,D) emotion features of the image
     again: Tensor,  # (B,D) of the synthesis
@@ -278,21 +294,23 @@ class Terms:
     feature: Tensor | None = None
     shape_reg: Tensor | None = None
     expression_reg: Tensor | None = None
+    jaw_reg: Tensor | None = None
     cycle: Tensor | None = None
     token_cycle: Tensor | None = None
     identity: Tensor | None = None
 
     def present(self) -> list[tuple[str, Tensor]]:
         "Return the names and values of the terms that are used."
-        return [(f.name, v) for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None]
+        pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return [(name, value) for name, value in pairs if value is not None]
 
-
+# %% ../../nbs/60_training.losses.ipynb #24d39e2e
 def weighted(
     terms: Terms,  # unweighted terms
     **weights,  # name of a term -> weight
 ) -> Tensor:  # scalar
     "Add the named terms that are present, each with its weight."
-    chosen = [weights[n] * v for n, v in terms.present() if n in weights]
+    chosen = [weights[name] * value for name, value in terms.present() if name in weights]
     if not chosen:
         raise ValueError(f"none of the terms {', '.join(weights)} is present; this pass would learn nothing")
     return sum(chosen)
@@ -303,40 +321,38 @@ def two_d(
     config: LossConfig,  # weights
 ) -> Tensor:  # scalar
     "Weight the 2D consistency terms (Eq. 8)."
-    return weighted(
-        terms, **{n: getattr(config, n) for n in ("photometric", "perceptual", "landmark", "pose_landmark", "region")}
-    )
+    names = ("photometric", "perceptual", "landmark", "pose_landmark", "region")
+    return weighted(terms, **{name: getattr(config, name) for name in names})
 
-
+# %% ../../nbs/60_training.losses.ipynb #2d1346cc
 def encoder_objective(
     terms: Terms,  # unweighted terms
     config: LossConfig,  # weights
     stage: int,  # 1 or 2: the weight of the 3D labels differs
 ) -> Tensor:  # scalar
-    "Add up the encoder pass (Eq. 10); the emotion-feature term is EMOCA's."
+    "Add up the encoder pass (Eq. 10); the emotion-feature term is EMOCA's, the jaw's SMIRK's."
     rest = dict(
         expression_3d=config.expression_first if stage == 1 else config.expression_second,
         emotion=config.emotion,
         feature=config.feature,
         shape_reg=config.shape_reg,
         expression_reg=config.expression_reg,
+        jaw_reg=config.jaw_reg,
     )
-    return config.two_d * two_d(terms, config) + (
-        weighted(terms, **rest) if any(n in rest for n, _ in terms.present()) else 0
-    )
+    used = any(name in rest for name, _ in terms.present())
+    return config.two_d * two_d(terms, config) + (weighted(terms, **rest) if used else 0)
 
-
+# %% ../../nbs/60_training.losses.ipynb #8d806c84
 def synthesizer_objective(
     terms: Terms,  # unweighted terms
     config: LossConfig,  # weights
 ) -> Tensor:  # scalar
     "Add up the synthesizer pass (Eq. 11)."
-    extra = [n for n, _ in terms.present() if n in ("cycle", "token_cycle")]
-    return config.two_d * two_d(terms, config) + (
-        weighted(terms, cycle=config.cycle, token_cycle=config.token_cycle) if extra else 0
-    )
+    rest = dict(cycle=config.cycle, token_cycle=config.token_cycle)
+    used = any(name in rest for name, _ in terms.present())
+    return config.two_d * two_d(terms, config) + (weighted(terms, **rest) if used else 0)
 
-
+# %% ../../nbs/60_training.losses.ipynb #1dc8fd4f
 def pretrain_objective(
     terms: Terms,  # landmark, identity and expression_reg
     config: PretrainConfig,  # weights

@@ -15,8 +15,9 @@ from ..config import Config
 from ..data.mixing import MixedData
 from ..models.encoders import Branch, branches, reading_once
 from ..render.camera import project
-from .loop import Moment, Outcome, Pass, Setting, Team, half, train
+from .loop import Moment, Outcome, Pass, Setting, train
 from .losses import Counts, Terms, expression_reg, identity, landmark, masked_mean, pretrain_objective
+from .team import Team, half
 from ..types import Batch, DATASETS, HeadOutput, HeadParams
 
 # %% ../../nbs/63_training.pretrain.ipynb #43e468b1

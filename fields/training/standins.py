@@ -31,9 +31,11 @@ from ..models.identity import SmallIdentity, align
 from ..models.perceptual import SmallEmotion, SmallPerceptual
 from ..scans.labels import ExpressionLabels
 from ..files import write_json
-from .loop import Moment, Pass, Setting, choose_precision, train
+from .loop import Moment, Pass, Setting, train
 from .losses import Terms
+from .points import calibration_head, given_networks, points_in_crops
 from .pretrain import projected
+from .team import choose_precision
 from .trunk import train_trunk
 from ..types import DATASETS, HeadParams
 
@@ -138,10 +140,11 @@ def calibration_pairs(
     seed: int,  # of the renders
     size: int = 256,  # side of a render, pixels
     keep: int = 0,  # return so many pictures
+    head: Head | None = None,  # whose points are asked for, see `calibration_head`; None: the open head's
     progress: Callable | None = None,  # called with (done, total)
 ):  # points (N,478,2), targets (N,220,2), normaliser (N,), yaw (N,), pictures
     "Render heads, detect, and pair the detector's points with the head's; coordinates are NDC."
-    head, detector, rows, pictures = Head.load("open"), FaceDetector(), [], []
+    head, detector, rows, pictures = head or Head.load("open"), FaceDetector(), [], []
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         params, scene = random_head(rng), sample_scene(rng, size, bool(rng.random() < 0.7))
@@ -172,13 +175,16 @@ def make_correspondence(
     folder: Path,  # the run's `standins` folder
     config: Config,
     progress: Callable | None = None,  # called with (done, total)
+    head: Head | None = None,  # the head in use, whose points are meant; None: the open head
 ) -> dict:  # the score
-    "Fit the correspondence on renders of the open head and write it with its score; raise `ValueError` if the detector finds too few."
+    "Fit the correspondence on renders and write it with its score; raise `ValueError` if the detector finds too few."
     count = config.standins.correspondence_images
-    points, targets, unit, turn, _ = calibration_pairs(count, config.world.seed + 1, progress=progress)
+    drawn = None if head is None else calibration_head(head)
+    points, targets, unit, turn, _ = calibration_pairs(count, config.world.seed + 1, progress=progress, head=drawn)
     if len(points) < 0.5 * count:
         raise ValueError(
-            f"the detector found a face in only {len(points)} of {count} renders of the open head; check that mediapipe works with `fields doctor`"
+            f"the detector found a face in only {len(points)} of {count} renders of the open head; "
+            "check that mediapipe works with `fields doctor`"
         )
     n = len(points)
     part = np.arange(n) % 6
@@ -208,6 +214,7 @@ def make_correspondence(
         "heldout": int(judge.sum()),
         "error_percent": {"all": both(np.ones(len(e), bool)), "frontal": both(~side), "turned": both(side)},
         "unit": "62 mm at the camera's scale",
+        "points_of": "the open head" if head is None else head.name,
     }
     save_tensors(folder / "correspondence.safetensors", {"weights": torch.from_numpy(rule.weights)}, {})
     write_json(folder / "correspondence.json", score)
@@ -522,6 +529,7 @@ def derive_targets(
 ) -> list[str]:  # sentences for the log
     "Write derived.npz beside the crops of every dataset."
     rule, (codes, note) = load_correspondence(standins), identity_codes(standins, head, config, device)
+    fan, dense, said = given_networks()
     for k, name in enumerate(names):
         store = CropStore(Path(crops) / name)
         ids, rows = read_columns(store)["id"], np.flatnonzero(store.found)
@@ -532,6 +540,10 @@ def derive_targets(
             np.zeros((n, 300), np.float32),
         )
         contour[rows], points[rows] = rule(np.asarray(store.points[rows]))
+        if fan and len(rows):
+            contour[rows] = points_in_crops(store, rows, fan)[:, :17]
+        if dense and len(rows):
+            points[rows] = points_in_crops(store, rows, dense)
         with torch.no_grad():
             for start in range(0, len(rows), 256):
                 identity[rows[start : start + 256]] = codes(store, rows[start : start + 256]).float().cpu().numpy()
@@ -541,10 +553,7 @@ def derive_targets(
         )
         if progress:
             progress(k + 1, len(names), name)
-    return [
-        "contour and 203 points: correspondence from MediaPipe's points (FAN and the 203-point network were not used)",
-        note,
-    ]
+    return [*said, note]
 
 # %% ../../nbs/66_training.standins.ipynb #ca78d56d
 def make_standins(
@@ -563,7 +572,7 @@ def make_standins(
             require_asset(name)
     scores = {
         "correspondence": make_correspondence(
-            folder, c, progress and (lambda i, n: progress(i, n, "calibration renders"))
+            folder, c, progress and (lambda i, n: progress(i, n, "calibration renders")), head
         )
     }
     if (run / "crops" / "identity").is_dir():

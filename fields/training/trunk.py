@@ -13,8 +13,9 @@ from ..config import Config
 from ..data.augment import SAMPLING, augment, draw_plan, fixed_plan, stream
 from ..data.mixing import read_columns
 from ..models.backbones import PointTrunk, expected_places
-from .loop import Moment, Pass, Setting, half, train
+from .loop import Moment, Pass, Setting, train
 from .losses import Terms
+from .team import half
 
 # %% ../../nbs/63_training.trunk.ipynb #3415506e
 def marking(
