@@ -108,6 +108,7 @@ def test_crops_are_compressed_shards(short_run):
         assert store.found.any() and store.images[np.flatnonzero(store.found)].any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_the_first_second_says_what_is_missing(laboratory, tmp_path):
     """Fault 13: without MICA and AffectNet nothing starts, and one table says so."""
     (tmp_path / "weights").mkdir()

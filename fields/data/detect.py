@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .mesh import BundledMesh, Face, FarDetector, TaskMesh
+from ..fetch import detector_file
 from .window import Window, covered, overlap, roll_of, upright
 from ..media import read_image
 
@@ -100,6 +101,7 @@ class FaceDetector:
             raise ValueError(f"max_faces is {max_faces}; ask for at least one face")
         self.max_faces, self.minimum_confidence = max_faces, minimum_confidence
         self.accept, self.effort = accept, effort
+        task = task or detector_file()  # where MediaPipe's wheel has no models
         self.scored = task is None  # the Tasks interface gives no scores: there a check decides
         mesh = (TaskMesh, task) if task else (BundledMesh,)
         self.mesh = mesh[0](*mesh[1:], max_faces, minimum_confidence)

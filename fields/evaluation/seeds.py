@@ -229,7 +229,8 @@ def merge_files(
     found = read_seeds(runs)
     merged = merge_seeds(list(found.values()))
     for seed, record in found.items():
-        write_metrics(Path(out) / f"study_seed{seed}.json", record)
+        figures = {k: v for k, v in record.items() if k in merged or k == "seed"}
+        write_metrics(Path(out) / f"study_seed{seed}.json", figures)
     path = Path(out) / "study.json"
     notes = {k: v for k, v in read_metrics(path).items() if k in NOTES}
     write_metrics(path, merged)

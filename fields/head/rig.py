@@ -175,7 +175,8 @@ def unfold(
     uv = uv.copy()
     for _ in range(most):
         p, q, r = (uv[faces[:, k]] for k in range(3))
-        area = np.cross(q - p, r - p)
+        (ax, ay), (bx, by) = (q - p).T, (r - p).T
+        area = ax * by - ay * bx
         small = np.flatnonzero(area < least)
         if not len(small):
             return uv
