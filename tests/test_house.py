@@ -94,7 +94,8 @@ def test_component_form(path):
     assert path.stat().st_size <= 400_000, "outputs are too large"
     assert any(c.get("outputs") for c in cells(path) if c["cell_type"] == "code"), "committed without outputs"
     for text in code(path):
-        assert len(text.splitlines()) <= 150, f"a cell of {len(text.splitlines())} lines: {text[:60]!r}"
+        limit = 150 if path.name in later("size_later.txt") else 60
+        assert len(text.splitlines()) <= limit, f"a cell of {len(text.splitlines())} lines: {text[:60]!r}"
         if text.startswith("#| export"):
             assert not re.search(r"^from \S+ import \*", text, re.M), "star import"
 
@@ -123,10 +124,9 @@ def test_notebooks_and_tests_are_formatted():
 
 def test_notebooks_and_tests_pass_the_linter():
     """Every file passes, but for those still listed in tests/lint_later.txt; take a file out when it does."""
-    later = set((ROOT / "tests" / "lint_later.txt").read_text(encoding="utf-8").split())
     findings = ruff("check", "--output-format", "concise", ".")
     found = [line for line in findings if re.match(r"[^:]+\.(py|ipynb):", line)]
-    assert [line for line in found if line.split(":")[0] not in later] == []
+    assert [line for line in found if line.split(":")[0] not in later("lint_later.txt")] == []
 
 
 def test_every_notebook_has_a_kernel():
@@ -136,8 +136,15 @@ def test_every_notebook_has_a_kernel():
         assert "widgets" not in metadata, f"{path.name}: the state of widgets is megabytes; save with `make lab`"
 
 
+def later(name):
+    """Files that a rule does not hold for yet; a file that it does hold for leaves the list."""
+    return set((ROOT / "tests" / name).read_text(encoding="utf-8").split())
+
+
 def test_modules_are_short():
-    assert [f"{p}: {n}" for p in MODULES if (n := len(p.read_text().splitlines())) > 800] == []
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in MODULES}
+    long = {name: n for name, n in lengths.items() if n > (800 if name in later("size_later.txt") else 400)}
+    assert long == {}
 
 
 def test_equations_have_one_anchor_each():

@@ -360,7 +360,7 @@ def test_a_folder_without_rights_is_one_sentence(tmp_path):
         code = "from fields.cli import main; main()"
         return subprocess.run(
             [*obey, sys.executable, "-c", code, *map(str, arguments)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )

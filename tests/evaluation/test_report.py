@@ -21,7 +21,7 @@ from fields.evaluation.report import SECTIONS, TABLES, claims_html, make_report
 from fields.evaluation.tables import all_tables, make_tables
 from fields.viz import save_figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def quick_map(features, kind, seed=0):

@@ -20,7 +20,7 @@ from fields.training.starts import starting_model
 from fields.training.pretrain import iterations, validation_batches
 from fields.training.team import Team
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_two_processes_agree_with_one(tmp_path):
             "gradients_relative": gradients,
             "parameters_relative_after_3_steps": parameters,
             "tensors": len(saved[1]["grads"]),
-            "how": "pytest -m slow tests/test_training.py: float64, gloo, global batch 8, F4, Adam and clipping as in a run, BatchNorm synchronised",
+            "how": "pytest -m slow tests/training/test_training.py: float64, gloo, global batch 8, F4, Adam and clipping as in a run, BatchNorm synchronised",
         },
     )
     assert set(saved[1]["grads"]) == set(saved[2]["grads"]) and gradients < 1e-9 and parameters < 1e-5
@@ -393,7 +393,7 @@ def test_twenty_iterations_equal_ten_a_kill_and_ten(run, tmp_path, head, sources
             "killed_after": lines,
             "resumed_at": outcome.resumed,
             "identical": equal,
-            "how": "pytest -m slow tests/test_training.py: F4 on invented data, one thread, SIGKILL",
+            "how": "pytest -m slow tests/training/test_training.py: F4 on invented data, one thread, SIGKILL",
         },
     )
     assert all(equal.values())
@@ -438,7 +438,7 @@ def test_paper_profile_runs_two_iterations(tmp_path):
             "batch": 4,
             "image_size": config.network.image_size,
             "terms": {k: v for k, (_, v) in log.items()},
-            "how": "pytest -m slow tests/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights",
+            "how": "pytest -m slow tests/training/test_training.py with FIELDS_TEST_DATA: scan-derived head, rendered heads at 224 px, VGG16 with random weights",
         },
     )
 

@@ -27,7 +27,7 @@ from fields.head.health import (
 from fields.head.measures import MEDIAPIPE
 from fields.head.sculpt import load_sculpt, make_sculpt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "fields" / "head" / "open_head.npz"
 NORMALISER = 62.0  # millimetres
 

@@ -18,7 +18,7 @@ from fields.data.prepare import CropStore, prepare, worker_pool
 from fields.media import read_image
 from fields.viz import figure, save_figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EDGES = (0, 10, 20, 30, 45, 90)
 TWINS = ("bp4d", "affectnet", "celeba", "ffhq", "lrw", "mead")
 

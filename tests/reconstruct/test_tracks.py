@@ -127,6 +127,6 @@ def test_figures_for_the_notes(head):
         | {"largest_lag_frames": round(float(np.max(r, 0)[3]), 3)}
         for kind, r in rows.items()
     }
-    Path(__file__).parents[1].joinpath("evidence", "tracks.json").write_text(json.dumps(found, indent=1) + "\n")
+    Path(__file__).parents[2].joinpath("evidence", "tracks.json").write_text(json.dumps(found, indent=1) + "\n")
     assert found["still"]["jitter_smoothed_percent"] <= found["still"]["jitter_raw_percent"] / 3
     assert found["talking"]["largest_lag_frames"] < 1

@@ -12,7 +12,7 @@ from rehearsal import make_rehearsal
 
 from fields.scans.labels import ExpressionLabels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = os.environ.get("FIELDS_TEST_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="needs a FLAME-format head: set FIELDS_TEST_DATA")
 

@@ -445,7 +445,7 @@ def test_timm_itself_where_it_is_installed():
             difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours.eval()(x), theirs(x)))
             assert difference < 1e-5
             found["largest_relative_difference"][f"{size} {side[0]}x{side[1]}"] = difference
-    (Path(__file__).parents[1] / "evidence" / "backbones_against_timm.json").write_text(
+    (Path(__file__).parents[2] / "evidence" / "backbones_against_timm.json").write_text(
         json.dumps(found, indent=1) + "\n"
     )
 

@@ -30,7 +30,7 @@ from fields.head.pickles import HeadFileError
 from fields.types import HeadParams
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPEN = ROOT / "fields" / "head" / "open_head.npz"
 
 

@@ -11,7 +11,7 @@ from fields.config import fingerprint
 from fields.data.population import CONSTANTS
 from fields.evaluation.calibration import BARS, CALIBRATION_SEED, freeze, measure_oracle, oracle_set
 
-EVIDENCE = Path(__file__).parents[1] / "evidence" / "oracle_calibration.json"
+EVIDENCE = Path(__file__).parents[2] / "evidence" / "oracle_calibration.json"
 
 
 def test_the_world_is_the_calibrated_one():

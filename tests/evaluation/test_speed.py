@@ -8,7 +8,7 @@ from fields.config import EvaluationConfig
 from fields.evaluation.emotion import probe
 from fields.evaluation.maps import embed
 
-EVIDENCE = Path(__file__).parents[1] / "evidence" / "evaluation_speed.json"
+EVIDENCE = Path(__file__).parents[2] / "evidence" / "evaluation_speed.json"
 
 
 def keep(**values):

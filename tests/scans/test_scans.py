@@ -16,7 +16,7 @@ from fields.scans.labels import ExpressionLabels, crop_dataset, crop_item, fit_d
 from fields.scans.surface import State, at_shape, head_model, jacobian, pose, rotation_matrix
 from fields.types import HeadParams
 
-EVIDENCE = Path(__file__).parents[1] / "evidence"
+EVIDENCE = Path(__file__).parents[2] / "evidence"
 
 
 @pytest.fixture(scope="module")

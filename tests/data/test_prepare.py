@@ -22,7 +22,7 @@ from fields.data.readers import open_dataset
 from fields.media import read_image
 
 DATA = os.environ.get("FIELDS_TEST_DATA")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def make_ffhq(root, images):
@@ -105,7 +105,7 @@ def test_what_is_stored(tmp_path, fake):
 
 
 def test_labels_and_unknowns(tmp_path, fake):
-    from test_data_readers import make_affectnet, make_celeba
+    from test_readers import make_affectnet, make_celeba
 
     make_affectnet(tmp_path / "affectnet"), make_celeba(tmp_path / "celeba")
     for name in ("affectnet", "celeba"):
@@ -181,7 +181,7 @@ def test_unreadable_files_keep_their_row(tmp_path, fake):
 
 
 def test_videos_are_decoded_once(tmp_path, fake, monkeypatch):
-    from test_data_readers import make_lrw
+    from test_readers import make_lrw
 
     make_lrw(tmp_path / "lrw")
     calls = []
@@ -318,7 +318,7 @@ def test_on_a_dask_cluster(tmp_path, fake):
 
 def test_summary(tmp_path, fake):
     from fields.data.prepare import summary
-    from test_data_readers import make_affectnet
+    from test_readers import make_affectnet
 
     make_affectnet(tmp_path / "affectnet")
     (tmp_path / "affectnet/train_set/images/1.jpg").write_bytes(b"")
@@ -339,7 +339,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         "import time\nfrom fields.data.prepare import worker_pool\nif __name__ == '__main__':\n    pool = worker_pool(2)\n"
         "    [f.result() for f in [pool.submit(abs, -1) for _ in range(4)]]\n    print(list(pool._processes), flush=True)\n    time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )

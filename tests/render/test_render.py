@@ -24,7 +24,7 @@ from fields.render.shade import geometry_image, shade_normals
 from fields.render.textured import ambient_light, directional_light, harmonics, light_vertices, render_textured
 from fields.render.visibility import landmark_visibility, point_visibility
 
-EVIDENCE = Path(__file__).parents[1] / "evidence"
+EVIDENCE = Path(__file__).parents[2] / "evidence"
 DATA = os.environ.get("FIELDS_TEST_DATA")
 
 

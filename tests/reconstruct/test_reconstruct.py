@@ -22,7 +22,7 @@ from fields.reconstruct import reconstruct_files
 from fields.refine import RefineConfig, Refiner, refine
 from fields.render.camera import normaliser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASTRONAUT = skimage.data.astronaut()
 
 
