@@ -10,6 +10,7 @@ __all__ = ['DATASETS', 'EMOTIONS', 'OPTIONAL', 'Batched', 'concatenate', 'HeadPa
 import dataclasses
 from dataclasses import dataclass
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/04_types.ipynb #cf06d402
@@ -226,21 +227,6 @@ class Prediction(Batched):
         lines += [self.line(k) for k in range(min(len(self), 4))]
         return "\n".join(lines + [f"  and {len(self) - 4} more"] * (len(self) > 4))
 
-    def line(
-        self,
-        k: int,  # a row
-    ) -> str:  # such as "  0_0: happy 72%, valence 0.41, arousal 0.22; jaw 3 degrees, lids 0.10 0.12"
-        "Describe one row."
-        words = []
-        if self.logits is not None:
-            words.append(f"{self.emotion[k]} {100 * float(self.logits[k].softmax(0).max()):.0f}%")
-        for name in ("valence", "arousal"):
-            if getattr(self, name) is not None:
-                words.append(f"{name} {float(getattr(self, name)[k]):.2f}")
-        left, right = self.params.eyelids[k].tolist()
-        body = f"jaw {float(self.params.jaw[k, 0].rad2deg()):.0f} degrees, lids {left:.2f} {right:.2f}"
-        return f"  {self.ids[k]}: {', '.join(words)}{'; ' if words else ''}{body}"
-
     def save(self, path):
         "Write a plain `.npz`."
         arrays = {name: value.detach().cpu().numpy() for name, value in vars(self.params).items()}
@@ -279,3 +265,20 @@ class Prediction(Batched):
                 f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, "
                 f"not {sha256[:12]}; coefficients of two heads are not interchangeable"
             )
+
+# %% ../nbs/04_types.ipynb #cca4828d
+@patch
+def line(
+    self: Prediction,
+    k: int,  # a row
+) -> str:  # such as "  0_0: happy 72%, valence 0.41, arousal 0.22; jaw 3 degrees, lids 0.10 0.12"
+    "Describe one row."
+    words = []
+    if self.logits is not None:
+        words.append(f"{self.emotion[k]} {100 * float(self.logits[k].softmax(0).max()):.0f}%")
+    for name in ("valence", "arousal"):
+        if getattr(self, name) is not None:
+            words.append(f"{name} {float(getattr(self, name)[k]):.2f}")
+    left, right = self.params.eyelids[k].tolist()
+    body = f"jaw {float(self.params.jaw[k, 0].rad2deg()):.0f} degrees, lids {left:.2f} {right:.2f}"
+    return f"  {self.ids[k]}: {', '.join(words)}{'; ' if words else ''}{body}"
