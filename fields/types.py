@@ -192,10 +192,10 @@ def empty_batch(
         ids=[str(number) for number in range(B)],
     )
 
-# %% ../nbs/04_types.ipynb #83727674
+# %% ../nbs/04_types.ipynb #8bd3efd2
 OPTIONAL = ("logits", "valence", "arousal", "boxes", "misfit")  # tensors that not every method gives
 
-
+# %% ../nbs/04_types.ipynb #83727674
 @dataclass(repr=False)
 class Prediction(Batched):
     "Parameters and emotion that a method predicts for a list of images."
