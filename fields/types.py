@@ -254,17 +254,21 @@ class Prediction(Batched):
             ) from None
         return cls(params, ids, head, method, lids=lids, **given)
 
-    def pose(self, head):
-        "Pose a head with the predicted parameters, lids as the method means them."
-        return head(self.params, eyelids=self.lids)
+# %% ../nbs/04_types.ipynb #5af209fd
+@patch
+def pose(self: Prediction, head):
+    "Pose a head with the predicted parameters, lids as the method means them."
+    return head(self.params, eyelids=self.lids)
 
-    def check_head(self, sha256):
-        "Raise `ValueError` unless the coefficients belong to the head with this sha256."
-        if self.head_sha256 != sha256:
-            raise ValueError(
-                f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, "
-                f"not {sha256[:12]}; coefficients of two heads are not interchangeable"
-            )
+# %% ../nbs/04_types.ipynb #59f426cd
+@patch
+def check_head(self: Prediction, sha256):
+    "Raise `ValueError` unless the coefficients belong to the head with this sha256."
+    if self.head_sha256 != sha256:
+        raise ValueError(
+            f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, "
+            f"not {sha256[:12]}; coefficients of two heads are not interchangeable"
+        )
 
 # %% ../nbs/04_types.ipynb #cca4828d
 @patch
