@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Head": "fields.head.flame",
     "HeadParams": "fields.types",
-    "Prediction": "fields.types",
+    "Prediction": "fields.predictions",
     "Reconstructor": "fields.reconstructor",
 }
 __all__ = [*_PUBLIC, "__version__"]

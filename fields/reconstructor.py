@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np, torch
 from .assets import package_file
 from .config import find_root
-from .types import HeadParams, Prediction
+from .pictures import as_pictures
+from .predictions import Prediction
+from .types import HeadParams
 from .head.flame import Head
 from .render.marks import LandmarkHead, misfit
 from .data.crop import FaceCrop, crop_face
@@ -112,21 +114,23 @@ class Reconstructor:
 
     def __call__(
         self,
-        images,  # pictures (H,W,3) uint8 RGB, one or a list; or crops (B,3,S,S) in [0,1]
+        images,  # a path, a Pillow picture, an array, a tensor, or a list of these; or crops (B,3,S,S) of our size
         max_faces: int = 1,  # most faces of a picture
     ) -> Prediction:  # one row a face; ids are "picture_face"
-        "Reconstruct faces; raise `ValueError` for a picture without one."
-        if isinstance(images, torch.Tensor):
-            return self.encode(images)
+        "Reconstruct faces; raise `ValueError` for a picture without one, or for what is no picture."
+        if isinstance(images, torch.Tensor) and images.shape[1:] == (3, self.size, self.size):
+            # bytes, or floats that count from 0 to 255, are brought to [0,1]
+            whole = images.dtype == torch.uint8 or bool(images.numel()) and images.max() > 1.5
+            return dataclasses.replace(self.encode(images.float() / 255 if whole else images), head=self.head)
         crops, ids = [], []
-        for n, image in enumerate([images] if isinstance(images, np.ndarray) and images.ndim == 3 else images):
+        for n, image in enumerate(as_pictures(images)):
             found = self.crop(image, max_faces)
             if not found:
                 raise ValueError(
                     f"no face was found in picture {n}; leave it out, or crop it yourself and pass a tensor"
                 )
             crops, ids = crops + found, ids + [f"{n}_{k}" for k in range(len(found))]
-        return self.predict(crops, ids)
+        return dataclasses.replace(self.predict(crops, ids), head=self.head, pictures=[c.image for c in crops])
 
     def predict(
         self,

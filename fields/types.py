@@ -10,6 +10,7 @@ __all__ = ['DATASETS', 'EMOTIONS', 'OPTIONAL', 'Batched', 'concatenate', 'HeadPa
 import dataclasses
 from dataclasses import dataclass
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/04_types.ipynb #cf06d402
@@ -79,7 +80,7 @@ def concatenate(
     return dataclasses.replace(first, **new)
 
 # %% ../nbs/04_types.ipynb #16b155c6
-@dataclass
+@dataclass(repr=False)
 class HeadParams(Batched):
     "Parameters that one image gives: shape, expression, lids, jaw, head rotation and camera."
 
@@ -102,6 +103,14 @@ class HeadParams(Batched):
     def features(self):
         "(B,355) the vector of Eq. 5: shape 300, expression 50, lids 2, jaw 3."
         return torch.cat([self.shape, self.expression, self.eyelids, self.jaw], 1)
+
+    def __repr__(self):
+        sizes = (f"|{n}| {getattr(self, n).norm(dim=1).mean():.1f}" for n in ("shape", "expression"))
+        jaw = f"jaw {self.jaw[:, 0].mean().rad2deg():.0f} degrees" if len(self) else ""
+        plural = "" if len(self) == 1 else "s, on average"
+        return (
+            f"HeadParams of {len(self)} face{plural}: {', '.join([*sizes, jaw])}, camera {self.camera[:, 0].mean():.2f}"
+        )
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -183,11 +192,11 @@ def empty_batch(
         ids=[str(number) for number in range(B)],
     )
 
-# %% ../nbs/04_types.ipynb #83727674
+# %% ../nbs/04_types.ipynb #8bd3efd2
 OPTIONAL = ("logits", "valence", "arousal", "boxes", "misfit")  # tensors that not every method gives
 
-
-@dataclass
+# %% ../nbs/04_types.ipynb #83727674
+@dataclass(repr=False)
 class Prediction(Batched):
     "Parameters and emotion that a method predicts for a list of images."
 
@@ -198,9 +207,25 @@ class Prediction(Batched):
     logits: Tensor | None = None  # (B,C) emotion classes
     valence: Tensor | None = None  # (B,)
     arousal: Tensor | None = None  # (B,)
-    boxes: Tensor | None = None  # (B,3) crop box: centre x, centre y, side, pixels of the original image
+    boxes: Tensor | None = None  # (B,3) crop box: center x, center y, side, pixels of the original image
     misfit: Tensor | None = None  # (B,) the network's landmarks from the detector's, in eyes' distances
     lids: str = "before"  # how the lids join the head: before skinning, or "posed" as in SMIRK and TEASER
+
+    head: object = None  # the head itself, where the maker of the prediction has it
+    pictures: list | None = None  # B crops (S,S,3) uint8, for looking at
+
+    @property
+    def emotion(self) -> list[str]:
+        "The likeliest class of each row; raise `ValueError` for a method without an emotion head."
+        if self.logits is None:
+            raise ValueError(f"{self.method or 'this method'} predicts no emotion classes; use a method that does")
+        return [EMOTIONS[k] for k in self.logits.argmax(1).tolist()]
+
+    def __repr__(self):
+        whose = f" by {self.method}" if self.method else ""
+        lines = [f"Prediction of {len(self)} face{'' if len(self) == 1 else 's'}{whose}, head {self.head_sha256[:12]}"]
+        lines += [self.line(k) for k in range(min(len(self), 4))]
+        return "\n".join(lines + [f"  and {len(self) - 4} more"] * (len(self) > 4))
 
     def save(self, path):
         "Write a plain `.npz`."
@@ -229,14 +254,35 @@ class Prediction(Batched):
             ) from None
         return cls(params, ids, head, method, lids=lids, **given)
 
-    def pose(self, head):
-        "Pose a head with the predicted parameters, lids as the method means them."
-        return head(self.params, eyelids=self.lids)
+# %% ../nbs/04_types.ipynb #5af209fd
+@patch
+def pose(self: Prediction, head):
+    "Pose a head with the predicted parameters, lids as the method means them."
+    return head(self.params, eyelids=self.lids)
 
-    def check_head(self, sha256):
-        "Raise `ValueError` unless the coefficients belong to the head with this sha256."
-        if self.head_sha256 != sha256:
-            raise ValueError(
-                f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, "
-                f"not {sha256[:12]}; coefficients of two heads are not interchangeable"
-            )
+# %% ../nbs/04_types.ipynb #59f426cd
+@patch
+def check_head(self: Prediction, sha256):
+    "Raise `ValueError` unless the coefficients belong to the head with this sha256."
+    if self.head_sha256 != sha256:
+        raise ValueError(
+            f"predictions of {self.method or 'this method'} belong to head {self.head_sha256[:12]}, "
+            f"not {sha256[:12]}; coefficients of two heads are not interchangeable"
+        )
+
+# %% ../nbs/04_types.ipynb #cca4828d
+@patch
+def line(
+    self: Prediction,
+    k: int,  # a row
+) -> str:  # such as "  0_0: happy 72%, valence 0.41, arousal 0.22; jaw 3 degrees, lids 0.10 0.12"
+    "Describe one row."
+    words = []
+    if self.logits is not None:
+        words.append(f"{self.emotion[k]} {100 * float(self.logits[k].softmax(0).max()):.0f}%")
+    for name in ("valence", "arousal"):
+        if getattr(self, name) is not None:
+            words.append(f"{name} {float(getattr(self, name)[k]):.2f}")
+    left, right = self.params.eyelids[k].tolist()
+    body = f"jaw {float(self.params.jaw[k, 0].rad2deg()):.0f} degrees, lids {left:.2f} {right:.2f}"
+    return f"  {self.ids[k]}: {', '.join(words)}{'; ' if words else ''}{body}"

@@ -35,7 +35,17 @@ def corner_names(picture):
 
 
 def write_clip(
-    path, pictures, rate=25, times=None, matrix=None, pixels=None, sound=0.0, codec=None, audio=None, options=None
+    path,
+    pictures,
+    rate=25,
+    times=None,
+    matrix=None,
+    pixels=None,
+    sound=0.0,
+    codec=None,
+    audio=None,
+    options=None,
+    gop=12,
 ):
     """Write a clip; `matrix` is (a, b, c, d) of the display matrix, `pixels` the shape of a pixel, `sound` seconds."""
     path = Path(path)
@@ -43,7 +53,7 @@ def write_clip(
         stream = container.add_stream(codec or CODECS.get(path.suffix.lower(), "libx264"), rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 2_000_000
+        stream.bit_rate, stream.gop_size = 2_000_000, gop
         if times is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         if pixels:
