@@ -592,8 +592,8 @@ def test_subject_without_a_usable_scan(small, tmp_path):
 def test_bad_fits_are_rejected_with_their_residual(small, tmp_path):
     items, _ = world(small, tmp_path / "data", frames=2, tasks=("T1",), subjects=("F001",))
     strict = dataclasses.replace(SETTINGS, max_residual=1e-5)
-    labels = fit_dataset(items, small, strict, tmp_path / "out")
-    assert not labels.accepted.any() and "mm from the scan" in labels.rejected[0]
+    with pytest.raises(ValueError, match="could be fitted.*mm from the scan"):
+        fit_dataset(items, small, strict, tmp_path / "out")
 
 
 def test_resume_gives_the_same_files(small, tmp_path):
