@@ -204,7 +204,7 @@ WRONG = [  # arguments, what is said; {d} is a folder with the files that `mater
         "no checkpoint of FIELDS",
     ),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/foreign.safetensors"], "not interchangeable"),
-    (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/evil.pt"], "not a complete safetensors"),
+    (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}/evil.pt"], "not a PyTorch file"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--checkpoint", "{d}"], "no checkpoint"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--head", "{d}/evil.pt"], "evil.pt"),
     (["reconstruct", "{d}/a.jpg", "--out", "{d}/o", "--head", "{d}/bomb.npz"], "bomb.npz"),
