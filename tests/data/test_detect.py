@@ -238,7 +238,7 @@ def test_tasks_interface(monkeypatch, tmp_path):
         vision.FaceLandmarker, "create_from_options", classmethod(lambda cls, options: Landmarker(options))
     )
     (tmp_path / "face_landmarker.task").write_bytes(b"model")
-    detector = FaceDetector(task=tmp_path / "face_landmarker.task")
+    detector = TaskMesh(tmp_path / "face_landmarker.task", 1, 0.1)
     face = detector(np.zeros((50, 80, 3), np.uint8))[0]
     np.testing.assert_allclose(face.points478[0], [24, 15, -8], atol=1e-4)
     assert face.points478.shape == (478, 3) and face.score == 1.0
