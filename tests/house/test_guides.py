@@ -54,6 +54,7 @@ def stale(old, new):
     return {name: why for name, why in found.items() if why}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
 def test_guide_says_what_its_committed_copy_says(path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")

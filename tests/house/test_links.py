@@ -56,11 +56,12 @@ def test_names_are_linked_once_and_writing_twice_changes_nothing(copy):
 
 
 def test_a_broken_link_is_found(copy):
+    before = links.broken(copy)  # the copy holds some notebooks only
     path = copy / "nbs" / "03_viz.ipynb"
     notebook = json.loads(path.read_text())
     notebook["cells"][0]["source"].append("\n[a](none.ipynb) [b](04_types.ipynb#eq-9)")
     path.write_text(json.dumps(notebook))
-    found = [line for line in links.broken(copy) if line.startswith("03_viz")]
+    found = [line for line in links.broken(copy) if line.startswith("03_viz") and line not in before]
     assert found == [
         "03_viz.ipynb: none.ipynb leads to no file",
         "03_viz.ipynb: 04_types.ipynb#eq-9 leads to no equation",
